@@ -1,0 +1,17 @@
+"""Model fusion for Flower: put neural networks together by matching their neurons."""
+
+from flwr_fusion.channels import ChannelGraph, ChannelGroup, Place
+from flwr_fusion.errors import FusionError
+from flwr_fusion.fuse import FusionReport, FusionResult, GroupReport, average, ot_fusion
+
+__all__ = [
+    "ChannelGraph",
+    "ChannelGroup",
+    "FusionError",
+    "FusionReport",
+    "FusionResult",
+    "GroupReport",
+    "Place",
+    "average",
+    "ot_fusion",
+]

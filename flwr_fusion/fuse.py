@@ -1,0 +1,444 @@
+"""The fusion methods, each a short composition of the parts of this package."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flwr_fusion.channels import ChannelGraph, verified_graph
+from flwr_fusion.combine import RunningMean
+from flwr_fusion.errors import FusionError
+from flwr_fusion.maps import Correspondence, Selection
+from flwr_fusion.matching.align import (
+    Alignment,
+    Matching,
+    align_by_activations,
+    align_by_weights,
+)
+from flwr_fusion.matching.barycentre import Client, refine_as_barycentre
+from flwr_fusion.matching.costs import activation_costs, channel_norms
+from flwr_fusion.matching.transport import Solver
+
+ALIGN_BY = ("weights", "activations")
+COMBINE = ("mean",)
+# Networks that started apart have weights with a cosine near 0; after training from one start it
+# stays far above this.
+_SAME_START = 0.2
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What the matching did to one channel group.
+
+    Parameters
+    ----------
+    name : str
+        The group.
+    channels : int
+        Its number of channels in the fused network.
+    cost : float
+        Mean ground cost of its matched channels, averaged over the clients by weight.
+    share_moved : float
+        Share of channels that do not stand at their own index, averaged likewise.
+    """
+
+    name: str
+    channels: int
+    cost: float
+    share_moved: float
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What a fusion did.
+
+    Parameters
+    ----------
+    method : str
+        Name of the method.
+    reference : str
+        What the clients were aligned to: "client K", "the given reference", or "" for none.
+    groups : tuple of GroupReport
+        The groups that could move, in forward order.
+    seconds : float
+        Time of the fusion, tracing included.
+    """
+
+    method: str
+    reference: str
+    groups: tuple[GroupReport, ...]
+    seconds: float
+
+    @property
+    def share_moved(self) -> float:
+        """Share of all channels that moved."""
+        channels = sum(group.channels for group in self.groups)
+        moved = sum(group.channels * group.share_moved for group in self.groups)
+        return moved / channels if channels else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain numbers, names and lists, ready for JSON."""
+        return asdict(self) | {"share_moved": self.share_moved}
+
+
+@dataclass(frozen=True)
+class FusionResult:
+    """A fused network and how it came about.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A new network of the target's architecture.
+    report : FusionReport
+        Costs, moved channels, time.
+    """
+
+    model: nn.Module
+    report: FusionReport
+
+
+def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> FusionResult:
+    """Average networks of one architecture, parameter by parameter (FedAvg).
+
+    Parameters
+    ----------
+    models : sequence of nn.Module
+        At least one network; all of one architecture. Not modified.
+    weights : sequence of float, optional
+        Relative weights (sample counts will do), non-negative, not all zero. Default: equal.
+
+    Returns
+    -------
+    FusionResult
+        ``sum_k w_k W_k / sum_k w_k``, in the first network's architecture, dtypes and device.
+
+    Raises
+    ------
+    FusionError
+        If a weight, key, shape or value is bad; it names the client and the tensor.
+
+    References
+    ----------
+    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+    2017, algorithm 1.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> import flwr_fusion as ff
+    >>> a, b = nn.Linear(3, 2), nn.Linear(3, 2)
+    >>> fused = ff.average([a, b], weights=[100, 300]).model
+    """
+    started = time.perf_counter()
+    shares = _shares(models, weights)
+    first = _state(models[0])
+    for k, model in enumerate(models):
+        _check_same_tensors(_state(model), first, f"client {k}", "client 0")
+    mean = RunningMean(first)
+    for k in _heaviest_first(models, shares):
+        mean.add(_state(models[k]), shares[k])
+    fused = _with_state(models[0], mean.mean(uncovered=first))
+    return FusionResult(fused, FusionReport("average", "", (), time.perf_counter() - started))
+
+
+def ot_fusion(
+    models: Sequence[nn.Module],
+    weights: Sequence[float] | None = None,
+    *,
+    example_inputs: Any,
+    target: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    align_by: Literal["weights", "activations"] = "weights",
+    sweep: Literal["joint", "greedy"] = "joint",
+    solver: Literal["exact", "sinkhorn", "unbalanced"] = "exact",
+    regularisation: float = 0.05,
+    marginal_relaxation: float = 1.0,
+    masses: Literal["uniform", "importance"] = "uniform",
+    calibration: Any = None,
+    activation_cost: Literal["correlation", "euclidean"] = "correlation",
+    combine: Literal["mean"] = "mean",
+) -> FusionResult:
+    """Fuse networks by matching their channels with optimal transport, then averaging.
+
+    Parameters
+    ----------
+    models : sequence of nn.Module
+        Networks of one architecture, of any widths and any starts. Not modified.
+    weights : sequence of float, optional
+        Relative weights (sample counts will do), non-negative, not all zero. Default: equal. A
+        client of weight 0 takes no part.
+    example_inputs : Tensor, tuple or dict
+        What the networks are called with; used to trace them, one or two samples will do.
+    target : nn.Module, optional
+        Network whose architecture the result has. Default: the one with the most parameters.
+    reference : nn.Module, optional
+        Network of the target's architecture to align to, such as the global model that the
+        clients were trained from. It is used where the heaviest client's weights still resemble
+        it (cosine above 0.2); otherwise, and by default, the heaviest client is the reference.
+    align_by : {"weights", "activations"}
+        Ground cost: squared Euclidean distance of weights, or distance of pre-activations on
+        `calibration`.
+    sweep : {"joint", "greedy"}
+        Coordinate descent over all groups, from incoming and outgoing weights, then refined as a
+        barycentre; or the paper's single pass from incoming weights.
+    solver : {"exact", "sinkhorn", "unbalanced"}
+        Transport problem between the channels of two networks.
+    regularisation : float
+        Entropy weight of "sinkhorn" and "unbalanced", relative to the mean cost.
+    marginal_relaxation : float
+        Marginal weight of "unbalanced", on the same scale.
+    masses : {"uniform", "importance"}
+        Masses of the channels: equal, or the L2 norm of their incoming weights.
+    calibration : Tensor or iterable of batches, optional
+        Inputs for ``align_by="activations"``; a few hundred samples.
+    activation_cost : {"correlation", "euclidean"}
+        Distance of pre-activations.
+    combine : {"mean"}
+        How mapped models are put together.
+
+    Returns
+    -------
+    FusionResult
+        ``fused[out, in] = sum_k merge_k,out W_k unmerge_k,in`` in a new network on the target's
+        device.
+
+    Raises
+    ------
+    FusionError
+        If networks, weights or options do not fit together; it names the client, tensor or group.
+
+    References
+    ----------
+    Singh & Jaggi, "Model Fusion via Optimal Transport", NeurIPS 2020, sections 4.1 to 4.3;
+    Ainsworth et al., "Git Re-Basin", ICLR 2023, section 3.2 (joint sweep).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import flwr_fusion as ff
+    >>> def network():
+    ...     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> result = ff.ot_fusion([network(), network()], [100, 300], example_inputs=torch.zeros(1, 4))
+    >>> [group.name for group in result.report.groups]
+    ['0']
+    """
+    started = time.perf_counter()
+    _check_option("align_by", align_by, ALIGN_BY)
+    _check_option("combine", combine, COMBINE)
+    if (align_by == "activations") != (calibration is not None):
+        raise FusionError("align_by='activations' needs calibration=, and only it uses it")
+    matching = Matching(sweep, Solver(solver, regularisation, marginal_relaxation), masses)
+    shares = _shares(models, weights)
+    order = [k for k in _heaviest_first(models, shares) if shares[k] > 0]
+    target = _largest(models, order) if target is None else target
+    graph = verified_graph(target, example_inputs)
+    clients = _clients(models, shares, order, target, graph, example_inputs)
+    base, base_name, base_is_client = _reference(clients, order, target, reference)
+    if align_by == "activations":
+        base_model = _with_state(target, base)
+        alignments = [
+            align_by_activations(
+                activation_costs(
+                    base_model, models[k], client.correspondence, calibration, activation_cost
+                ),
+                client.correspondence,
+                matching,
+            )
+            for k, client in zip(order, clients, strict=True)
+        ]
+    else:
+        alignments = [
+            align_by_weights(base, client.state(), client.correspondence, matching)
+            for client in clients
+        ]
+        settled = all(alignment.is_identity for alignment in alignments)
+        others = len(clients) - base_is_client
+        if sweep == "joint" and others > 1 and not settled:
+            alignments = refine_as_barycentre(clients, alignments, base, matching)
+    mean = RunningMean(base)
+    for client, alignment in zip(clients, alignments, strict=True):
+        mean.add(client.state(), client.weight, client.correspondence, alignment.maps)
+    fused = _with_state(target, mean.mean(uncovered=base))
+    groups = _group_reports(clients, alignments)
+    seconds = time.perf_counter() - started
+    return FusionResult(fused, FusionReport("ot_fusion", base_name, groups, seconds))
+
+
+def _check_option(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise FusionError(f"{name} must be one of {allowed}, not {value!r}")
+
+
+def _shares(models: Sequence[nn.Module], weights: Sequence[float] | None) -> list[float]:
+    """Return the clients' weights divided by their sum."""
+    if len(models) == 0:
+        raise FusionError("there are no models to fuse")
+    weights = [1.0] * len(models) if weights is None else [float(w) for w in weights]
+    if len(weights) != len(models):
+        raise FusionError(f"there are {len(models)} models but {len(weights)} weights")
+    for k, weight in enumerate(weights):
+        if not math.isfinite(weight) or weight < 0:
+            raise FusionError(f"the weight of client {k} is {weight}: it must be finite and >= 0")
+    total = sum(weights)
+    if total <= 0:
+        raise FusionError("all weights are zero: at least one client must take part")
+    return [weight / total for weight in weights]
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def _heaviest_first(models: Sequence[nn.Module], shares: Sequence[float]) -> list[int]:
+    """Return the clients in an order that does not depend on the order they came in.
+
+    Raises
+    ------
+    FusionError
+        If a client that takes part has non-finite values.
+    """
+    norms = [_squared_norm(_state(model), k) if shares[k] else 0 for k, model in enumerate(models)]
+    return sorted(range(len(models)), key=lambda k: (-shares[k], norms[k]))
+
+
+def _squared_norm(state: Mapping[str, Tensor], k: int) -> float:
+    total = 0.0
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            square = float(tensor.double().square().sum())
+            if not math.isfinite(square):
+                raise FusionError(f"client {k}: tensor '{name}' has non-finite values")
+            total += square
+    return total
+
+
+def _largest(models: Sequence[nn.Module], order: Sequence[int]) -> nn.Module:
+    """Return the network with the most parameters; among equals the first of `order`."""
+    return models[max(order, key=lambda k: sum(p.numel() for p in models[k].parameters()))]
+
+
+def _check_same_tensors(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], who: str, whose: str
+) -> None:
+    if state.keys() != expected.keys():
+        missing = sorted(expected.keys() - state.keys())
+        extra = sorted(state.keys() - expected.keys())
+        raise FusionError(
+            f"{who} does not have the tensors of {whose}: missing {missing[:5]}, extra {extra[:5]}"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise FusionError(
+                f"{who}: tensor '{name}' has shape {tuple(tensor.shape)}, "
+                f"that of {whose} has {tuple(expected[name].shape)}"
+            )
+
+
+def _with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a network with other values."""
+    fused = copy.deepcopy(model)
+    fused.load_state_dict(state)
+    return fused
+
+
+def _clients(
+    models: Sequence[nn.Module],
+    shares: Sequence[float],
+    order: Sequence[int],
+    target: nn.Module,
+    graph: ChannelGraph,
+    example_inputs: Any,
+) -> list[Client]:
+    """Return the clients in `order`, with their correspondence to the target."""
+    known: dict[Any, Correspondence] = {_architecture(target): Correspondence(graph, graph)}
+    device = next(target.parameters()).device
+    clients = []
+    for k in order:
+        key = _architecture(models[k])
+        if key not in known:
+            try:
+                known[key] = Correspondence(graph, verified_graph(models[k], example_inputs))
+            except FusionError as error:
+                raise FusionError(f"client {k} cannot be fused into the target: {error}") from error
+
+        def state(k: int = k) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in _state(models[k]).items()}
+
+        clients.append(Client(state, shares[k], known[key]))
+    return clients
+
+
+def _architecture(model: nn.Module) -> tuple[Any, ...]:
+    shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
+    return (type(model), shapes)
+
+
+def _reference(
+    clients: Sequence[Client],
+    order: Sequence[int],
+    target: nn.Module,
+    reference: nn.Module | None,
+) -> tuple[dict[str, Tensor], str, bool]:
+    """Return the state dict to align to, its name, and whether it is a client as it stands."""
+    device = next(target.parameters()).device
+    target_state = {name: tensor.to(device) for name, tensor in _state(target).items()}
+    if reference is not None:
+        given = {name: tensor.to(device) for name, tensor in _state(reference).items()}
+        _check_same_tensors(given, target_state, "the reference", "the target")
+        if _resembles(clients[0].state(), given):
+            return given, "the given reference", False
+    shapes = {name: tensor.shape for name, tensor in target_state.items()}
+    same = [n for n, client in enumerate(clients) if client.correspondence.client.shapes == shapes]
+    chosen = same[0] if same else 0
+    name = f"client {order[chosen]}"
+    if same:
+        return dict(clients[chosen].state()), name, True
+    return _placed(clients[chosen], target_state), name, False
+
+
+def _resembles(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
+    """Whether two networks still have the same start; unequal shapes cannot tell otherwise."""
+    products = torch.zeros(3, dtype=torch.float64)
+    for name, ours in reference.items():
+        if ours.dim() < 2 or not ours.is_floating_point():
+            continue
+        if ours.shape != state[name].shape:
+            return True
+        x, y = ours.double().flatten(), state[name].double().flatten()
+        products += torch.stack([x @ y, x @ x, y @ y]).cpu()
+    scale = float((products[1] * products[2]).sqrt())
+    return float(products[0]) > _SAME_START * scale
+
+
+def _placed(client: Client, target_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put a network of another width into the target's channels: its strongest, in order."""
+    state = client.state()
+    maps = client.correspondence.identity()
+    for group in client.correspondence.free_groups:
+        if group.client_size > group.fused_size:
+            norms = channel_norms(group.name, state, client.correspondence, fused=False)
+            strongest = norms.topk(group.fused_size).indices.sort().values.cpu()
+            maps[group.name] = Selection(strongest, group.client_size)
+    mean = RunningMean(target_state)
+    mean.add(state, 1.0, client.correspondence, maps)
+    return mean.mean(uncovered=target_state)
+
+
+def _group_reports(
+    clients: Sequence[Client], alignments: Sequence[Alignment]
+) -> tuple[GroupReport, ...]:
+    reports = []
+    for group in clients[0].correspondence.free_groups:
+        pairs = [(c.weight, a) for c, a in zip(clients, alignments, strict=True)]
+        cost = sum(w * a.costs.get(group.name, 0.0) for w, a in pairs)
+        moved = sum(w * a.maps[group.name].share_moved for w, a in pairs)
+        reports.append(GroupReport(group.name, group.fused_size, cost, moved))
+    return tuple(reports)

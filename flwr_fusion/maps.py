@@ -1,0 +1,336 @@
+"""Channel maps: how one model's channels go into the fused model's.
+
+A map is a choice of two matrices per client and group, ``merge`` (fused channels x client
+channels) and ``unmerge`` (client channels x fused channels). With them a weight of client k
+becomes ``merge_out @ W_k @ unmerge_in`` in the fused model's channels. Permutations and selections
+are kept as indices; only transport plans are dense.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flwr_fusion.channels import ChannelGraph, ChannelGroup
+from flwr_fusion.errors import FusionError
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Every fused channel takes one client channel, or none.
+
+    A permutation, a network placed in a wider one, or the channels kept of a larger one.
+
+    Parameters
+    ----------
+    index : Tensor
+        Shape (fused channels,), integers: the client channel at each fused channel, -1 for none.
+    client_size : int
+        Number of client channels.
+    """
+
+    index: Tensor
+    client_size: int
+
+    @classmethod
+    def identity(cls, fused_size: int, client_size: int) -> Selection:
+        """Return the map that keeps every channel where it is, as far as both sizes reach."""
+        index = torch.arange(fused_size)
+        return cls(torch.where(index < client_size, index, -1), client_size)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing moves."""
+        size = len(self.index)
+        return size == self.client_size and bool((self.index == torch.arange(size)).all())
+
+    @property
+    def share_moved(self) -> float:
+        """Share of the client's channels that do not stand at their own index."""
+        kept = int((self.index == torch.arange(len(self.index))).sum())
+        return 1.0 - kept / self.client_size
+
+    def coverage(self) -> Tensor:
+        """Return for each fused channel 1 if the client has a channel there, else 0."""
+        return (self.index >= 0).to(torch.float32)
+
+    def read_scale(self) -> Tensor:
+        """Return for each fused channel 1 / copies of its client channel, so that sums agree."""
+        copies = torch.bincount(self.index.clamp(min=0), self.coverage(), self.client_size)
+        return self.coverage() / copies[self.index.clamp(min=0)].clamp(min=1)
+
+    def merge(self) -> Tensor:
+        """Return the merge matrix, shape (fused channels, client channels)."""
+        matrix = torch.zeros(len(self.index), self.client_size)
+        rows = torch.nonzero(self.index >= 0).flatten()
+        matrix[rows, self.index[rows]] = 1.0
+        return matrix
+
+    def unmerge(self) -> Tensor:
+        """Return the unmerge matrix, shape (client channels, fused channels)."""
+        return self.merge().T * self.read_scale()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A transport plan between fused and client channels.
+
+    Parameters
+    ----------
+    mass : Tensor
+        Shape (fused channels, client channels), non-negative: how much of each client channel
+        goes to each fused channel.
+    """
+
+    mass: Tensor
+
+    is_identity = False
+
+    @property
+    def client_size(self) -> int:
+        """Number of client channels."""
+        return self.mass.shape[1]
+
+    @property
+    def share_moved(self) -> float:
+        """Share of the mass that leaves its own index."""
+        return float(1.0 - self.mass.diagonal().sum() / self.mass.sum())
+
+    def coverage(self) -> Tensor:
+        """Return for each fused channel its mass over the mean mass, at most 1."""
+        rows = self.mass.sum(1)
+        return (rows / rows.mean()).clamp(max=1.0).to(torch.float32)
+
+    def merge(self) -> Tensor:
+        """Return the row-normalised plan, shape (fused channels, client channels).
+
+        The barycentric projection of the plan (Singh & Jaggi 2020, section 4.2).
+        """
+        return self.mass / self.mass.sum(1, keepdim=True).clamp(min=1e-30)
+
+    def unmerge(self) -> Tensor:
+        """Return the column-normalised plan, shape (client channels, fused channels)."""
+        return (self.mass / self.mass.sum(0, keepdim=True).clamp(min=1e-30)).T
+
+
+ChannelMap = Selection | Plan
+Maps = Mapping[str, ChannelMap]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """The part of a tensor axis that carries one group, in the client and the fused model."""
+
+    group: str
+    client_positions: Tensor
+    fused_positions: Tensor
+    writes: bool
+
+
+@dataclass(frozen=True, eq=False)
+class GroupPair:
+    """The same channel group in the fused model and in a client's."""
+
+    name: str
+    fused_size: int
+    client_size: int
+    fixed: bool
+
+
+class Correspondence:
+    """Which tensor positions of a client's network correspond to which of the fused network.
+
+    Parameters
+    ----------
+    fused : ChannelGraph
+        Groups of the fused network.
+    client : ChannelGraph
+        Groups of the client's network: the same layers, of any width.
+
+    Raises
+    ------
+    FusionError
+        If the networks differ in more than the widths of free groups.
+    """
+
+    def __init__(self, fused: ChannelGraph, client: ChannelGraph) -> None:
+        self.fused = fused
+        self.client = client
+        pairs = _matching_groups(fused, client)
+        self.groups = [GroupPair(f.name, f.size, c.size, f.fixed) for f, c in pairs]
+        self.segments: dict[str, dict[int, list[Segment]]] = defaultdict(lambda: defaultdict(list))
+        for fused_group, client_group in pairs:
+            if fused_group.fixed:
+                continue
+            client_places = {(p.tensor, p.axis): p for p in client_group.places}
+            for place in fused_group.places:
+                other = client_places[place.tensor, place.axis]
+                segment = Segment(fused_group.name, other.positions, place.positions, place.writes)
+                self.segments[place.tensor][place.axis].append(segment)
+        self._check_shapes()
+
+    @property
+    def free_groups(self) -> list[GroupPair]:
+        """The groups whose channels may move, in forward order."""
+        return [group for group in self.groups if not group.fixed]
+
+    def identity(self) -> dict[str, ChannelMap]:
+        """Return maps that keep every channel where it is, as far as both sizes reach."""
+        return {
+            g.name: Selection.identity(g.fused_size, g.client_size) for g in self.free_groups
+        }
+
+    def _check_shapes(self) -> None:
+        if set(self.fused.shapes) != set(self.client.shapes):
+            different = sorted(set(self.fused.shapes) ^ set(self.client.shapes))
+            raise FusionError(f"the networks do not have the same tensors: {different[:5]}")
+        for name, shape in self.fused.shapes.items():
+            other = self.client.shapes[name]
+            axes = self.segments.get(name, {})
+            for axis in range(max(len(shape), len(other))):
+                segments = axes.get(axis, [])
+                rest = _length(shape, axis) - sum(s.fused_positions.numel() for s in segments)
+                other_rest = _length(other, axis) - sum(s.client_positions.numel() for s in segments)
+                if len(shape) != len(other) or rest != other_rest:
+                    raise FusionError(
+                        f"tensor '{name}' has shape {tuple(other)}, the target's is "
+                        f"{tuple(shape)}, and axis {axis} carries channels that cannot change in "
+                        "number (inputs, outputs, the inside of attention heads, kernel sizes)"
+                    )
+
+
+def _length(shape: torch.Size, axis: int) -> int:
+    return shape[axis] if axis < len(shape) else 0
+
+
+def _matching_groups(
+    fused: ChannelGraph, client: ChannelGraph
+) -> list[tuple[ChannelGroup, ChannelGroup]]:
+    """Return the groups of two networks in pairs, refusing what does not correspond."""
+    if len(fused.groups) != len(client.groups):
+        raise FusionError(
+            f"the network has {len(client.groups)} channel groups, the target "
+            f"{len(fused.groups)}: networks of different depth cannot be fused layer by layer"
+        )
+    pairs = list(zip(fused.groups, client.groups, strict=True))
+    for fused_group, client_group in pairs:
+        if fused_group.signature != client_group.signature:
+            raise FusionError(
+                f"channel group '{client_group.name}' does not correspond to the target's group "
+                f"'{fused_group.name}': they are written and read by different layers"
+            )
+        if fused_group.size != client_group.size and fused_group.normalised:
+            raise FusionError(
+                f"channel group '{fused_group.name}' has {client_group.size} channels, the "
+                f"target's {fused_group.size}; a LayerNorm or GroupNorm normalises across them, "
+                "so their number cannot change"
+            )
+    return pairs
+
+
+def map_tensor(
+    tensor: Tensor,
+    name: str,
+    correspondence: Correspondence,
+    maps: Maps,
+    keep_axis: int | None = None,
+) -> Tensor:
+    """Bring one tensor of a client into the fused network's channels.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        The client's tensor.
+    name : str
+        Its key in the state dict.
+    correspondence : Correspondence
+        Positions in both networks.
+    maps : mapping of str to ChannelMap
+        A map for every free group.
+    keep_axis : int, optional
+        An axis that stays in the client's channels.
+
+    Returns
+    -------
+    Tensor
+        ``merge @ W`` along axes that write channels, ``W @ unmerge`` along axes that read them.
+    """
+    for axis, segments in correspondence.segments.get(name, {}).items():
+        if axis != keep_axis:
+            length = correspondence.fused.shapes[name][axis]
+            tensor = _map_axis(tensor, axis, segments, length, maps)
+    return tensor
+
+
+def coverage_along(
+    name: str, correspondence: Correspondence, maps: Maps
+) -> tuple[int, Tensor] | None:
+    """Return how much of a client each written position of a fused tensor receives.
+
+    Returns
+    -------
+    tuple of (int, Tensor) or None
+        The axis that writes channels and the coverage of each position along it, in [0, 1];
+        None where the client covers everything.
+    """
+    for axis, segments in correspondence.segments.get(name, {}).items():
+        if not segments[0].writes:
+            continue
+        coverage = torch.ones(correspondence.fused.shapes[name][axis])
+        for segment in segments:
+            covered = maps[segment.group].coverage().unsqueeze(1)
+            coverage[segment.fused_positions] = covered.expand(segment.fused_positions.shape)
+        return None if bool((coverage == 1).all()) else (axis, coverage)
+    return None
+
+
+def _map_axis(
+    tensor: Tensor, axis: int, segments: list[Segment], length: int, maps: Maps
+) -> Tensor:
+    used = [(segment, maps[segment.group]) for segment in segments]
+    if all(channel_map.is_identity for _, channel_map in used):
+        return tensor
+    index, scale = _axis_index(tensor.shape[axis], length, used)
+    mapped = tensor.index_select(axis, index.clamp(min=0).to(tensor.device))
+    if not bool((scale == 1).all()):
+        shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
+        mapped = mapped * scale.to(tensor).view(shape)
+    for segment, channel_map in used:
+        if isinstance(channel_map, Plan):
+            _apply_plan(mapped, tensor, axis, segment, channel_map)
+    return mapped
+
+
+def _axis_index(
+    client_length: int, fused_length: int, used: list[tuple[Segment, ChannelMap]]
+) -> tuple[Tensor, Tensor]:
+    """Return for each fused position the client position it takes (-1: none) and its factor."""
+    client_rest = torch.ones(client_length, dtype=torch.bool)
+    fused_rest = torch.ones(fused_length, dtype=torch.bool)
+    for segment, _ in used:
+        client_rest[segment.client_positions.flatten()] = False
+        fused_rest[segment.fused_positions.flatten()] = False
+    index = torch.full((fused_length,), -1)
+    index[fused_rest] = torch.nonzero(client_rest).flatten()
+    scale = fused_rest.to(torch.float64)
+    for segment, channel_map in used:
+        if isinstance(channel_map, Selection):
+            chosen = channel_map.index
+            index[segment.fused_positions] = segment.client_positions[chosen.clamp(min=0)]
+            factor = channel_map.coverage() if segment.writes else channel_map.read_scale()
+            spread = factor.to(scale).unsqueeze(1).expand(segment.fused_positions.shape)
+            scale[segment.fused_positions] = spread
+    return index, scale
+
+
+def _apply_plan(
+    mapped: Tensor, tensor: Tensor, axis: int, segment: Segment, plan: Plan
+) -> None:
+    matrix = plan.merge() if segment.writes else plan.unmerge().T
+    source = tensor.movedim(axis, 0)[segment.client_positions.to(tensor.device)]
+    moved = torch.tensordot(matrix.to(source), source, dims=1)
+    mapped.movedim(axis, 0)[segment.fused_positions.to(tensor.device)] = moved

@@ -1,0 +1,1 @@
+"""Choosing channel maps by alignment: ground costs, transport solvers, sweeps."""

@@ -1,0 +1,241 @@
+"""Sweeps over the channel groups: from ground costs to the maps of a whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flwr_fusion.errors import FusionError
+from flwr_fusion.maps import ChannelMap, Correspondence, GroupPair, Plan, Selection
+from flwr_fusion.matching.costs import channel_norms, matched_tensors, segments_of, weight_cost
+from flwr_fusion.matching.transport import Solver, solve
+
+SWEEPS = ("joint", "greedy")
+MASSES = ("uniform", "importance")
+_MAX_SWEEPS = 100
+# A move must pay by more than the rounding of the cost, so that ties keep channels in place.
+_LEAST_GAIN = 1e-6
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How channels are matched.
+
+    Parameters
+    ----------
+    sweep : {"joint", "greedy"}
+        Coordinate descent over all groups until nothing moves (Ainsworth et al. 2023,
+        algorithm 1), or one pass in forward order that looks at the incoming weights only
+        (Singh & Jaggi 2020, algorithm 1).
+    solver : Solver
+        The transport problem.
+    masses : {"uniform", "importance"}
+        All channels weigh the same, or by the L2 norm of their incoming weights.
+    """
+
+    sweep: Literal["joint", "greedy"] = "joint"
+    solver: Solver = field(default_factory=Solver)
+    masses: Literal["uniform", "importance"] = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.sweep not in SWEEPS:
+            raise FusionError(f"sweep must be one of {SWEEPS}, not {self.sweep!r}")
+        if self.masses not in MASSES:
+            raise FusionError(f"masses must be one of {MASSES}, not {self.masses!r}")
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The maps of one client and the mean ground cost of its matched channels, per group."""
+
+    maps: dict[str, ChannelMap]
+    costs: dict[str, float]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether no channel moves."""
+        return all(channel_map.is_identity for channel_map in self.maps.values())
+
+
+def align_by_weights(
+    reference: Mapping[str, Tensor],
+    client: Mapping[str, Tensor],
+    correspondence: Correspondence,
+    matching: Matching,
+    start: Mapping[str, ChannelMap] | None = None,
+) -> Alignment:
+    """Choose the maps that bring a client's weights closest to a reference's.
+
+    Parameters
+    ----------
+    reference : mapping of str to Tensor
+        State dict in the fused network's channels.
+    client : mapping of str to Tensor
+        State dict of the client.
+    correspondence : Correspondence
+        Positions in both networks.
+    matching : Matching
+        Sweep, solver and masses.
+    start : mapping of str to ChannelMap, optional
+        Maps to start the joint sweep from. Default: the better of the identity and the greedy
+        pass.
+
+    Returns
+    -------
+    Alignment
+        A map for every free group and what it costs.
+    """
+    aligner = _WeightAligner(reference, client, correspondence, matching)
+    if matching.sweep == "greedy":
+        return aligner.greedy()
+    if start is not None:
+        return aligner.joint(start)
+    from_identity = aligner.joint(correspondence.identity())
+    # If no channel is better off elsewhere there is nothing to gain from another start.
+    if from_identity.is_identity:
+        return from_identity
+    from_greedy = aligner.joint(aligner.greedy().maps)
+    return min(from_identity, from_greedy, key=lambda alignment: sum(alignment.costs.values()))
+
+
+def align_by_activations(
+    costs: Mapping[str, Tensor], correspondence: Correspondence, matching: Matching
+) -> Alignment:
+    """Choose the map of every group from its own ground cost.
+
+    Parameters
+    ----------
+    costs : mapping of str to Tensor
+        From `flwr_fusion.matching.costs.activation_costs`.
+    correspondence : Correspondence
+        Positions in both networks.
+    matching : Matching
+        Solver; groups do not depend on each other here, so both sweeps are the same, and the
+        masses are uniform.
+
+    Returns
+    -------
+    Alignment
+        A map for every free group; groups without recorded layers keep their order.
+    """
+    maps = correspondence.identity()
+    matched = {name: solve(cost, matching.solver) for name, cost in costs.items()}
+    matched_costs = {name: plan_cost(cost, matched[name]) for name, cost in costs.items()}
+    return Alignment(maps | matched, matched_costs)
+
+
+class _WeightAligner:
+    """Alignment of one client to one reference."""
+
+    def __init__(
+        self,
+        reference: Mapping[str, Tensor],
+        client: Mapping[str, Tensor],
+        correspondence: Correspondence,
+        matching: Matching,
+    ) -> None:
+        self.reference = reference
+        self.client = client
+        self.correspondence = correspondence
+        self.matching = matching
+        self.reads: dict[str, dict[str, set[str]]] = {
+            group.name: _groups_needed(group.name, reference, correspondence)
+            for group in correspondence.free_groups
+        }
+
+    def greedy(self) -> Alignment:
+        """Match the groups in forward order by the weights whose inputs are already matched."""
+        maps: dict[str, ChannelMap] = {}
+        costs: dict[str, float] = {}
+        for group in self.correspondence.free_groups:
+            known = [
+                tensor
+                for tensor, needed in self.reads[group.name].items()
+                if needed <= maps.keys() and self._writes(tensor, group.name)
+            ]
+            if known:
+                cost = self._cost(group, maps, known)
+                chosen: ChannelMap = self._solve(cost, group)
+                costs[group.name] = plan_cost(cost, chosen)
+            else:
+                chosen = Selection.identity(group.fused_size, group.client_size)
+            maps[group.name] = chosen
+        return Alignment(maps, costs)
+
+    def joint(self, start: Mapping[str, ChannelMap]) -> Alignment:
+        """Re-match every group given the others until nothing moves."""
+        maps = dict(start)
+        costs: dict[str, float] = {}
+        waiting = set(maps)
+        for _ in range(_MAX_SWEEPS):
+            for group in self.correspondence.free_groups:
+                if group.name not in waiting:
+                    continue
+                waiting.discard(group.name)
+                cost = self._cost(group, maps, self.reads[group.name])
+                chosen = self._improved(cost, group, maps[group.name])
+                costs[group.name] = plan_cost(cost, chosen)
+                if chosen is not maps[group.name]:
+                    maps[group.name] = chosen
+                    waiting |= set().union(*self.reads[group.name].values()) - {group.name}
+            if not waiting:
+                break
+        return Alignment(maps, costs)
+
+    def _improved(self, cost: Tensor, group: GroupPair, present: ChannelMap) -> ChannelMap:
+        """Return a cheaper map of one group, or its present one if that is as good."""
+        candidate = self._solve(cost, group)
+        if isinstance(candidate, Plan) and not isinstance(present, Plan):
+            return candidate
+        gain = plan_cost(cost, present) - plan_cost(cost, candidate)
+        return candidate if gain > _LEAST_GAIN * float(cost.mean()) else present
+
+    def _solve(self, cost: Tensor, group: GroupPair) -> ChannelMap:
+        if self.matching.masses == "uniform":
+            return solve(cost, self.matching.solver)
+        return solve(
+            cost,
+            self.matching.solver,
+            channel_norms(group.name, self.reference, self.correspondence, fused=True),
+            channel_norms(group.name, self.client, self.correspondence, fused=False),
+        )
+
+    def _cost(
+        self, group: GroupPair, maps: Mapping[str, ChannelMap], tensors: Iterable[str]
+    ) -> Tensor:
+        return weight_cost(
+            group.name, self.reference, self.client, self.correspondence, maps, tensors
+        )
+
+    def _writes(self, tensor: str, group: str) -> bool:
+        return any(s.writes for _, s in segments_of(group, tensor, self.correspondence))
+
+
+def _groups_needed(
+    group: str, state: Mapping[str, Tensor], correspondence: Correspondence
+) -> dict[str, set[str]]:
+    """Return for each tensor of a group which groups its other axes carry."""
+    needed: dict[str, set[str]] = {}
+    for tensor in matched_tensors(correspondence, state):
+        for axis, _ in segments_of(group, tensor, correspondence):
+            others = (
+                segment.group
+                for other, segments in correspondence.segments[tensor].items()
+                for segment in segments
+                if other != axis
+            )
+            needed.setdefault(tensor, set()).update(others)
+    return needed
+
+
+def plan_cost(cost: Tensor, channel_map: ChannelMap) -> float:
+    """Return the mean ground cost per matched channel or unit of mass."""
+    if isinstance(channel_map, Plan):
+        mass = channel_map.mass.to(cost)
+        return float((mass * cost).sum() / mass.sum())
+    rows = torch.nonzero(channel_map.index >= 0).flatten()
+    return float(cost[rows, channel_map.index[rows]].double().mean())

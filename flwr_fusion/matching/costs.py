@@ -1,0 +1,251 @@
+"""Ground costs between the channels of two networks, by weights or by activations."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flwr_fusion.channels import ChannelGraph, call
+from flwr_fusion.errors import FusionError
+from flwr_fusion.maps import Correspondence, Maps, Segment, map_tensor
+
+ACTIVATION_COSTS = ("correlation", "euclidean")
+
+
+def weight_cost(
+    group: str,
+    reference: Mapping[str, Tensor],
+    client: Mapping[str, Tensor],
+    correspondence: Correspondence,
+    maps: Maps,
+    tensors: Iterable[str],
+) -> Tensor:
+    """Return the squared Euclidean distances between channels, over all their weights.
+
+    ``C[i, j] = sum over tensors of |reference[i] - client[j]|^2``, where the other axes of each
+    client tensor have been brought into the reference's channels (the maximal inner product of
+    Ainsworth et al. 2023 and the ground cost of Singh & Jaggi 2020, section 4.1, squared).
+
+    Parameters
+    ----------
+    group : str
+        Name of the channel group.
+    reference : mapping of str to Tensor
+        State dict in the fused network's channels.
+    client : mapping of str to Tensor
+        State dict of the client.
+    correspondence : Correspondence
+        Positions in both networks.
+    maps : mapping of str to ChannelMap
+        The client's current maps of the other groups.
+    tensors : iterable of str
+        Keys of the tensors that count.
+
+    Returns
+    -------
+    Tensor
+        Shape (fused channels, client channels), on the reference's device.
+    """
+    total: Tensor | None = None
+    for name in tensors:
+        for axis, segment in segments_of(group, name, correspondence):
+            mapped = map_tensor(client[name], name, correspondence, maps, keep_axis=axis)
+            ours = _channel_rows(reference[name], axis, segment.fused_positions)
+            theirs = _channel_rows(mapped, axis, segment.client_positions).to(ours)
+            distance = torch.addmm(ours.square().sum(1, keepdim=True), ours, theirs.T, alpha=-2)
+            distance += theirs.square().sum(1)
+            total = distance if total is None else total.add_(distance)
+    if total is None:
+        raise FusionError(f"no weights tell the channels of group '{group}' apart")
+    return total.clamp_(min=0)
+
+
+def segments_of(
+    group: str, tensor: str, correspondence: Correspondence
+) -> Iterator[tuple[int, Segment]]:
+    """Yield the axes of a tensor that carry a group, with the group's positions."""
+    for axis, segments in correspondence.segments[tensor].items():
+        for segment in segments:
+            if segment.group == group:
+                yield axis, segment
+
+
+def channel_norms(
+    group: str, state: Mapping[str, Tensor], correspondence: Correspondence, fused: bool
+) -> Tensor:
+    """Return the L2 norm of the weights that write each channel of a group.
+
+    Parameters
+    ----------
+    group : str
+        Name of the channel group.
+    state : mapping of str to Tensor
+        State dict of the fused network or of the client.
+    correspondence : Correspondence
+        Positions in both networks.
+    fused : bool
+        Whether `state` is in the fused network's channels.
+
+    Returns
+    -------
+    Tensor
+        Shape (channels,).
+    """
+    squares: Tensor | None = None
+    for name in matched_tensors(correspondence, state):
+        for axis, segment in segments_of(group, name, correspondence):
+            if not segment.writes:
+                continue
+            positions = segment.fused_positions if fused else segment.client_positions
+            rows = _channel_rows(state[name], axis, positions).square().sum(1)
+            squares = rows if squares is None else squares + rows
+    if squares is None:
+        raise FusionError(f"no weights write the channels of group '{group}'")
+    return squares.sqrt()
+
+
+def matched_tensors(correspondence: Correspondence, state: Mapping[str, Tensor]) -> list[str]:
+    """Return the tensors by which channels are compared: floating-point ones, no statistics."""
+    return [
+        name
+        for name in correspondence.segments
+        if state[name].is_floating_point() and not name.endswith(("running_mean", "running_var"))
+    ]
+
+
+def _channel_rows(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
+    """Return a tensor as (channels, everything else), in at least single precision."""
+    moved = tensor.detach().movedim(axis, 0)
+    flat = positions.flatten()
+    if not torch.equal(flat, torch.arange(len(moved))):
+        moved = moved.index_select(0, flat.to(tensor.device))
+    rows = moved.reshape(len(positions), -1)
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def activation_costs(
+    reference: nn.Module,
+    client: nn.Module,
+    correspondence: Correspondence,
+    calibration: Any,
+    kind: str = "correlation",
+) -> dict[str, Tensor]:
+    """Return ground costs between channels by their pre-activations on calibration inputs.
+
+    Correlation: ``C[i, j] = 1 - corr(z_i, z_j)``. Euclidean (Singh & Jaggi 2020, section 4.1):
+    ``C[i, j] = mean (z_i - z_j)^2``. Averaged over the layers that write the group; one pass over
+    the inputs, in evaluation mode.
+
+    Parameters
+    ----------
+    reference, client : nn.Module
+        The two networks, on one device.
+    correspondence : Correspondence
+        Positions in both networks; the reference is its fused side.
+    calibration : Tensor or iterable of inputs
+        A batch of inputs, or batches of what the network is called with.
+    kind : {"correlation", "euclidean"}
+        The cost.
+
+    Returns
+    -------
+    dict of str to Tensor
+        For each free group a matrix of shape (fused channels, client channels).
+    """
+    if kind not in ACTIVATION_COSTS:
+        raise FusionError(f"activation_cost must be one of {ACTIVATION_COSTS}, not {kind!r}")
+    moments: dict[tuple[str, str], _CrossMoments] = defaultdict(_CrossMoments)
+    layers = _layer_pairs(correspondence)
+    for batch in [calibration] if isinstance(calibration, Tensor) else calibration:
+        with _recorded(reference, correspondence.fused) as ours:
+            _run(reference, batch)
+        with _recorded(client, correspondence.client) as theirs:
+            _run(client, batch)
+        for group, layer, fused_positions, client_positions in layers:
+            x, y = ours[layer], theirs[layer]
+            x = x.index_select(0, fused_positions.to(x.device))
+            y = y.index_select(0, client_positions.to(y.device))
+            moments[group, layer].add(x, y.to(x.device))
+    if not moments:
+        raise FusionError("calibration has no inputs: give a batch, or batches, of real inputs")
+    costs: dict[str, list[Tensor]] = defaultdict(list)
+    for (group, _), moment in moments.items():
+        costs[group].append(moment.cost(kind))
+    return {group: torch.stack(layer_costs).mean(0) for group, layer_costs in costs.items()}
+
+
+def _layer_pairs(correspondence: Correspondence) -> list[tuple[str, str, Tensor, Tensor]]:
+    """Return (group, layer, fused positions, client positions) of all recorded layers."""
+    pairs = []
+    for fused, client in zip(
+        correspondence.fused.groups, correspondence.client.groups, strict=True
+    ):
+        if fused.fixed:
+            continue
+        theirs = dict(correspondence.client.activation_places(client))
+        ours = correspondence.fused.activation_places(fused)
+        pairs += [(fused.name, layer, places, theirs[layer]) for layer, places in ours]
+    return pairs
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    device = next(model.parameters()).device
+    moved = torch.utils._pytree.tree_map(
+        lambda x: x.to(device) if isinstance(x, Tensor) else x, batch
+    )
+    with torch.no_grad():
+        call(model, moved)
+
+
+@contextmanager
+def _recorded(model: nn.Module, graph: ChannelGraph) -> Iterator[dict[str, Tensor]]:
+    """Record the outputs of all layers as (channels, samples), in evaluation mode."""
+    outputs: dict[str, Tensor] = {}
+    names = {m: n for n, m in model.named_modules() if n in graph.called_layers}
+
+    def record(module: nn.Module, _args: Any, output: Tensor) -> None:
+        axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
+        rows = output.detach().movedim(axis, 0).flatten(1)
+        seen = outputs.get(names[module])
+        outputs[names[module]] = rows if seen is None else torch.cat([seen, rows], 1)
+
+    training = {module: module.training for module in model.modules()}
+    handles = [module.register_forward_hook(record) for module in names]
+    model.eval()
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+
+
+class _CrossMoments:
+    """Running first and second moments between the channels of two networks."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.sums: list[Tensor] = []
+
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        """Add pre-activations, each of shape (channels, samples)."""
+        x, y = ours.double(), theirs.double()
+        new = [x.sum(1), y.sum(1), x.square().sum(1), y.square().sum(1), x @ y.T]
+        self.samples += x.shape[1]
+        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
+
+    def cost(self, kind: str) -> Tensor:
+        """Return 1 - correlation, or the mean squared distance."""
+        x, y, xx, yy, xy = (total / self.samples for total in self.sums)
+        if kind == "euclidean":
+            return (xx[:, None] + yy[None, :] - 2 * xy).clamp(min=0)
+        deviation = (xx - x.square()).clamp(min=0).sqrt()[:, None]
+        other = (yy - y.square()).clamp(min=0).sqrt()[None, :]
+        # A channel that is constant on all inputs correlates with nothing.
+        return 1 - (xy - x[:, None] * y[None, :]) / (deviation * other).clamp(min=1e-12)
