@@ -26,6 +26,7 @@ from flwr_fusion.errors import FusionError
 # Operations that mix channels with other axes; torch-pruning takes them for element-wise ones.
 _MIXING_OPERATIONS = ("bmm", "scaleddotproduct", "attention")
 _ROOT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+_VECTOR_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 _NORMALISED_ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm)
 
 
@@ -461,7 +462,9 @@ class _GroupBuilder:
         """Say why the channels of a group with this item cannot be permuted, or nothing."""
         module = item.module
         name = self.names.get(module, "")
-        if isinstance(module, tp.ops._OutputOp) or (item.is_output and module in self.output_layers):
+        if isinstance(module, tp.ops._OutputOp) or (
+            item.is_output and module in self.output_layers
+        ):
             return "output of the network"
         if isinstance(module, tp.ops._ElementWiseOp) and not whole_attention:
             operation = str(module._grad_fn).lower()
@@ -489,7 +492,7 @@ class _GroupBuilder:
         shape = item.module.shape
         if all(size == 1 for size in shape):
             return 0
-        traced = self.graph.module2node[item.module].pruning_dim
+        traced: int = self.graph.module2node[item.module].pruning_dim
         needed = max(item.positions) + 1
         if shape[traced] == needed:
             return traced
@@ -540,7 +543,7 @@ class _GroupBuilder:
             ]
         if isinstance(module, nn.PReLU) and module.num_parameters == 1:
             return []
-        if isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)):
+        if isinstance(module, _VECTOR_LAYERS):
             vectors = ("weight", "bias", "running_mean", "running_var")
             return [(f"{dot}{vector}", 0, True) for vector in vectors]
         return []
@@ -548,9 +551,9 @@ class _GroupBuilder:
     def _norm_block_size(self, place: Place) -> int:
         """Return how many channels GroupNorm takes together: only those can be swapped."""
         module = self.modules.get(owner_of(place.tensor))
-        length = self.state[place.tensor].shape[place.axis]
+        length: int = self.state[place.tensor].shape[place.axis]
         if isinstance(module, nn.GroupNorm) and module.num_groups < length:
-            return length // module.num_groups
+            return length // int(module.num_groups)
         return length
 
 
@@ -642,8 +645,9 @@ def _random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Ten
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     result = {}
     for name, tensor in state.items():
+        scale = name in parameters and name.endswith("weight") and tensor.dim() <= 1
         draw: Callable[[Tensor], Tensor] | None = None
-        if name.endswith("running_var") or (name in parameters and name.endswith("weight") and tensor.dim() <= 1):
+        if scale or name.endswith("running_var"):
             draw = around_one
         elif name in parameters or name.endswith("running_mean"):
             draw = normal

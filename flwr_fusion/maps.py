@@ -180,9 +180,7 @@ class Correspondence:
 
     def identity(self) -> dict[str, ChannelMap]:
         """Return maps that keep every channel where it is, as far as both sizes reach."""
-        return {
-            g.name: Selection.identity(g.fused_size, g.client_size) for g in self.free_groups
-        }
+        return {g.name: Selection.identity(g.fused_size, g.client_size) for g in self.free_groups}
 
     def _check_shapes(self) -> None:
         if set(self.fused.shapes) != set(self.client.shapes):
@@ -190,12 +188,11 @@ class Correspondence:
             raise FusionError(f"the networks do not have the same tensors: {different[:5]}")
         for name, shape in self.fused.shapes.items():
             other = self.client.shapes[name]
-            axes = self.segments.get(name, {})
             for axis in range(max(len(shape), len(other))):
-                segments = axes.get(axis, [])
+                segments = self.segments.get(name, {}).get(axis, [])
                 rest = _length(shape, axis) - sum(s.fused_positions.numel() for s in segments)
-                other_rest = _length(other, axis) - sum(s.client_positions.numel() for s in segments)
-                if len(shape) != len(other) or rest != other_rest:
+                theirs = _length(other, axis) - sum(s.client_positions.numel() for s in segments)
+                if len(shape) != len(other) or rest != theirs:
                     raise FusionError(
                         f"tensor '{name}' has shape {tuple(other)}, the target's is "
                         f"{tuple(shape)}, and axis {axis} carries channels that cannot change in "
@@ -327,9 +324,7 @@ def _axis_index(
     return index, scale
 
 
-def _apply_plan(
-    mapped: Tensor, tensor: Tensor, axis: int, segment: Segment, plan: Plan
-) -> None:
+def _apply_plan(mapped: Tensor, tensor: Tensor, axis: int, segment: Segment, plan: Plan) -> None:
     matrix = plan.merge() if segment.writes else plan.unmerge().T
     source = tensor.movedim(axis, 0)[segment.client_positions.to(tensor.device)]
     moved = torch.tensordot(matrix.to(source), source, dims=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.maps import ChannelMap, Correspondence, GroupPair, Plan, Selection
+from flwr_fusion.maps import ChannelMap, Correspondence, GroupPair, Plan, Selection, map_tensor
 from flwr_fusion.matching.costs import channel_norms, matched_tensors, segments_of, weight_cost
 from flwr_fusion.matching.transport import Solver, solve
 
@@ -81,8 +81,8 @@ def align_by_weights(
     matching : Matching
         Sweep, solver and masses.
     start : mapping of str to ChannelMap, optional
-        Maps to start the joint sweep from. Default: the better of the identity and the greedy
-        pass.
+        Maps to start the joint sweep from. Default: the closer of the identity and the result
+        of the greedy pass.
 
     Returns
     -------
@@ -90,16 +90,14 @@ def align_by_weights(
         A map for every free group and what it costs.
     """
     aligner = _WeightAligner(reference, client, correspondence, matching)
-    if matching.sweep == "greedy":
-        return aligner.greedy()
     if start is not None:
         return aligner.joint(start)
-    from_identity = aligner.joint(correspondence.identity())
-    # If no channel is better off elsewhere there is nothing to gain from another start.
-    if from_identity.is_identity:
-        return from_identity
-    from_greedy = aligner.joint(aligner.greedy().maps)
-    return min(from_identity, from_greedy, key=lambda alignment: sum(alignment.costs.values()))
+    greedy = aligner.greedy()
+    if matching.sweep == "greedy":
+        return greedy
+    # Starting from the closer of the two, the descent ends no farther than the identity.
+    starts = (correspondence.identity(), greedy.maps)
+    return aligner.joint(min(starts, key=aligner.distance))
 
 
 def align_by_activations(
@@ -185,6 +183,15 @@ class _WeightAligner:
             if not waiting:
                 break
         return Alignment(maps, costs)
+
+    def distance(self, maps: Mapping[str, ChannelMap]) -> float:
+        """Return the squared Euclidean distance between the reference and the mapped client."""
+        total = 0.0
+        for name in matched_tensors(self.correspondence, self.reference):
+            mapped = map_tensor(self.client[name], name, self.correspondence, maps)
+            difference = self.reference[name].detach().float() - mapped.detach().float()
+            total += float(difference.square_().sum())
+        return total
 
     def _improved(self, cost: Tensor, group: GroupPair, present: ChannelMap) -> ChannelMap:
         """Return a cheaper map of one group, or its present one if that is as good."""

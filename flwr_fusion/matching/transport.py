@@ -118,7 +118,8 @@ def _masses(mass: Tensor | None, size: int) -> NDArray[np.float64]:
         raise FusionError(f"channel masses must be {size} finite, non-negative numbers")
     if values.sum() <= 0:
         raise FusionError("channel masses must not all be zero")
-    return values / values.sum()
+    normalised: NDArray[np.float64] = values / values.sum()
+    return normalised
 
 
 def _exact_plan(

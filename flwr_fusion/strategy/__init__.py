@@ -1,0 +1,6 @@
+"""Flower strategies that fuse the clients' networks instead of averaging them."""
+
+from flwr_fusion.strategy.fusion import FusionStrategy
+from flwr_fusion.strategy.named import OTFusion
+
+__all__ = ["FusionStrategy", "OTFusion"]
