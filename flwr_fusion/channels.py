@@ -279,7 +279,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def _prepared_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode, in at least float32, whose parameters all take gradients."""
+    """Return a copy in evaluation mode and at least float32 whose parameters take gradients."""
     traced = copy.deepcopy(model).eval()
     if not any(p.dtype == torch.float64 for p in traced.parameters()):
         traced = traced.float()

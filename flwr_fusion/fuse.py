@@ -241,7 +241,7 @@ def ot_fusion(
     target = _largest(models, order) if target is None else target
     graph = verified_graph(target, example_inputs)
     clients = _clients(models, shares, order, target, graph, example_inputs)
-    base, base_name, base_is_client = _reference(clients, order, target, reference)
+    base, base_name, base_client = _reference(clients, order, target, reference)
     if align_by == "activations":
         base_model = _with_state(target, base)
         alignments = [
@@ -257,10 +257,12 @@ def ot_fusion(
     else:
         alignments = [
             align_by_weights(base, client.state(), client.correspondence, matching)
-            for client in clients
+            if n != base_client
+            else Alignment(client.correspondence.identity(), {})
+            for n, client in enumerate(clients)
         ]
         settled = all(alignment.is_identity for alignment in alignments)
-        others = len(clients) - base_is_client
+        others = len(clients) - (base_client is not None)
         if sweep == "joint" and others > 1 and not settled:
             alignments = refine_as_barycentre(clients, alignments, base, matching)
     mean = RunningMean(base)
@@ -386,22 +388,22 @@ def _reference(
     order: Sequence[int],
     target: nn.Module,
     reference: nn.Module | None,
-) -> tuple[dict[str, Tensor], str, bool]:
-    """Return the state dict to align to, its name, and whether it is a client as it stands."""
+) -> tuple[dict[str, Tensor], str, int | None]:
+    """Return the state dict to align to, its name, and which client it is as it stands."""
     device = next(target.parameters()).device
     target_state = {name: tensor.to(device) for name, tensor in _state(target).items()}
     if reference is not None:
         given = {name: tensor.to(device) for name, tensor in _state(reference).items()}
         _check_same_tensors(given, target_state, "the reference", "the target")
         if _resembles(clients[0].state(), given):
-            return given, "the given reference", False
+            return given, "the given reference", None
     shapes = {name: tensor.shape for name, tensor in target_state.items()}
     same = [n for n, client in enumerate(clients) if client.correspondence.client.shapes == shapes]
     chosen = same[0] if same else 0
     name = f"client {order[chosen]}"
     if same:
-        return dict(clients[chosen].state()), name, True
-    return _placed(clients[chosen], target_state), name, False
+        return dict(clients[chosen].state()), name, chosen
+    return _placed(clients[chosen], target_state), name, None
 
 
 def _resembles(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:

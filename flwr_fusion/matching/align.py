@@ -91,13 +91,15 @@ def align_by_weights(
     """
     aligner = _WeightAligner(reference, client, correspondence, matching)
     if start is not None:
-        return aligner.joint(start)
-    greedy = aligner.greedy()
+        return aligner.joint(start, waiting=set(start))
     if matching.sweep == "greedy":
-        return greedy
+        return aligner.forward_pass(incoming_only=True)[0]
+    identity = correspondence.identity()
+    first, unsettled = aligner.forward_pass(incoming_only=False)
     # Starting from the closer of the two, the descent ends no farther than the identity.
-    starts = (correspondence.identity(), greedy.maps)
-    return aligner.joint(min(starts, key=aligner.distance))
+    if aligner.distance(identity) <= aligner.distance(first.maps):
+        return aligner.joint(identity, waiting=set(identity))
+    return aligner.joint(first.maps, unsettled, first.costs)
 
 
 def align_by_activations(
@@ -145,30 +147,42 @@ class _WeightAligner:
             for group in correspondence.free_groups
         }
 
-    def greedy(self) -> Alignment:
-        """Match the groups in forward order by the weights whose inputs are already matched."""
+    def forward_pass(self, incoming_only: bool) -> tuple[Alignment, set[str]]:
+        """Match the groups in forward order by the weights whose other axes are matched already.
+
+        Returns
+        -------
+        tuple of (Alignment, set of str)
+            The maps, and the groups that were matched without all of their weights.
+        """
         maps: dict[str, ChannelMap] = {}
         costs: dict[str, float] = {}
+        unsettled: set[str] = set()
         for group in self.correspondence.free_groups:
+            reads = self.reads[group.name]
             known = [
                 tensor
-                for tensor, needed in self.reads[group.name].items()
-                if needed <= maps.keys() and self._writes(tensor, group.name)
+                for tensor, needed in reads.items()
+                if needed <= maps.keys()
+                and (self._writes(tensor, group.name) or not incoming_only)
             ]
+            maps[group.name] = Selection.identity(group.fused_size, group.client_size)
             if known:
                 cost = self._cost(group, maps, known)
-                chosen: ChannelMap = self._solve(cost, group)
-                costs[group.name] = plan_cost(cost, chosen)
-            else:
-                chosen = Selection.identity(group.fused_size, group.client_size)
-            maps[group.name] = chosen
-        return Alignment(maps, costs)
+                maps[group.name] = self._solve(cost, group)
+                costs[group.name] = plan_cost(cost, maps[group.name])
+            if len(known) < len(reads):
+                unsettled.add(group.name)
+        return Alignment(maps, costs), unsettled
 
-    def joint(self, start: Mapping[str, ChannelMap]) -> Alignment:
-        """Re-match every group given the others until nothing moves."""
-        maps = dict(start)
-        costs: dict[str, float] = {}
-        waiting = set(maps)
+    def joint(
+        self,
+        start: Mapping[str, ChannelMap],
+        waiting: set[str],
+        costs: Mapping[str, float] | None = None,
+    ) -> Alignment:
+        """Re-match every waiting group given the others until nothing moves."""
+        maps, found = dict(start), dict(costs or {})
         for _ in range(_MAX_SWEEPS):
             for group in self.correspondence.free_groups:
                 if group.name not in waiting:
@@ -176,13 +190,13 @@ class _WeightAligner:
                 waiting.discard(group.name)
                 cost = self._cost(group, maps, self.reads[group.name])
                 chosen = self._improved(cost, group, maps[group.name])
-                costs[group.name] = plan_cost(cost, chosen)
+                found[group.name] = plan_cost(cost, chosen)
                 if chosen is not maps[group.name]:
                     maps[group.name] = chosen
                     waiting |= set().union(*self.reads[group.name].values()) - {group.name}
             if not waiting:
                 break
-        return Alignment(maps, costs)
+        return Alignment(maps, found)
 
     def distance(self, maps: Mapping[str, ChannelMap]) -> float:
         """Return the squared Euclidean distance between the reference and the mapped client."""
