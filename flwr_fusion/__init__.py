@@ -2,7 +2,7 @@
 
 from flwr_fusion.channels import ChannelGraph, ChannelGroup, Place
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fuse import FusionReport, FusionResult, GroupReport, average, ot_fusion
+from flwr_fusion.fuse import FusionReport, FusionResult, GroupReport, average, neuron_transplantation, ot_fusion
 
 __all__ = [
     "ChannelGraph",
@@ -13,5 +13,6 @@ __all__ = [
     "GroupReport",
     "Place",
     "average",
+    "neuron_transplantation",
     "ot_fusion",
 ]

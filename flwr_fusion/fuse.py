@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.channels import ChannelGraph, verified_graph
+from flwr_fusion.channels import ChannelGraph, ChannelGroup, verified_graph
 from flwr_fusion.combine import RunningMean
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import Correspondence, Selection
@@ -25,9 +25,12 @@ from flwr_fusion.matching.align import (
 from flwr_fusion.matching.barycentre import Client, refine_as_barycentre
 from flwr_fusion.matching.costs import activation_costs, channel_norms
 from flwr_fusion.matching.transport import Solver
+from flwr_fusion.transplant import Scorer, Transplantation, choose_channels
 
 ALIGN_BY = ("weights", "activations")
 COMBINE = ("mean",)
+SCHEMES = ("joint", "iterative", "recursive")
+Importance = Callable[[nn.Module, ChannelGroup], Tensor]
 # Networks that started apart have weights with a cosine near 0; after training from one start it
 # stays far above this.
 _SAME_START = 0.2
@@ -144,7 +147,7 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     mean = RunningMean(first)
     for k in _heaviest_first(models, shares):
         mean.add(_state(models[k]), shares[k])
-    fused = _with_state(models[0], mean.mean(uncovered=first))
+    fused = with_state(models[0], mean.mean(uncovered=first))
     return FusionResult(fused, FusionReport("average", "", (), time.perf_counter() - started))
 
 
@@ -243,7 +246,7 @@ def ot_fusion(
     clients = _clients(models, shares, order, target, graph, example_inputs)
     base, base_name, base_client = _reference(clients, order, target, reference)
     if align_by == "activations":
-        base_model = _with_state(target, base)
+        base_model = with_state(target, base)
         alignments = [
             align_by_activations(
                 activation_costs(
@@ -268,10 +271,131 @@ def ot_fusion(
     mean = RunningMean(base)
     for client, alignment in zip(clients, alignments, strict=True):
         mean.add(client.state(), client.weight, client.correspondence, alignment.maps)
-    fused = _with_state(target, mean.mean(uncovered=base))
+    fused = with_state(target, mean.mean(uncovered=base))
     groups = _group_reports(clients, alignments)
     seconds = time.perf_counter() - started
     return FusionResult(fused, FusionReport("ot_fusion", base_name, groups, seconds))
+
+
+def neuron_transplantation(
+    models: Sequence[nn.Module],
+    weights: Sequence[float] | None = None,
+    *,
+    example_inputs: Any,
+    target: nn.Module | None = None,
+    importance: Literal["l1", "l2"] | Importance = "l2",
+    weighted: bool = False,
+    scheme: Literal["joint", "iterative", "recursive"] = "joint",
+    order: Literal["merge-then-prune", "prune-then-merge"] = "merge-then-prune",
+    duplicates: float = 0.5,
+    donated: float | None = None,
+) -> FusionResult:
+    """Fuse networks by keeping the most important channels of all of them.
+
+    Hidden channels are not averaged, channels of different networks do not read each other, and
+    output layers are the weighted mean. Near-duplicate channels take one place and are averaged,
+    so that networks with a common start are averaged and a network fused with itself is itself.
+
+    Parameters
+    ----------
+    models : sequence of nn.Module
+        Networks of one architecture, of any widths. Not modified.
+    weights : sequence of float, optional
+        Relative weights, non-negative, not all zero. Default: equal.
+    example_inputs : Tensor, tuple or dict
+        What the networks are called with.
+    target : nn.Module, optional
+        Network whose architecture, and so whose widths, the result has. Default: the one with the
+        most parameters. With a target as wide as all networks together nothing is dropped
+        (merge); fusing that single network into a small target then prunes it.
+    importance : {"l1", "l2"} or callable
+        Score of a channel: sum of absolute values or of squares over all its weights, or
+        ``importance(model, group)``, which returns one score per channel of a `ChannelGroup`.
+    weighted : bool
+        Multiply the scores by the clients' weights.
+    scheme : {"joint", "iterative", "recursive"}
+        All networks at once, one after the other, or in pairs.
+    order : {"merge-then-prune", "prune-then-merge"}
+        All channels compete, or every network gets an equal number of places.
+    duplicates : float
+        Channels that differ by less than this share of the spread are one; 0: never.
+    donated : float, optional
+        Share of places for channels of all networks but the heaviest (partial transplantation).
+
+    Returns
+    -------
+    FusionResult
+        The fused network; the report holds no costs, because nothing is matched.
+
+    Raises
+    ------
+    FusionError
+        If networks, weights or options do not fit together.
+
+    References
+    ----------
+    Öz et al., "Model Fusion via Neuron Transplantation", 2024, sections 3 and 4.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import flwr_fusion as ff
+    >>> a = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> x = torch.randn(5, 4)
+    >>> fused = ff.neuron_transplantation([a, a], example_inputs=x).model
+    >>> bool(torch.allclose(fused(x), a(x), atol=1e-6))
+    True
+    """
+    started = time.perf_counter()
+    _check_option("scheme", scheme, SCHEMES)
+    shares = _shares(models, weights)
+    ranked = [k for k in _heaviest_first(models, shares) if shares[k] > 0]
+    target = _largest(models, ranked) if target is None else target
+    graph = verified_graph(target, example_inputs)
+    parts = [(models[k], shares[k]) for k in ranked]
+
+    def fuse_once(chosen: Sequence[tuple[nn.Module, float]]) -> tuple[nn.Module, float]:
+        total = sum(share for _, share in chosen)
+        networks = [network for network, _ in chosen]
+        relative = [share / total for _, share in chosen]
+        everyone = range(len(chosen))
+        clients = _clients(networks, relative, everyone, target, graph, example_inputs)
+        scorer = (
+            importance if isinstance(importance, str) else _scorer(importance, networks, clients)
+        )
+        maps = choose_channels(
+            clients, Transplantation(scorer, weighted, order, duplicates, donated)
+        )
+        mean = RunningMean(_state(target))
+        for client, own in zip(clients, maps, strict=True):
+            mean.add(client.state(), client.weight, client.correspondence, own)
+        return with_state(target, mean.mean(uncovered=_state(target))), total
+
+    while len(parts) > 1 or parts[0][0] is models[ranked[0]]:
+        step = len(parts) if scheme == "joint" else 2
+        rest = parts[step:]
+        fused = fuse_once(parts[:step])
+        parts = [fused, *rest] if scheme != "recursive" else [*rest, fused]
+    seconds = time.perf_counter() - started
+    return FusionResult(parts[0][0], FusionReport("neuron_transplantation", "", (), seconds))
+
+
+def _scorer(
+    importance: Importance, networks: Sequence[nn.Module], clients: Sequence[Client]
+) -> Scorer:
+    """Return a user's importance as a function of client number and group name."""
+
+    def score(n: int, name: str) -> Tensor:
+        groups = {group.name: group for group in clients[n].correspondence.client.groups}
+        scores = torch.as_tensor(importance(networks[n], groups[name]))
+        if scores.shape != (groups[name].size,) or not bool(torch.isfinite(scores).all()):
+            raise FusionError(
+                f"importance must return {groups[name].size} finite scores for group '{name}'"
+            )
+        return scores
+
+    return score
 
 
 def _check_option(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -344,11 +468,27 @@ def _check_same_tensors(
             )
 
 
-def _with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a network with other values."""
-    fused = copy.deepcopy(model)
-    fused.load_state_dict(state)
-    return fused
+def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a network with other values.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; not modified.
+    state : mapping of str to Tensor
+        Values for all keys of its state dict.
+
+    Returns
+    -------
+    nn.Module
+        The copy.
+    """
+    loaded = copy.deepcopy(model)
+    # The network's own state dict carries the versions that some layers ask for.
+    full = loaded.state_dict()
+    full.update(state)
+    loaded.load_state_dict(full)
+    return loaded
 
 
 def _clients(

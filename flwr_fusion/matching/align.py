@@ -163,8 +163,7 @@ class _WeightAligner:
             known = [
                 tensor
                 for tensor, needed in reads.items()
-                if needed <= maps.keys()
-                and (self._writes(tensor, group.name) or not incoming_only)
+                if needed <= maps.keys() and (self._writes(tensor, group.name) or not incoming_only)
             ]
             maps[group.name] = Selection.identity(group.fused_size, group.client_size)
             if known:

@@ -55,8 +55,8 @@ def weight_cost(
     for name in tensors:
         for axis, segment in segments_of(group, name, correspondence):
             mapped = map_tensor(client[name], name, correspondence, maps, keep_axis=axis)
-            ours = _channel_rows(reference[name], axis, segment.fused_positions)
-            theirs = _channel_rows(mapped, axis, segment.client_positions).to(ours)
+            ours = channel_rows(reference[name], axis, segment.fused_positions)
+            theirs = channel_rows(mapped, axis, segment.client_positions).to(ours)
             distance = torch.addmm(ours.square().sum(1, keepdim=True), ours, theirs.T, alpha=-2)
             distance += theirs.square().sum(1)
             total = distance if total is None else total.add_(distance)
@@ -102,7 +102,7 @@ def channel_norms(
             if not segment.writes:
                 continue
             positions = segment.fused_positions if fused else segment.client_positions
-            rows = _channel_rows(state[name], axis, positions).square().sum(1)
+            rows = channel_rows(state[name], axis, positions).square().sum(1)
             squares = rows if squares is None else squares + rows
     if squares is None:
         raise FusionError(f"no weights write the channels of group '{group}'")
@@ -118,8 +118,23 @@ def matched_tensors(correspondence: Correspondence, state: Mapping[str, Tensor])
     ]
 
 
-def _channel_rows(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
-    """Return a tensor as (channels, everything else), in at least single precision."""
+def channel_rows(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
+    """Return a tensor as (channels, everything else), in at least single precision.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        Any tensor of a state dict.
+    axis : int
+        The axis that carries the channels.
+    positions : Tensor
+        Shape (channels, block): where they stand along the axis.
+
+    Returns
+    -------
+    Tensor
+        Shape (channels, block * everything else).
+    """
     moved = tensor.detach().movedim(axis, 0)
     flat = positions.flatten()
     if not torch.equal(flat, torch.arange(len(moved))):

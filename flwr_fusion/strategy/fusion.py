@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from logging import ERROR, INFO, WARNING
@@ -16,7 +15,7 @@ from torch import nn
 
 from flwr_fusion.channels import verified_graph
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fuse import FusionReport, FusionResult
+from flwr_fusion.fuse import FusionReport, FusionResult, with_state
 from flwr_fusion.strategy.replies import (
     RejectedReply,
     Update,
@@ -205,9 +204,7 @@ class _ReceivedModels(Sequence[nn.Module]):
 
 
 def _loaded(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
-    loaded = copy.deepcopy(model)
-    loaded.load_state_dict(state_of(arrays, model.state_dict()))
-    return loaded
+    return with_state(model, state_of(arrays, model.state_dict()))
 
 
 def _check_options(method: FusionMethod, options: dict[str, Any]) -> bool:

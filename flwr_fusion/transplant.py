@@ -1,0 +1,344 @@
+"""Choosing channel maps by importance: Neuron Transplantation.
+
+The fused network keeps the most important channels of all clients and drops the others; hidden
+channels of different clients are not averaged and do not read each other. The network that would
+hold all clients side by side is never built: channels are scored first, then one pass copies the
+chosen slices.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flwr_fusion.errors import FusionError
+from flwr_fusion.maps import ChannelMap, Segment, Selection, map_tensor
+from flwr_fusion.matching.barycentre import Client
+from flwr_fusion.matching.costs import channel_rows, matched_tensors, segments_of
+
+IMPORTANCES = ("l1", "l2")
+ORDERS = ("merge-then-prune", "prune-then-merge")
+_PROJECTIONS = 64
+
+Scorer = Callable[[int, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Transplantation:
+    """Which channels are kept.
+
+    Parameters
+    ----------
+    importance : {"l1", "l2"} or callable
+        Score of a channel: the sum of absolute values or of squares of all its weights, incoming
+        and outgoing, biases and norm scales included; or ``importance(client, group)``, which
+        returns a score for each of the client's channels of a group.
+    weighted : bool
+        Multiply a client's scores by its weight.
+    order : {"merge-then-prune", "prune-then-merge"}
+        Clients compete for all places, or each client gets an equal number of them.
+    duplicates : float
+        Channels of different clients that differ by less than this share of the spread of all
+        channels are duplicates: they take one place, and their weights are averaged. 0: never.
+    donated : float, optional
+        Share of the places for channels of all clients but the first; default: no limit.
+    """
+
+    importance: Literal["l1", "l2"] | Scorer = "l2"
+    weighted: bool = False
+    order: Literal["merge-then-prune", "prune-then-merge"] = "merge-then-prune"
+    duplicates: float = 0.5
+    donated: float | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.importance) and self.importance not in IMPORTANCES:
+            raise FusionError(
+                f"importance must be one of {IMPORTANCES} or a function, not {self.importance!r}"
+            )
+        if self.order not in ORDERS:
+            raise FusionError(f"order must be one of {ORDERS}, not {self.order!r}")
+        if not 0 <= self.duplicates <= 1:
+            raise FusionError(f"duplicates must lie in [0, 1], not {self.duplicates!r}")
+        if self.donated is not None and not 0 <= self.donated <= 1:
+            raise FusionError(f"donated must lie in [0, 1], not {self.donated!r}")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The distinct channels of all clients in one group.
+
+    Parameters
+    ----------
+    size : int
+        Number of distinct channels.
+    members : list of Tensor
+        For each client, shape (client channels,): which distinct channel each of its channels is.
+    """
+
+    size: int
+    members: list[Tensor]
+
+
+def choose_channels(
+    clients: Sequence[Client], transplantation: Transplantation
+) -> list[dict[str, ChannelMap]]:
+    """Choose which channels of which clients the fused network keeps.
+
+    Parameters
+    ----------
+    clients : sequence of Client
+        The clients, in an order that ties are broken by.
+    transplantation : Transplantation
+        Importance, order of operations and guard.
+
+    Returns
+    -------
+    list of dict
+        For each client a `Selection` for every free group: its channels at their fused places.
+
+    References
+    ----------
+    Öz et al., "Model Fusion via Neuron Transplantation", 2024, section 3. The guard against
+    duplicates is not in the paper, which leaves redundancy as an open question.
+    """
+    states = [client.state() for client in clients]
+    pools = pool_channels(clients, states, transplantation.duplicates)
+    maps: list[dict[str, ChannelMap]] = [{} for _ in clients]
+    # From the output back, as a pruner does: what the next group drops counts no more.
+    for group in reversed(clients[0].correspondence.free_groups):
+        pool = pools[group.name]
+        scores = [
+            _scores(n, client, states[n], group.name, maps[n], transplantation)
+            for n, client in enumerate(clients)
+        ]
+        kept = _kept(scores, pool, group.fused_size, transplantation)
+        for n, client in enumerate(clients):
+            sizes = {g.name: g.client_size for g in client.correspondence.free_groups}
+            maps[n][group.name] = _selection(
+                kept, pool.members[n], group.fused_size, sizes[group.name]
+            )
+    return maps
+
+
+def _selection(kept: Tensor, members: Tensor, fused_size: int, client_size: int) -> Selection:
+    """Return the map that puts a client's kept channels at the places of their pool channels."""
+    channel_of = torch.full((int(max(kept.max(), members.max())) + 1,), -1)
+    channel_of[members] = torch.arange(client_size)
+    index = torch.full((fused_size,), -1)
+    index[: len(kept)] = channel_of[kept]
+    return Selection(index, client_size)
+
+
+def _kept(
+    scores: Sequence[Tensor], pool: Pool, places: int, transplantation: Transplantation
+) -> Tensor:
+    """Return the pool channels that are kept, in the pool's order."""
+    total = torch.zeros(pool.size, dtype=torch.float64)
+    for score, members in zip(scores, pool.members, strict=True):
+        total.index_add_(0, members, score)
+    quota = [places] * len(scores)
+    if transplantation.order == "prune-then-merge":
+        quota = [
+            places * (n + 1) // len(scores) - places * n // len(scores) for n in range(len(scores))
+        ]
+    if transplantation.donated is not None:
+        donated = round(places * transplantation.donated)
+        own = torch.zeros(pool.size, dtype=torch.bool)
+        own[pool.members[0]] = True
+        chosen = [_best(total, own, places - donated), _best(total, ~own, donated)]
+    elif transplantation.order == "prune-then-merge":
+        chosen = []
+        free = torch.ones(pool.size, dtype=torch.bool)
+        for members, count in zip(pool.members, quota, strict=True):
+            candidates = torch.zeros(pool.size, dtype=torch.bool)
+            candidates[members] = True
+            chosen.append(_best(total, candidates & free, count))
+            free[chosen[-1]] = False
+    else:
+        chosen = [_best(total, torch.ones(pool.size, dtype=torch.bool), places)]
+    kept = torch.cat(chosen)
+    # Places that a quota left empty go to the most important channels that remain.
+    rest = torch.ones(pool.size, dtype=torch.bool)
+    rest[kept] = False
+    kept = torch.cat([kept, _best(total, rest, places - len(kept))])
+    return kept.sort().values
+
+
+def _best(total: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """Return the highest-scored candidates; the first of equals."""
+    indices = torch.nonzero(candidates).flatten()
+    order = torch.argsort(total[indices], descending=True, stable=True)
+    return indices[order[: max(count, 0)]]
+
+
+def _scores(
+    n: int,
+    client: Client,
+    state: Mapping[str, Tensor],
+    group: str,
+    maps: Mapping[str, ChannelMap],
+    transplantation: Transplantation,
+) -> Tensor:
+    """Return the importance of each of a client's channels of a group, in double precision."""
+    factor = client.weight if transplantation.weighted else 1.0
+    if callable(transplantation.importance):
+        return transplantation.importance(n, group).double().cpu() * factor
+    power = 1 if transplantation.importance == "l1" else 2
+    total: Tensor | None = None
+    for name in matched_tensors(client.correspondence, state):
+        for axis, segment in segments_of(group, name, client.correspondence):
+            values = _as_in_fused(state[name], name, axis, client, maps)
+            rows = channel_rows(values, axis, segment.client_positions)
+            norms = rows.abs().sum(1) if power == 1 else rows.square().sum(1)
+            total = norms.double() if total is None else total + norms
+    if total is None:
+        raise FusionError(f"no weights tell the channels of group '{group}' apart")
+    return total.cpu() * factor
+
+
+def _as_in_fused(
+    tensor: Tensor, name: str, axis: int, client: Client, maps: Mapping[str, ChannelMap]
+) -> Tensor:
+    """Return a tensor as the fused network will hold it along all axes but one."""
+    correspondence = client.correspondence
+    others = {a: s for a, s in correspondence.segments[name].items() if a != axis}
+    known = all(segment.group in maps for segments in others.values() for segment in segments)
+    if others and known:
+        return map_tensor(tensor, name, correspondence, maps, keep_axis=axis)
+    segments_of_all_axes = correspondence.segments[name].values()
+    averaged = not any(s.writes for segments in segments_of_all_axes for s in segments)
+    return tensor * client.weight if averaged else tensor
+
+
+def pool_channels(
+    clients: Sequence[Client], states: Sequence[Mapping[str, Tensor]], duplicates: float
+) -> dict[str, Pool]:
+    """Find the distinct channels of all clients in every group.
+
+    Two channels are compared by random projections of their incoming weights (Johnson &
+    Lindenstrauss), in forward order, so that channels which read duplicates can be duplicates
+    themselves. Mutual nearest neighbours that differ by less than ``duplicates`` times the spread
+    (twice the mean squared distance from the mean channel) are one channel.
+
+    Parameters
+    ----------
+    clients : sequence of Client
+        The clients.
+    states : sequence of mapping of str to Tensor
+        Their state dicts.
+    duplicates : float
+        The limit; at 0 every channel is distinct.
+
+    Returns
+    -------
+    dict of str to Pool
+        For each free group.
+    """
+    pools: dict[str, Pool] = {}
+    for group in clients[0].correspondence.free_groups:
+        sizes = [_client_size(client, group.name) for client in clients]
+        if not duplicates:
+            offsets = [sum(sizes[:n]) for n in range(len(sizes))]
+            members = [torch.arange(s) + o for s, o in zip(sizes, offsets, strict=True)]
+            pools[group.name] = Pool(sum(sizes), members)
+            continue
+        signatures = [
+            _signatures(group.name, n, client, states[n], pools) for n, client in enumerate(clients)
+        ]
+        pools[group.name] = _pool(signatures, duplicates)
+    return pools
+
+
+def _client_size(client: Client, group: str) -> int:
+    return next(g.client_size for g in client.correspondence.free_groups if g.name == group)
+
+
+def _pool(signatures: Sequence[Tensor], duplicates: float) -> Pool:
+    """Join mutual nearest neighbours of different clients, one client after the other."""
+    everything = torch.cat(list(signatures))
+    spread = 2 * float((everything - everything.mean(0)).square().sum(1).mean())
+    known = signatures[0]
+    members = [torch.arange(len(known))]
+    for own in signatures[1:]:
+        distance = torch.cdist(own.double(), known.double()).square()
+        nearest, back = distance.argmin(1), distance.argmin(0)
+        index = torch.arange(len(own))
+        same = (back[nearest] == index) & (distance[index, nearest] <= duplicates * spread)
+        new = torch.cumsum(~same, 0) - 1 + len(known)
+        members.append(torch.where(same, nearest, new))
+        known = torch.cat([known, own[~same]])
+    return Pool(len(known), members)
+
+
+def _signatures(
+    group: str, n: int, client: Client, state: Mapping[str, Tensor], pools: Mapping[str, Pool]
+) -> Tensor:
+    """Return random projections of the incoming weights, shape (channels, projections)."""
+    total: Tensor | None = None
+    for name in matched_tensors(client.correspondence, state):
+        for axis, segment in segments_of(group, name, client.correspondence):
+            others = [
+                (a, segments)
+                for a, segments in client.correspondence.segments[name].items()
+                if a != axis
+            ]
+            known = all(s.group in pools for _, segments in others for s in segments)
+            if not segment.writes or not known:
+                continue
+            rows = channel_rows(state[name], axis, segment.client_positions)
+            projection = _projection(
+                name, axis, segment.client_positions, state[name], n, client, pools
+            )
+            projected = rows @ projection.to(rows)
+            total = projected if total is None else total + projected
+    if total is None:
+        raise FusionError(f"no weights write the channels of group '{group}'")
+    return total.float().cpu()
+
+
+def _projection(
+    name: str,
+    axis: int,
+    positions: Tensor,
+    tensor: Tensor,
+    n: int,
+    client: Client,
+    pools: Mapping[str, Pool],
+) -> Tensor:
+    """Return the random directions of one tensor for one client, shape (values, projections).
+
+    They are drawn in the pool's channels, so that the same input channel of two clients gets the
+    same direction and distinct ones get independent directions.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    indices = [
+        _pool_positions(client.correspondence.segments[name].get(other, []), length, n, pools)
+        for other, length in enumerate(tensor.shape)
+        if other != axis
+    ]
+    drawn = [positions.shape[1], *(length for _, length in indices), _PROJECTIONS]
+    directions = torch.randn(drawn, generator=generator)
+    for dimension, (index, _) in enumerate(indices, start=1):
+        directions = directions.index_select(dimension, index)
+    return directions.reshape(-1, _PROJECTIONS)
+
+
+def _pool_positions(
+    segments: Sequence[Segment], length: int, n: int, pools: Mapping[str, Pool]
+) -> tuple[Tensor, int]:
+    """Return where each position of a client's axis stands among the pool's, and their number."""
+    index = torch.full((length,), -1)
+    total = 0
+    for segment in segments:
+        pool, block = pools[segment.group], segment.client_positions.shape[1]
+        blocks = pool.members[n].unsqueeze(1) * block + torch.arange(block)
+        index[segment.client_positions] = total + blocks
+        total += pool.size * block
+    rest = index < 0
+    index[rest] = total + torch.arange(int(rest.sum()))
+    return index, total + int(rest.sum())
