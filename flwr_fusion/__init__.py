@@ -2,7 +2,14 @@
 
 from flwr_fusion.channels import ChannelGraph, ChannelGroup, Place
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fuse import FusionReport, FusionResult, GroupReport, average, neuron_transplantation, ot_fusion
+from flwr_fusion.fuse import (
+    FusionReport,
+    FusionResult,
+    GroupReport,
+    average,
+    neuron_transplantation,
+    ot_fusion,
+)
 
 __all__ = [
     "ChannelGraph",

@@ -399,12 +399,18 @@ class _GroupBuilder:
             items = [self._item(item) for item in traced]
             written.update(item.module for item in items if item.is_output)
             result += self._split(items)
+        for name in self.order:
+            layer = self.modules[name]
+            if isinstance(layer, _ROOT_LAYERS) and layer not in self.graph.module2node:
+                result += self._untraceable(
+                    layer, list(range(layer.weight.shape[_out_axis(layer)]))
+                )
         return result
 
     def _untraceable(self, layer: nn.Module, channels: list[int]) -> list[ChannelGroup]:
         """Return a fixed group for a layer whose output torch-pruning cannot follow."""
         own = _Traced(layer, is_output=True, channels=channels, positions=channels)
-        reason = "torch-pruning cannot follow these channels"
+        reason = "the output of this layer cannot be traced"
         return [replace(group, fixed_because=reason) for group in self._split([own])]
 
     def _split(self, items: list[_Traced]) -> list[ChannelGroup]:
@@ -524,10 +530,10 @@ class _GroupBuilder:
                 return []
             return [(self.parameter_names[module], axis, True)]
         if isinstance(module, nn.modules.conv._ConvNd):
-            transposed = module.transposed and not _is_depthwise(module)
+            out = _out_axis(module)
             if item.is_output or _is_depthwise(module):
-                return [(f"{dot}weight", int(transposed), True), (f"{dot}bias", 0, True)]
-            return [(f"{dot}weight", int(not transposed), False)]
+                return [(f"{dot}weight", out, True), (f"{dot}bias", 0, True)]
+            return [(f"{dot}weight", 1 - out, False)]
         if isinstance(module, nn.Linear):
             if item.is_output:
                 return [(f"{dot}weight", 0, True), (f"{dot}bias", 0, True)]
@@ -560,6 +566,13 @@ class _GroupBuilder:
 def owner_of(tensor: str) -> str:
     """Return the name of the module that owns a tensor."""
     return tensor.rpartition(".")[0] or tensor
+
+
+def _out_axis(layer: nn.Module) -> int:
+    """Return the axis of a layer's weight that indexes its outputs."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return int(layer.transposed and not _is_depthwise(layer))
+    return int(isinstance(layer, nn.Embedding))
 
 
 def _is_depthwise(module: nn.modules.conv._ConvNd) -> bool:

@@ -1,6 +1,6 @@
 """Flower strategies that fuse the clients' networks instead of averaging them."""
 
 from flwr_fusion.strategy.fusion import FusionStrategy
-from flwr_fusion.strategy.named import OTFusion
+from flwr_fusion.strategy.named import NeuronTransplantation, OTFusion
 
-__all__ = ["FusionStrategy", "OTFusion"]
+__all__ = ["FusionStrategy", "NeuronTransplantation", "OTFusion"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import ERROR, INFO, WARNING
 from typing import Any, overload
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -20,10 +20,11 @@ from flwr_fusion.strategy.replies import (
     RejectedReply,
     Update,
     arrays_of,
+    check_arrays,
+    nodes_with_several_replies,
     read_update,
     read_weight,
     state_of,
-    without_duplicates,
 )
 
 FusionMethod = Callable[..., FusionResult]
@@ -39,9 +40,9 @@ class FusionStrategy(FedAvg):
     Parameters
     ----------
     method : callable
-        A fusion method with the signature of `flwr_fusion.ot_fusion`:
-        ``method(models, weights, *, example_inputs, target, **options)``. If it also takes
-        ``reference``, it receives the global model that was sent out.
+        A fusion method: ``method(models, weights, **options)`` that returns a `FusionResult`.
+        Where it takes ``example_inputs``, ``target`` (the model) or ``reference`` (the global
+        model that was sent out), it receives them.
     model : nn.Module
         The global model: its architecture is what clients train. Not modified.
     example_inputs : Tensor, tuple or dict
@@ -72,10 +73,11 @@ class FusionStrategy(FedAvg):
         self.options = arguments
         self.reports: dict[int, FusionReport] = {}
         self._sent: ArrayRecord | None = None
-        self._takes_reference = _check_options(method, arguments)
+        self._asked: set[int] = set()
+        _check_options(method, arguments)
         # Whatever the method cannot do is refused here, not after the first round of training.
         verified_graph(model, example_inputs)
-        self._fuse([model], [1.0], None)
+        self._fuse(1, [model], [1.0], None)
 
     def summary(self) -> None:
         """Log the fusion method and its options, then FedAvg's configuration."""
@@ -87,13 +89,14 @@ class FusionStrategy(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Remember the global model that is sent out, then configure training as FedAvg does."""
-        template = self.model.state_dict()
-        if arrays.keys() != template.keys():
-            different = sorted(arrays.keys() ^ template.keys())
-            raise FusionError(f"the arrays to send are not those of the model: {different[:5]}")
-        state_of(arrays, template)
+        try:
+            check_arrays(arrays, self.model.state_dict())
+        except RejectedReply as error:
+            raise FusionError(f"the arrays to send do not fit the model: {error}") from error
         self._sent = arrays
-        return super().configure_train(server_round, arrays, config, grid)
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self._asked = {message.metadata.dst_node_id for message in messages}
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -111,19 +114,25 @@ class FusionStrategy(FedAvg):
         -------
         tuple of (ArrayRecord or None, MetricRecord or None)
             The fused model, or None to keep the last one if there is no good reply; the clients'
-            metrics by FedAvg's aggregation with ``rejected`` (replies left out) and
+            metrics by FedAvg's aggregation with ``rejected`` (bad and error replies) and
             ``share-moved`` (share of channels that the fusion moved).
         """
-        valid, _ = self._check_and_log_replies(list(replies), is_train=True, validate=False)
+        replies = list(replies)
+        silent = self._asked - {message.metadata.src_node_id for message in replies}
+        if silent:
+            log(WARNING, "aggregate_train: no reply from nodes %s", sorted(silent))
+        valid, errors = self._check_and_log_replies(replies, is_train=True, validate=False)
         updates = self._good_updates(valid)
-        rejected = len(valid) - len(updates)
+        rejected = len(valid) + len(errors) - len(updates)
         if not updates:
             log(ERROR, "aggregate_train: no good reply in round %s; the model stays", server_round)
             return None, MetricRecord({"rejected": rejected})
         models = _ReceivedModels(self.model, updates)
-        result = self._fuse(models, [update.weight for update in updates], self._sent_model())
+        weights = [update.weight for update in updates]
+        result = self._fuse(server_round, models, weights, self._sent_model())
         self.reports[server_round] = result.report
-        metrics = self._aggregated_metrics(updates)
+        contents = [update.content for update in updates]
+        metrics = self._aggregated(self.train_metrics_aggr_fn, contents)
         metrics["rejected"] = rejected
         metrics["share-moved"] = result.report.share_moved
         return arrays_of(result.model.state_dict()), metrics
@@ -140,15 +149,16 @@ class FusionStrategy(FedAvg):
                 good.append(message.content)
             except RejectedReply as reason:
                 _log_rejection("aggregate_evaluate", message, reason)
-        return self.evaluate_metrics_aggr_fn(good, self.weighted_by_key) if good else None
+        return self._aggregated(self.evaluate_metrics_aggr_fn, good) if good else None
 
     def _good_updates(self, messages: Sequence[Message]) -> list[Update]:
         template = self.model.state_dict()
+        ambiguous = nodes_with_several_replies(messages)
         updates = []
-        for message, reason in without_duplicates(messages):
+        for message in messages:
             try:
-                if reason:
-                    raise RejectedReply(reason)
+                if message.metadata.src_node_id in ambiguous:
+                    raise RejectedReply("the node sent a second reply: which one counts is unknown")
                 updates.append(
                     read_update(message, template, self.arrayrecord_key, self.weighted_by_key)
                 )
@@ -156,12 +166,13 @@ class FusionStrategy(FedAvg):
                 _log_rejection("aggregate_train", message, rejection)
         return updates
 
-    def _aggregated_metrics(self, updates: Sequence[Update]) -> MetricRecord:
-        contents = [update.content for update in updates]
+    def _aggregated(
+        self, aggregate: Callable[[list[RecordDict], str], MetricRecord], contents: list[RecordDict]
+    ) -> MetricRecord:
         try:
-            return self.train_metrics_aggr_fn(contents, self.weighted_by_key)
-        except (KeyError, TypeError, ValueError) as error:
-            log(WARNING, "aggregate_train: the clients' metrics do not fit together: %r", error)
+            return aggregate(contents, self.weighted_by_key)
+        except Exception as error:  # What clients put into their metrics must not end the run.
+            log(WARNING, "the clients' metrics do not fit together: %r", error)
             return MetricRecord()
 
     def _sent_model(self) -> nn.Module | None:
@@ -169,18 +180,36 @@ class FusionStrategy(FedAvg):
             return None
         return _loaded(self.model, self._sent)
 
+    def method_of_round(self, server_round: int) -> tuple[FusionMethod, Mapping[str, Any]]:
+        """Return the method that fuses a round, with its options.
+
+        Parameters
+        ----------
+        server_round : int
+            The round, from 1.
+
+        Returns
+        -------
+        tuple of (callable, mapping)
+            By default the strategy's own method and options in every round.
+        """
+        return self.method, self.options
+
     def _fuse(
-        self, models: Sequence[nn.Module], weights: Sequence[float], reference: nn.Module | None
+        self,
+        server_round: int,
+        models: Sequence[nn.Module],
+        weights: Sequence[float],
+        reference: nn.Module | None,
     ) -> FusionResult:
-        known = {"reference": reference} if self._takes_reference else {}
-        return self.method(
-            models,
-            weights,
-            example_inputs=self.example_inputs,
-            target=self.model,
-            **known,
-            **self.options,
-        )
+        method, options = self.method_of_round(server_round)
+        context = {
+            "example_inputs": self.example_inputs,
+            "target": self.model,
+            "reference": reference,
+        }
+        taken = {name: value for name, value in context.items() if _takes(method, name)}
+        return method(models, weights, **taken, **options)
 
 
 class _ReceivedModels(Sequence[nn.Module]):
@@ -207,8 +236,12 @@ def _loaded(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
     return with_state(model, state_of(arrays, model.state_dict()))
 
 
-def _check_options(method: FusionMethod, options: dict[str, Any]) -> bool:
-    """Refuse options that the method does not have; say whether it takes a reference."""
+def _takes(method: FusionMethod, name: str) -> bool:
+    return name in inspect.signature(method).parameters
+
+
+def _check_options(method: FusionMethod, options: Mapping[str, Any]) -> None:
+    """Refuse options that the method does not have."""
     parameters = inspect.signature(method).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     own = {"models", "weights", "example_inputs", "target", "reference"}
@@ -219,7 +252,6 @@ def _check_options(method: FusionMethod, options: dict[str, Any]) -> bool:
             f"unknown arguments {unknown}: neither FedAvg's nor options of the fusion method "
             f"({', '.join(allowed)})"
         )
-    return "reference" in parameters
 
 
 def _log_rejection(where: str, message: Message, reason: Exception) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +20,9 @@ from flwr_fusion.errors import FusionError
 
 RecordT = TypeVar("RecordT", ArrayRecord, MetricRecord)
 
+_LARGEST_WEIGHT = 1e15
+# Far above any weight of a network, far below where sums of squares overflow single precision.
+_LARGEST_VALUE = 1e12
 _KINDS = {"f": "floating-point", "i": "integer", "u": "integer", "b": "boolean"}
 
 
@@ -58,7 +62,7 @@ def read_update(
     message : Message
         A reply that carries content.
     template : mapping of str to Tensor
-        State dict of the model that the client was asked to train.
+        State dict that the client was asked to train.
     arrays_key, weight_key : str
         Names of the array record and of the metric that weighs the client.
 
@@ -75,15 +79,33 @@ def read_update(
     content = message.content
     arrays = _one_record(dict(content.array_records), arrays_key, "ArrayRecord")
     weight = read_weight(content, weight_key)
+    check_arrays(arrays, template)
+    return Update(message.metadata.src_node_id, weight, arrays, content)
+
+
+def check_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None:
+    """Check that arrays are those of a model: names, shapes, kinds, finite and not huge.
+
+    Parameters
+    ----------
+    arrays : ArrayRecord
+        What was received.
+    template : mapping of str to Tensor
+        State dict of the model; integer tables (indices, masks) must have its values.
+
+    Raises
+    ------
+    RejectedReply
+        Naming the first array at fault.
+    """
     missing, extra = template.keys() - arrays.keys(), arrays.keys() - template.keys()
     if missing or extra:
         raise RejectedReply(
-            f"its arrays are not the model's: missing {sorted(missing)[:5]}, "
+            f"the arrays are not the model's: missing {sorted(missing)[:5]}, "
             f"unknown {sorted(extra)[:5]}"
         )
     for name, like in template.items():
         _check_array(name, arrays[name], like)
-    return Update(message.metadata.src_node_id, weight, arrays, content)
 
 
 def read_weight(content: RecordDict, weight_key: str) -> float:
@@ -104,14 +126,17 @@ def read_weight(content: RecordDict, weight_key: str) -> float:
     Raises
     ------
     RejectedReply
-        If there is not exactly one metric record, or no positive finite number in it.
+        If there is not exactly one metric record, or no positive number of sensible size in it.
     """
     metrics: Mapping[str, object] = _one_record(dict(content.metric_records), "", "MetricRecord")
     weight = metrics.get(weight_key)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise RejectedReply(f"metric '{weight_key}' is {weight!r}, not a number")
-    if not math.isfinite(weight) or weight <= 0:
-        raise RejectedReply(f"metric '{weight_key}' is {weight!r}: it must be positive and finite")
+    if not 0 < weight <= _LARGEST_WEIGHT:
+        raise RejectedReply(
+            f"metric '{weight_key}' is {weight!r}: it must be positive and at most "
+            f"{_LARGEST_WEIGHT:.0e}"
+        )
     return float(weight)
 
 
@@ -129,8 +154,14 @@ def _check_array(name: str, array: Array, like: Tensor) -> None:
     kind = np.asarray(expected.new_empty(0).cpu().numpy()).dtype.kind
     if _KINDS.get(values.dtype.kind) != _KINDS[kind]:
         raise RejectedReply(f"array '{name}' holds {values.dtype}, not {_KINDS[kind]} numbers")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise RejectedReply(f"array '{name}' has non-finite values")
+    if values.dtype.kind != "f" and values.ndim and not np.array_equal(values, like.cpu().numpy()):
+        raise RejectedReply(f"array '{name}' is an integer table that differs from the model's")
+    if values.dtype.kind == "f" and values.size:
+        largest = float(np.abs(values).max())
+        if not math.isfinite(largest):
+            raise RejectedReply(f"array '{name}' has non-finite values")
+        if largest > _LARGEST_VALUE:
+            raise RejectedReply(f"array '{name}' has values up to {largest:.1e}")
 
 
 def decode_array(name: str, array: Array, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -164,8 +195,8 @@ def decode_array(name: str, array: Array, shape: tuple[int, ...]) -> NDArray[Any
         raise RejectedReply(f"array '{name}' cannot be read: {error}") from error
     if received != shape:
         raise RejectedReply(f"array '{name}' has shape {received}, the model's has {shape}")
-    if dtype.kind not in _KINDS:
-        raise RejectedReply(f"array '{name}' holds {dtype}, not numbers")
+    if dtype.kind not in _KINDS or not dtype.isnative or dtype.itemsize > 8:
+        raise RejectedReply(f"array '{name}' holds {dtype.str!r}, not numbers that PyTorch has")
     size = math.prod(shape) * dtype.itemsize
     payload = memoryview(array.data)[stream.tell() :]
     if len(payload) != size:
@@ -221,10 +252,7 @@ def _as_numpy(tensor: Tensor) -> NDArray[Any]:
         return np.asarray(tensor.float().numpy())
 
 
-def without_duplicates(messages: Iterable[Message]) -> Iterator[tuple[Message, str]]:
-    """Yield messages with a reason to reject those of a node that has already replied."""
-    seen: set[object] = set()
-    for message in messages:
-        node = message.metadata.src_node_id
-        yield message, "it is the node's second reply" if node in seen else ""
-        seen.add(node)
+def nodes_with_several_replies(messages: Iterable[Message]) -> set[object]:
+    """Return the nodes that sent more than one reply; reply order is undefined in Flower."""
+    counts = Counter(message.metadata.src_node_id for message in messages)
+    return {node for node, count in counts.items() if count > 1}
