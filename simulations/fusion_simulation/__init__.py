@@ -1,0 +1,1 @@
+"""Flower App that compares fusion strategies on the same clients."""

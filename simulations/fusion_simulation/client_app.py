@@ -1,0 +1,60 @@
+"""The client: trains on its share of the data. Nothing in it knows of fusion."""
+
+from __future__ import annotations
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from fusion_simulation.data import load_partition
+from fusion_simulation.settings import Settings
+from fusion_simulation.task import Recipe, build_model, train
+
+# Seeds of one run are kept apart from those of the next by this factor.
+SEED_STRIDE = 1000
+
+app = ClientApp()
+
+
+@app.train()
+def train_client(message: Message, context: Context) -> Message:
+    """Train the model received, or in round 1 perhaps one of the client's own."""
+    # Several clients share the machine, and more threads would only make them wait for each other.
+    torch.set_num_threads(1)
+    settings = Settings.from_run_config(context.run_config)
+    partition_id, partitions = _partition(context)
+    server_round = int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
+    model = _start(message, settings, partition_id, server_round)
+    data = load_partition(settings, partition_id, partitions)
+    seed = SEED_STRIDE * (SEED_STRIDE * settings.seed + server_round) + partition_id
+    loss = train(model, data, Recipe.from_settings(settings), seed)
+    return Message(
+        content=RecordDict(
+            {
+                "arrays": ArrayRecord(model.state_dict()),
+                "metrics": MetricRecord({"num-examples": len(data), "train-loss": loss}),
+                "client": ConfigRecord({"partition-id": partition_id}),
+            }
+        ),
+        reply_to=message,
+    )
+
+
+def _partition(context: Context) -> tuple[int, int]:
+    try:
+        values = context.node_config["partition-id"], context.node_config["num-partitions"]
+    except KeyError as error:
+        raise ValueError(
+            f"the node's configuration lacks {error}; start the SuperNode with "
+            '--node-config "partition-id=0 num-partitions=2"'
+        ) from error
+    return int(values[0]), int(values[1])
+
+
+def _start(message: Message, settings: Settings, partition_id: int, server_round: int) -> nn.Module:
+    own_seed = SEED_STRIDE * settings.seed + partition_id + 1
+    model = build_model(settings.models, settings.dataset, own_seed)
+    if settings.shared_start or server_round > 1:
+        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+    return model

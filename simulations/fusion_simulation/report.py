@@ -1,0 +1,235 @@
+"""The table, the plots and the JSON file at the end of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.table import Table
+
+from fusion_simulation.comparison import Row, Sweep
+from fusion_simulation.settings import Settings
+
+# Fits a terminal of 100 columns after Flower has put its prefix before the line.
+CONSOLE_WIDTH = 88
+COLUMNS = ("Model", "Weights", "Test accuracy %")
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#777777", "#222222"
+
+
+@dataclass(frozen=True)
+class RoundAccuracy:
+    """Test accuracy of the global model after one round."""
+
+    server_round: int
+    accuracy: float
+    special_label_accuracy: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a run has found.
+
+    Parameters
+    ----------
+    settings : Settings
+        The run configuration.
+    rows : list of Row
+        The table.
+    sweep : Sweep or None
+        Accuracy over the weight of client A, if there are two clients.
+    rounds : list of RoundAccuracy
+        Accuracy of the global model after every round, from round 0.
+    seconds : dict of str to float
+        Time of the parts of the run.
+    """
+
+    settings: Settings
+    rows: list[Row]
+    sweep: Sweep | None
+    rounds: list[RoundAccuracy]
+    seconds: dict[str, float]
+
+    def show(self) -> None:
+        """Print the table."""
+        table = Table()
+        for column in COLUMNS:
+            table.add_column(column, justify="right" if "accuracy" in column else "left")
+        table.add_column(self.label_column, justify="right")
+        previous = self.rows[0]
+        for row in self.rows:
+            if row.weights != previous.weights and row.name == "FedAvg":
+                table.add_section()
+            table.add_row(*_cells(row))
+            previous = row
+        console = Console(width=CONSOLE_WIDTH)
+        console.print(self.title, style="bold")
+        console.print(table)
+        console.print(self.caption)
+
+    def save(self, folder: Path) -> None:
+        """Write the table, the numbers and the plots, and print where they are."""
+        paths = {"table": folder / "table.md", "metrics": folder / "metrics.json"}
+        paths["table"].write_text(self.markdown(), encoding="utf-8")
+        paths["metrics"].write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
+        if self.sweep is not None:
+            paths["plot over weights"] = folder / "weights.png"
+            save_figure(self._sweep_figure(self.sweep), paths["plot over weights"])
+        if self.settings.num_server_rounds > 1:
+            paths["plot over rounds"] = folder / "rounds.png"
+            save_figure(self._rounds_figure(), paths["plot over rounds"])
+        for name, path in paths.items():
+            print(f"{name}: {path}", flush=True)
+
+    @property
+    def title(self) -> str:
+        """What was run, in a line."""
+        settings = self.settings
+        return (
+            f"{settings.dataset}, {settings.partition}, strategy {settings.strategy}, "
+            f"{settings.num_server_rounds} round{'s' * (settings.num_server_rounds > 1)}, "
+            f"{settings.models}, {'shared start' if settings.shared_start else 'own starts'}"
+        )
+
+    @property
+    def caption(self) -> str:
+        """Which models the table is about."""
+        return "All rows are made of the clients' models of the last round."
+
+    @property
+    def label_column(self) -> str:
+        """Heading of the column of the special label."""
+        return f"on label {self.settings.special_label} %"
+
+    def markdown(self) -> str:
+        """Return the table as Markdown."""
+        header = (*COLUMNS, self.label_column)
+        return "\n".join(
+            [
+                f"# {self.title}",
+                "",
+                self.caption,
+                "",
+                markdown_row(header),
+                "|---|---|---:|---:|",
+                *(markdown_row(_cells(row)) for row in self.rows),
+                "",
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that the run has found, for JSON."""
+        return {
+            "config": self.settings.to_dict(),
+            "rounds": [asdict(accuracy) for accuracy in self.rounds],
+            "table": [asdict(row) for row in self.rows],
+            "sweep-over-weight-of-client-A": None if self.sweep is None else asdict(self.sweep),
+            "seconds": self.seconds,
+        }
+
+    def _sweep_figure(self, sweep: Sweep) -> Figure:
+        figure, axes = new_figure(self.title)
+        for values, label, colour, marker, style in (
+            (sweep.ot_fusion, "OT fusion", ORANGE, "o", "-"),
+            (sweep.average, "FedAvg", BLUE, "s", "-"),
+            (sweep.ensemble, "ensemble", GREEN, "", "--"),
+        ):
+            axes.plot(
+                sweep.weights,
+                [100 * value for value in values],
+                color=colour,
+                marker=marker,
+                linestyle=style,
+                label=label,
+            )
+        for row, colour in zip(self.rows[:2], (BLACK, GREY), strict=True):
+            axes.axhline(100 * row.accuracy, color=colour, linestyle=":", label=f"{row.name} alone")
+        axes.set_xlabel("weight of client A (client B has the rest)")
+        axes.set_xticks(sweep.weights)
+        finish_axes(axes)
+        return figure
+
+    def _rounds_figure(self) -> Figure:
+        figure, axes = new_figure(self.title)
+        rounds = [entry.server_round for entry in self.rounds]
+        every_label = [100 * entry.accuracy for entry in self.rounds]
+        one_label = [100 * entry.special_label_accuracy for entry in self.rounds]
+        axes.plot(rounds, every_label, color=ORANGE, marker="o", label="all labels")
+        axes.plot(
+            rounds,
+            one_label,
+            color=BLUE,
+            marker="s",
+            linestyle="--",
+            label=f"label {self.settings.special_label}",
+        )
+        axes.set_xlabel("round (0: before training)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        finish_axes(axes)
+        return figure
+
+
+def output_folder(output_dir: str) -> Path:
+    """Create and return the folder for a run's files.
+
+    Parameters
+    ----------
+    output_dir : str
+        An absolute path, or an empty string for a new folder in the user's home.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder's absolute path.
+    """
+    if output_dir:
+        folder = Path(output_dir).expanduser()
+    else:
+        folder = Path.home() / "flwr_fusion_runs" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+def new_figure(title: str) -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes and a title."""
+    # A figure without pyplot draws to a file on a machine without a display.
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=10)
+    return figure, axes
+
+
+def finish_axes(axes: Axes) -> None:
+    """Give axes of test accuracy their label, grid and legend."""
+    axes.set_ylabel("test accuracy %")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, dpi=150)
+
+
+def markdown_row(cells: tuple[str, ...]) -> str:
+    """Return one row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name,
+        row.weights,
+        f"{100 * row.accuracy:.2f}",
+        f"{100 * row.special_label_accuracy:.2f}",
+    )

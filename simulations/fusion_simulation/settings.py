@@ -1,0 +1,140 @@
+"""The run configuration of the app, read and checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dataset": ("digits", "mnist", "fashion-mnist", "cifar10"),
+    "partition": ("label-skill", "dirichlet", "iid"),
+}
+LABELS = 10
+MLP_WIDTHS = (400, 200, 100)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The run configuration; each field is the key of the same name with hyphens."""
+
+    strategy: str
+    combine: str
+    dataset: str
+    data_dir: str
+    download: bool
+    partition: str
+    alpha: float
+    special_label: int
+    shared_start: bool
+    models: str
+    local_epochs: int
+    learning_rate: float
+    momentum: float
+    batch_size: int
+    num_server_rounds: int
+    seed: int
+    output_dir: str
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
+        """Read and check a Flower run configuration.
+
+        Parameters
+        ----------
+        run_config : Mapping[str, Any]
+            The run configuration of a Flower context; every key of the app's
+            ``pyproject.toml`` must be there.
+
+        Returns
+        -------
+        Settings
+            The checked settings.
+
+        Raises
+        ------
+        ValueError
+            If a key is unknown or a value is not allowed.
+        """
+        keys = {field.name.replace("_", "-"): str(field.type) for field in fields(cls)}
+        unknown = sorted(set(run_config) - set(keys))
+        if unknown:
+            raise ValueError(
+                f"unknown run-config keys: {', '.join(unknown)}; allowed: {', '.join(keys)}"
+            )
+        values = {
+            key.replace("-", "_"): _typed(key, run_config[key], kind) for key, kind in keys.items()
+        }
+        settings = cls(**values)
+        settings._check()
+        return settings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings under their run-config keys."""
+        return {field.name.replace("_", "-"): getattr(self, field.name) for field in fields(self)}
+
+    def _check(self) -> None:
+        for key, allowed in CHOICES.items():
+            check_choice(key, getattr(self, key), allowed)
+        hidden_widths(self.models)
+        check_choice("special-label", str(self.special_label), [str(n) for n in range(LABELS)])
+        self._check_numbers()
+        self._check_folders()
+
+    def _check_numbers(self) -> None:
+        for key in ("alpha", "learning_rate", "local_epochs", "batch_size", "num_server_rounds"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key.replace('_', '-')} must be greater than 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+
+    def _check_folders(self) -> None:
+        for key, folder in (("data-dir", self.data_dir), ("output-dir", self.output_dir)):
+            if folder and not Path(folder).expanduser().is_absolute():
+                raise ValueError(
+                    f"{key} must be an absolute path, got {folder!r}: "
+                    "a Flower run does not work in the folder it is started from"
+                )
+
+
+def check_choice(key: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:
+    """Raise a ValueError that lists what is allowed, unless ``value`` is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{key}={value!r} is not known; allowed: {', '.join(allowed)}")
+
+
+def hidden_widths(models: str) -> tuple[int, ...] | None:
+    """Read the hidden widths from the name of a model.
+
+    Parameters
+    ----------
+    models : str
+        ``mlp``, ``lenet`` or a name such as ``mlp-64-32``.
+
+    Returns
+    -------
+    tuple of int or None
+        The hidden widths of a multi-layer perceptron, None for LeNet.
+    """
+    if models == "lenet":
+        return None
+    if models == "mlp":
+        return MLP_WIDTHS
+    kind, *widths = models.split("-")
+    if kind == "mlp" and all(width.isdecimal() and int(width) > 0 for width in widths):
+        return tuple(int(width) for width in widths)
+    raise ValueError(
+        f"models={models!r} is not known; allowed: mlp, lenet, "
+        "or mlp with its hidden widths, such as mlp-64-32"
+    )
+
+
+def _typed(key: str, value: Any, kind: str) -> Any:
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value).__name__ != kind:
+        raise ValueError(f"{key} must be a value of type {kind}, got {value!r}")
+    return value

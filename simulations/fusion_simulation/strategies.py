@@ -1,0 +1,128 @@
+"""The strategies that a run can choose, each keeping the clients' last replies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor, nn
+
+from flwr_fusion.strategy import OTFusion
+from fusion_simulation.comparison import ClientModel
+from fusion_simulation.settings import Settings
+
+COMBINE_RULES = ("mean",)
+
+
+class RecordReplies(FedAvg):
+    """Keep the replies of the latest round and the time of every aggregation."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.replies: list[Message] = []
+        self.aggregation_seconds: list[float] = []
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate as the strategy does; stop the run if no client was successful."""
+        received = list(replies)
+        self.replies = [reply for reply in received if not reply.has_error()]
+        if not self.replies:
+            reasons = [reply.error.reason for reply in received]
+            raise RuntimeError(
+                f"no client trained in round {server_round}; the first reason: "
+                f"{reasons[0] if reasons else 'no reply'}"
+            )
+        begin = time.perf_counter()
+        aggregated = super().aggregate_train(server_round, received)
+        self.aggregation_seconds.append(time.perf_counter() - begin)
+        return aggregated
+
+    def client_models(self, build: Callable[[], nn.Module]) -> list[ClientModel]:
+        """Return the models of the latest replies, in the order of their partitions.
+
+        Parameters
+        ----------
+        build : callable
+            Returns a new model, into which a client's weights are loaded.
+
+        Returns
+        -------
+        list of ClientModel
+            The clients' models.
+        """
+        return sorted(
+            (_client_model(reply, build()) for reply in self.replies),
+            key=lambda client: client.partition_id,
+        )
+
+
+class RecordingFedAvg(RecordReplies):
+    """FedAvg that keeps the latest replies."""
+
+
+class RecordingOTFusion(RecordReplies, OTFusion):
+    """OTFusion that keeps the latest replies."""
+
+
+def build_strategy(settings: Settings, model: nn.Module, example_inputs: Tensor) -> RecordReplies:
+    """Build the strategy that the settings name.
+
+    Parameters
+    ----------
+    settings : Settings
+        The run configuration.
+    model : torch.nn.Module
+        A model of the clients' architecture.
+    example_inputs : torch.Tensor
+        A small batch of inputs.
+
+    Returns
+    -------
+    RecordReplies
+        The strategy. The clients are not asked to evaluate: the server does.
+    """
+    check_available("strategy", settings.strategy, tuple(STRATEGIES))
+    check_available("combine", settings.combine, COMBINE_RULES)
+    return STRATEGIES[settings.strategy](settings, model, example_inputs)
+
+
+def check_available(key: str, value: str, available: tuple[str, ...]) -> None:
+    """Raise a ValueError unless this version has what the run configuration asks for."""
+    if value not in available:
+        raise ValueError(
+            f"{key}={value!r} is not available in this version; available: {', '.join(available)}"
+        )
+
+
+def _fedavg(settings: Settings, model: nn.Module, example_inputs: Tensor) -> RecordReplies:
+    return RecordingFedAvg(fraction_evaluate=0.0)
+
+
+def _ot_fusion(settings: Settings, model: nn.Module, example_inputs: Tensor) -> RecordReplies:
+    return RecordingOTFusion(
+        model=model,
+        example_inputs=example_inputs,
+        combine=settings.combine,
+        fraction_evaluate=0.0,
+    )
+
+
+STRATEGIES: dict[str, Callable[[Settings, nn.Module, Tensor], RecordReplies]] = {
+    "fedavg": _fedavg,
+    "ot": _ot_fusion,
+}
+
+
+def _client_model(reply: Message, model: nn.Module) -> ClientModel:
+    content = reply.content
+    model.load_state_dict(content.array_records["arrays"].to_torch_state_dict())
+    return ClientModel(
+        partition_id=int(content.config_records["client"]["partition-id"]),  # type: ignore[arg-type]
+        model=model,
+        examples=int(content.metric_records["metrics"]["num-examples"]),  # type: ignore[arg-type]
+    )

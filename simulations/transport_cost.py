@@ -1,0 +1,157 @@
+"""Time and memory of fusing two networks, over the width of their hidden layer.
+
+Each measurement has a process of its own, so that its peak memory is nobody else's. The memory is
+what the process needed beyond its peak before the fusion, the fused model included. The module
+``resource`` restricts this script to Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark import markdown_table
+from fusion_simulation.task import MLP
+from rich.progress import track
+from torch import Tensor
+
+import flwr_fusion as ff
+
+INPUTS, OUTPUTS = 3072, 10
+WIDTHS = (256, 512, 1024, 2048, 4096)
+WARM_UP_WIDTH = 16
+MEBIBYTE = 2**20
+
+
+def main() -> None:
+    """Run every measurement, or in a child process the one it is asked for."""
+    arguments = parse_arguments()
+    if arguments.measure is not None:
+        print(json.dumps(measure(arguments.measure, arguments.widths[0], arguments.repeats)))
+        return
+    results = measure_all(arguments)
+    print(table(results))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Time and peak extra memory of fusing two networks 3072-width-10.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--repeats", type=int, default=5, help="the time is the median of these")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="write the results here as JSON")
+    parser.add_argument("--measure", choices=tuple(methods(torch.zeros(0))), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def methods(example_inputs: Tensor) -> dict[str, Callable[..., Any]]:
+    """Return what is measured, by name."""
+    return {
+        "average": ff.average,
+        "OT fusion": partial(ff.ot_fusion, example_inputs=example_inputs),
+    }
+
+
+def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every method at every width, each in a process of its own."""
+    cases = [(width, method) for width in arguments.widths for method in methods(torch.zeros(0))]
+    return [
+        {"width": width, "method": method, **measure_in_process(width, method, arguments)}
+        for width, method in track(cases, description="measure", transient=True)
+    ]
+
+
+def measure_in_process(width: int, method: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Start this script again for one measurement and return its result."""
+    options = ["--measure", method, "--widths", str(width), "--repeats", str(arguments.repeats)]
+    process = subprocess.run(
+        [sys.executable, __file__, *options],
+        # Read when torch and NumPy are imported, thus set for the child from outside.
+        env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    result: dict[str, float] = json.loads(process.stdout)
+    return result
+
+
+def measure(method: str, width: int, repeats: int) -> dict[str, float]:
+    """Measure one method in this process.
+
+    Parameters
+    ----------
+    method : str
+        A key of `methods`.
+    width : int
+        Width of the hidden layer.
+    repeats : int
+        Number of fusions; the time is their median.
+
+    Returns
+    -------
+    dict of str to float
+        ``seconds`` and ``mebibytes``.
+    """
+    fuse = methods(torch.randn(2, INPUTS))[method]
+    # The first fusion of a process imports modules; their time and memory are not the method's.
+    fuse(_networks(WARM_UP_WIDTH))
+    networks = _networks(width)
+    before = peak_memory()
+    seconds = [_time(fuse, networks) for _ in range(repeats)]
+    return {
+        "seconds": statistics.median(seconds),
+        "mebibytes": (peak_memory() - before) / MEBIBYTE,
+    }
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the results as a Markdown table, one row per width."""
+    names = list(dict.fromkeys(result["method"] for result in results))
+    cells = {
+        (result["width"], result["method"]): (
+            f"{result['seconds']:.3f} s, {result['mebibytes']:.0f} MiB"
+        )
+        for result in results
+    }
+    widths = dict.fromkeys(result["width"] for result in results)
+    rows = [[str(width), *(cells[width, name] for name in names)] for width in widths]
+    return markdown_table(["width", *names], rows)
+
+
+def _networks(width: int) -> list[MLP]:
+    return [MLP((INPUTS, width, OUTPUTS), bias=False) for _ in range(2)]
+
+
+def _time(fuse: Callable[..., Any], networks: list[MLP]) -> float:
+    gc.collect()
+    begin = time.perf_counter()
+    fuse(networks)
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main()

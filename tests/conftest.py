@@ -1,0 +1,39 @@
+"""Settings of the whole suite: one thread, fixed seeds, where the data lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Single numbers of examples and no deadline: timings on a shared core say nothing.
+settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--data-dir",
+        default=os.environ.get("FLWR_FUSION_DATA", ""),
+        help="directory that holds MNIST as torchvision stores it (default: $FLWR_FUSION_DATA)",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def mnist_dir(request: pytest.FixtureRequest) -> Path:
+    """Directory to give to torchvision.datasets.MNIST(root=...)."""
+    root = Path(str(request.config.getoption("--data-dir")))
+    if not (root / "MNIST" / "raw").is_dir():
+        pytest.skip(f"no MNIST under '{root}': run with --data-dir=DIRECTORY")
+    return root

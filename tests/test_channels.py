@@ -1,0 +1,447 @@
+"""Channel groups of small networks, exactly as expected."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flwr_fusion import ChannelGraph, ChannelGroup, FusionError, Place
+from flwr_fusion.channels import verified_graph
+from tests.architectures import (
+    LARGE,
+    SMALL,
+    Architecture,
+    ChannelShuffle,
+    named,
+    output,
+    randomised,
+    relative_error,
+    sequential_mlp,
+)
+
+Axis = tuple[str, int, int, bool]
+
+
+def traced(name: str) -> dict[str, ChannelGroup]:
+    architecture = named(name)
+    graph = ChannelGraph.trace(architecture.model(), architecture.inputs(2))
+    return {group.name: group for group in graph.groups}
+
+
+def summary(groups: dict[str, ChannelGroup]) -> dict[str, tuple[int, str]]:
+    return {name: (group.size, group.fixed_because) for name, group in groups.items()}
+
+
+def axes(group: ChannelGroup) -> set[Axis]:
+    return {(p.tensor, p.axis, p.block, p.writes) for p in group.places}
+
+
+def place_of(group: ChannelGroup, tensor: str, axis: int) -> Place:
+    (place,) = [p for p in group.places if (p.tensor, p.axis) == (tensor, axis)]
+    return place
+
+
+INPUT, OUTPUT = "input of the network", "output of the network"
+
+
+def test_mlp() -> None:
+    groups = traced("mlp")
+    assert list(groups) == ["input of 0", "0", "2", "4", "6"]
+    assert summary(groups) == {
+        "input of 0": (20, INPUT),
+        "0": (24, ""),
+        "2": (20, ""),
+        "4": (16, ""),
+        "6": (10, OUTPUT),
+    }
+    assert axes(groups["0"]) == {
+        ("0.weight", 0, 1, True),
+        ("0.bias", 0, 1, True),
+        ("2.weight", 1, 1, False),
+    }
+    assert axes(groups["input of 0"]) == {("0.weight", 1, 1, False)}
+    assert not any(group.normalised for group in groups.values())
+
+
+def test_lenet_flatten_makes_blocks() -> None:
+    groups = traced("lenet")
+    assert summary(groups) == {
+        "input of conv1": (1, INPUT),
+        "conv1": (6, ""),
+        "conv2": (12, ""),
+        "fc1": (30, ""),
+        "fc2": (20, ""),
+        "fc3": (10, OUTPUT),
+    }
+    read = place_of(groups["conv2"], "fc1.weight", 1)
+    assert read.block == 4
+    # Channel c stands at the columns 4c to 4c + 3.
+    assert torch.equal(read.positions, torch.arange(48).view(12, 4))
+
+
+def test_batchnorm_statistics_belong_to_the_group() -> None:
+    groups = traced("small-vgg")
+    assert axes(groups["features.4"]) == {
+        ("features.4.weight", 0, 1, True),
+        ("features.4.bias", 0, 1, True),
+        ("features.5.weight", 0, 1, True),
+        ("features.5.bias", 0, 1, True),
+        ("features.5.running_mean", 0, 1, True),
+        ("features.5.running_var", 0, 1, True),
+        ("classifier.0.weight", 1, 4, False),
+    }
+
+
+def test_flatten_after_conv1d_and_blocks_of_groupnorm() -> None:
+    groups = traced("conv1d-groupnorm")
+    assert summary(groups) == {
+        "input of conv": (3, INPUT),
+        "conv[0:4]": (4, ""),
+        "conv[4:8]": (4, ""),
+        "conv2": (6, ""),
+        "fc": (10, OUTPUT),
+    }
+    assert groups["conv[0:4]"].normalised
+    assert not groups["conv2"].normalised
+    second = place_of(groups["conv[4:8]"], "norm.weight", 0)
+    assert torch.equal(second.positions, torch.arange(4, 8).view(4, 1))
+    read = place_of(groups["conv2"], "fc.weight", 1)
+    assert torch.equal(read.positions, torch.arange(24).view(6, 4))
+
+
+def test_sum_joins_and_concatenation_separates() -> None:
+    groups = traced("concat-and-sum")
+    assert summary(groups) == {
+        "input of a": (2, INPUT),
+        "input of b": (2, INPUT),
+        "input of c": (2, INPUT),
+        "a": (6, ""),
+        "c": (8, ""),
+        "head": (10, OUTPUT),
+    }
+    assert {("a.weight", 0, 1, True), ("b.weight", 0, 1, True)} <= axes(groups["a"])
+    for tensor, axis in (("head.weight", 1), ("norm.weight", 0), ("norm.running_var", 0)):
+        first = place_of(groups["a"], tensor, axis).positions
+        second = place_of(groups["c"], tensor, axis).positions
+        assert torch.equal(first.flatten(), torch.arange(6))
+        assert torch.equal(second.flatten(), torch.arange(6, 14))
+
+
+def test_inside_of_hand_written_heads_is_fixed() -> None:
+    groups = traced("linear-attention")
+    assert summary(groups) == {
+        "input of embed": (5, INPUT),
+        "embed": (12, ""),
+        "q": (12, "inside an attention or matrix product"),
+        "fc": (16, ""),
+        "head": (10, OUTPUT),
+    }
+    inside = {
+        (f"{layer}.{vector}", 0, 1, True) for layer in "qkv" for vector in ("weight", "bias")
+    }
+    assert axes(groups["q"]) == inside | {("out.weight", 1, 1, False)}
+
+
+def test_multihead_attention_keeps_its_inside() -> None:
+    groups = traced("multihead-block")
+    assert summary(groups) == {
+        "input of embed": (5, INPUT),
+        "embed": (12, ""),
+        "fc": (16, ""),
+        "head": (10, OUTPUT),
+    }
+    assert groups["embed"].normalised
+    assert ("attention.in_proj_weight", 1, 1, False) in axes(groups["embed"])
+    touched = {(tensor, axis) for group in groups.values() for tensor, axis, *_ in axes(group)}
+    assert ("attention.in_proj_weight", 0) not in touched
+    assert ("attention.out_proj.weight", 1) not in touched
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_recurrent_layers_are_fixed(name: str) -> None:
+    groups = traced(name)
+    assert [g.name for g in groups.values() if not g.fixed] == ["fc"]
+    assert all(g.fixed_because for g in groups.values() if g.name.startswith("embed"))
+
+
+def test_embedding_channels_are_free() -> None:
+    groups = traced("embedding")
+    assert summary(groups) == {"embedding": (8, ""), "fc": (9, ""), "head": (10, OUTPUT)}
+    assert axes(groups["embedding"]) == {
+        ("embedding.weight", 1, 1, True),
+        ("fc.weight", 1, 1, False),
+    }
+
+
+def test_tied_weights_are_one_group_under_both_names() -> None:
+    groups = traced("tied-weights")
+    assert {("embedding.weight", 1, 1, True), ("head.weight", 1, 1, False)} <= axes(
+        groups["embedding"]
+    )
+    assert groups["head"].fixed_because == OUTPUT
+
+
+def test_prelu_transposed_and_depthwise_convolutions() -> None:
+    groups = traced("prelu-transposed-depthwise")
+    assert summary(groups) == {
+        "input of up": (3, INPUT),
+        "up": (6, ""),
+        "pointwise": (8, ""),
+        "head": (10, OUTPUT),
+    }
+    assert {
+        ("up.weight", 1, 1, True),
+        ("act1.weight", 0, 1, True),
+        ("depthwise.weight", 0, 1, True),
+        ("norm.running_var", 0, 1, True),
+        ("pointwise.weight", 1, 1, False),
+    } <= axes(groups["up"])
+    assert not any(p.tensor == "act2.weight" for g in groups.values() for p in g.places)
+
+
+def test_bare_parameter_belongs_to_the_group() -> None:
+    assert ("scale", 0, 1, True) in axes(traced("bare-parameter")["fc1"])
+
+
+class GroupedConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 1)
+        self.b = nn.Conv2d(8, 8, 3, groups=2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.b(torch.relu(self.a(x))))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def test_grouped_convolution_is_fixed() -> None:
+    graph = ChannelGraph.trace(randomised(GroupedConvolution()), torch.randn(2, 3, 4, 4))
+    inner = [g for g in graph.groups if g.fixed_because not in (INPUT, OUTPUT)]
+    assert inner
+    assert {g.fixed_because for g in inner} == {"'b' is a grouped convolution"}
+    graph.verify()
+
+
+# Every architecture: nothing overlaps, nothing is lost, permuting keeps the function.
+
+
+def assert_partition(graph: ChannelGraph) -> None:
+    """Check that no two groups claim a position and that hidden axes are covered entirely."""
+    claimed: dict[tuple[str, int], list[int]] = {}
+    for group in graph.groups:
+        for place in group.places:
+            assert place.positions.shape[0] == group.size
+            claimed.setdefault((place.tensor, place.axis), []).extend(
+                place.positions.flatten().tolist()
+            )
+    for (tensor, axis), positions in claimed.items():
+        assert sorted(positions) == list(range(graph.shapes[tensor][axis])), (tensor, axis)
+
+
+@pytest.mark.parametrize("architecture", [*SMALL, *LARGE], ids=lambda a: a.name)
+def test_permuting_keeps_the_function(architecture: Architecture) -> None:
+    inputs = architecture.inputs(2)
+    model = architecture.model()
+    graph = ChannelGraph.trace(model, inputs)
+    graph.verify()
+    state = model.state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    orders = {g.name: torch.randperm(g.size) for g in graph.groups if not g.fixed}
+    permuted = graph.permute(state, orders)
+    expected = output(model, inputs)
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    model.load_state_dict(permuted)
+    assert relative_error(output(model, inputs), expected) < 1e-5
+    moved = sum(not torch.equal(permuted[name], tensor) for name, tensor in before.items())
+    assert moved > len(orders)
+
+
+@pytest.mark.parametrize(
+    "architecture", [a for a in SMALL if a.name not in ("lstm", "gru")], ids=lambda a: a.name
+)
+def test_groups_cover_every_axis_once(architecture: Architecture) -> None:
+    assert_partition(ChannelGraph.trace(architecture.model(), architecture.inputs(2)))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet-v2", "vgg11-bn"])
+def test_groups_of_large_networks_cover_every_axis_once(name: str) -> None:
+    assert_partition(ChannelGraph.trace(named(name).model(), named(name).inputs(2)))
+
+
+# verify() refuses what is wrong.
+
+
+def broken(graph: ChannelGraph, name: str, without: str) -> ChannelGraph:
+    """Return a graph in which one group has lost a place."""
+    groups = tuple(
+        replace(g, places=tuple(p for p in g.places if p.tensor != without))
+        if g.name == name
+        else g
+        for g in graph.groups
+    )
+    return replace(graph, groups=groups)
+
+
+@pytest.mark.parametrize("lost", ["2.weight", "0.weight", "0.bias"])
+def test_verify_names_the_wrong_group_and_its_layers(lost: str) -> None:
+    graph = ChannelGraph.trace(named("mlp").model(), torch.randn(2, 20))
+    graph.verify()
+    with pytest.raises(FusionError, match=r"group '0' \([^)]*[02]\.weight") as caught:
+        broken(graph, "0", lost).verify()
+    assert "group '2'" not in str(caught.value)
+
+
+def test_verify_does_not_trust_a_head_that_starts_at_zero() -> None:
+    model = sequential_mlp()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    graph = ChannelGraph.trace(model, torch.randn(2, 20))
+    with pytest.raises(FusionError, match="group '4'"):
+        broken(graph, "4", "6.weight").verify()
+
+
+def test_channel_shuffle_is_refused_by_group() -> None:
+    graph = ChannelGraph.trace(ChannelShuffle(), torch.randn(2, 3, 6, 6))
+    with pytest.raises(FusionError, match=r"ChannelShuffle.*group 'conv1.*conv1\.weight"):
+        graph.verify()
+
+
+class FlattenAfterTranspose(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.conv(x)).permute(0, 2, 3, 1).flatten(1))
+        return out
+
+
+def test_flatten_after_transpose_is_refused() -> None:
+    graph = ChannelGraph.trace(FlattenAfterTranspose(), torch.randn(2, 1, 4, 4))
+    with pytest.raises(FusionError, match=r"group 'conv'.*head\.weight"):
+        graph.verify()
+
+
+# What a network may be like.
+
+
+def test_frozen_parameters_are_traced() -> None:
+    model = named("lenet").model().requires_grad_(False)
+    graph = ChannelGraph.trace(model, torch.randn(2, 1, 16, 16))
+    assert [g.name for g in graph.groups if not g.fixed] == ["conv1", "conv2", "fc1", "fc2"]
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_network_in_training_mode_stays_so() -> None:
+    model = named("small-vgg").model().train()
+    model[0] if isinstance(model, nn.Sequential) else None
+    before = copy.deepcopy(model.state_dict())
+    ChannelGraph.trace(model, torch.randn(2, 3, 8, 8)).verify()
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_tracing_works_without_gradients() -> None:
+    with torch.no_grad():
+        graph = ChannelGraph.trace(named("mlp").model(), torch.randn(2, 20))
+        graph.verify()
+    assert len(graph.groups) == 5
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 6)
+        self.b = nn.Linear(3, 6)
+        self.head = nn.Linear(6, 2)
+        self.other_head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        z = torch.relu(self.a(x) + self.b(y))
+        return {"one": self.head(z), "more": (self.other_head(z), z.sum())}
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        (torch.randn(2, 4), torch.randn(2, 3)),
+        [torch.randn(2, 4), torch.randn(2, 3)],
+        {"y": torch.randn(2, 3), "x": torch.randn(2, 4)},
+    ],
+    ids=["tuple", "list", "dict"],
+)
+def test_several_inputs_and_outputs(inputs: Any) -> None:
+    graph = ChannelGraph.trace(randomised(TwoInputs()), inputs)
+    graph.verify()
+    assert {g.name: (g.size, g.fixed) for g in graph.groups} == {
+        "input of a": (4, True),
+        "a": (6, False),
+        "input of b": (3, True),
+        "head": (2, True),
+        "other_head": (3, True),
+    }
+
+
+class SharedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 6)
+        self.again = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        x = torch.relu(self.again(torch.relu(self.again(x))))
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_layer_that_is_called_twice_has_one_group_on_both_sides() -> None:
+    graph = ChannelGraph.trace(randomised(SharedLayer()), torch.randn(2, 4))
+    graph.verify()
+    (group,) = [g for g in graph.groups if not g.fixed]
+    assert {("again.weight", 0, 1, True), ("again.weight", 1, 1, False)} <= axes(group)
+
+
+def test_unused_layers_do_not_matter() -> None:
+    model = named("mlp").model()
+    model.add_module("unused", nn.Identity())
+    assert isinstance(model, nn.Sequential)
+    used = nn.ModuleDict({"net": model[:-1], "unused": nn.Linear(3, 7)})
+    used.forward = used["net"].forward  # type: ignore[method-assign]
+    graph = ChannelGraph.trace(used, torch.randn(2, 20))
+    graph.verify()
+    assert [g.name for g in graph.groups if not g.fixed] == ["net.0", "net.2", "net.4"]
+
+
+def test_half_precision_network_is_traced() -> None:
+    model = named("lenet").model().to(torch.bfloat16)
+    ChannelGraph.trace(model, torch.randn(2, 1, 16, 16)).verify()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_network_without_parameters_is_refused() -> None:
+    with pytest.raises(FusionError, match="no parameters"):
+        ChannelGraph.trace(nn.ReLU(), torch.randn(2, 3))
+
+
+def test_example_inputs_of_wrong_shape_are_refused() -> None:
+    with pytest.raises(FusionError, match="example inputs"):
+        ChannelGraph.trace(named("mlp").model(), torch.randn(2, 19))
+
+
+def test_verified_graph_is_remembered_until_shapes_change() -> None:
+    model = sequential_mlp()
+    assert isinstance(model, nn.Sequential)
+    graph = verified_graph(model, torch.randn(2, 20))
+    assert verified_graph(model, torch.randn(2, 20)) is graph
+    model[0], model[2] = nn.Linear(20, 30), nn.Linear(30, 20)
+    assert {g.name: g.size for g in verified_graph(model, torch.randn(2, 20)).groups}["0"] == 30
