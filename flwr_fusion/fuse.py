@@ -47,7 +47,8 @@ class GroupReport:
     channels : int
         Its number of channels in the fused network.
     cost : float
-        Mean ground cost of its matched channels, averaged over the clients by weight.
+        Ground cost of its matched channels relative to that of all pairs (0: identical, 1:
+        unrelated), averaged over the clients by weight.
     share_moved : float
         Share of channels that do not stand at their own index, averaged likewise.
     """

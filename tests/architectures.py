@@ -5,8 +5,9 @@ The classes and torchvision networks are the real ones; only inputs and heads ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def sequential_mlp(width: int = 24, depth: int = 3, bias: bool = True) -> nn.Mod
     """Return an MLP from 20 inputs whose hidden layers narrow."""
     sizes = [20, *(width - 4 * n for n in range(depth)), CLASSES]
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs, bias=bias), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -284,7 +285,6 @@ class Architecture:
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
     wider: Callable[[], nn.Module] | None = None
-    skewed: Callable[[nn.Module], None] | None = field(default=None, repr=False)
 
     def model(self, seed: int = 0) -> nn.Module:
         """Return the network in evaluation mode with generic random weights."""
@@ -367,9 +367,7 @@ LARGE = [
     Architecture("resnet50", lambda: tv.resnet50(num_classes=CLASSES), images(3, 32)),
     Architecture("mobilenet-v2", lambda: tv.mobilenet_v2(num_classes=CLASSES), images(3, 32)),
     Architecture("densenet121", lambda: tv.densenet121(num_classes=CLASSES), images(3, 32)),
-    Architecture(
-        "efficientnet-b0", lambda: tv.efficientnet_b0(num_classes=CLASSES), images(3, 32)
-    ),
+    Architecture("efficientnet-b0", lambda: tv.efficientnet_b0(num_classes=CLASSES), images(3, 32)),
     Architecture("convnext-tiny", lambda: tv.convnext_tiny(num_classes=CLASSES), images(3, 32)),
     Architecture(
         "vit-b-16", lambda: tv.vit_b_16(image_size=32, num_classes=CLASSES), images(3, 32)

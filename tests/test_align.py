@@ -1,0 +1,368 @@
+"""Alignment of whole networks: costs, sweeps, barycentre."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import flwr_fusion as ff
+from flwr_fusion.combine import RunningMean
+from flwr_fusion.maps import ChannelMap, Correspondence, Plan, Selection, map_tensor
+from flwr_fusion.matching.align import Matching, align_by_activations, align_by_weights
+from flwr_fusion.matching.barycentre import Client, refine_as_barycentre
+from flwr_fusion.matching.costs import activation_costs, channel_norms, matched_tensors, weight_cost
+from flwr_fusion.matching.transport import Solver
+from tests.architectures import SmallVGG, named, output, randomised, relative_error
+from tests.test_channels import SharedLayer
+from tests.test_maps import correspondence_of
+
+seeds = st.integers(0, 1000)
+State = dict[str, Tensor]
+JOINT, GREEDY = Matching("joint"), Matching("greedy")
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+@cache
+def tiny_pair() -> Correspondence:
+    graph = ff.ChannelGraph.trace(tiny(), torch.randn(2, 3))
+    return Correspondence(graph, graph)
+
+
+@cache
+def pair_of(name: str) -> Correspondence:
+    architecture = named(name)
+    graph = ff.ChannelGraph.trace(architecture.build(), architecture.inputs(2))
+    return Correspondence(graph, graph)
+
+
+def generic_state(pair: Correspondence, seed: int, fused: bool = False) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = pair.fused.shapes if fused else pair.client.shapes
+    return {
+        name: torch.randn(shape, generator=generator) if shape else torch.tensor(1)
+        for name, shape in shapes.items()
+    }
+
+
+def permuted(pair: Correspondence, state: State, seed: int) -> tuple[State, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    orders = {g.name: torch.randperm(g.client_size, generator=generator) for g in pair.free_groups}
+    return pair.client.permute(state, orders), orders
+
+
+def distance(
+    reference: State, client: State, pair: Correspondence, maps: Mapping[str, ChannelMap]
+) -> float:
+    total = 0.0
+    for name in matched_tensors(pair, reference):
+        mapped = map_tensor(client[name].double(), name, pair, maps)
+        total += float((reference[name].double() - mapped).square().sum())
+    return total
+
+
+# Costs.
+
+
+@given(seeds)
+def test_weight_cost_is_the_squared_distance_of_channels(seed: int) -> None:
+    pair = tiny_pair()
+    reference, client = generic_state(pair, seed), generic_state(pair, seed + 1)
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
+    maps: dict[str, ChannelMap] = {"2": Selection(order, 3)}
+    tensors = ["0.weight", "0.bias", "2.weight"]
+    cost = weight_cost("0", reference, client, pair, maps, tensors)
+    for i, j in itertools.product(range(4), range(4)):
+        expected = (reference["0.weight"][i] - client["0.weight"][j]).square().sum()
+        expected += (reference["0.bias"][i] - client["0.bias"][j]).square()
+        expected += (reference["2.weight"][:, i] - client["2.weight"][order, j]).square().sum()
+        assert float(cost[i, j]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_channel_norms_are_those_of_the_writing_weights() -> None:
+    pair = tiny_pair()
+    state = generic_state(pair, 0)
+    expected = (state["0.weight"].square().sum(1) + state["0.bias"].square()).sqrt()
+    torch.testing.assert_close(channel_norms("0", state, pair, fused=False), expected)
+
+
+def networks(seed: int) -> tuple[nn.Module, nn.Module, Correspondence, Tensor]:
+    models = randomised(tiny(), seed), randomised(tiny(), seed + 1)
+    return *models, tiny_pair(), torch.randn(30, 3)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_activation_costs(batches: int) -> None:
+    reference, client, pair, inputs = networks(0)
+    calibration = inputs if batches == 1 else inputs.chunk(batches)
+    correlation = activation_costs(reference, client, pair, calibration, "correlation")
+    euclidean = activation_costs(reference, client, pair, calibration, "euclidean")
+    assert isinstance(reference, nn.Sequential)
+    assert isinstance(client, nn.Sequential)
+    for group, layers in (("0", 1), ("2", 3)):
+        with torch.no_grad():
+            ours, theirs = (net[:layers](inputs).double() for net in (reference, client))
+        joined = np.corrcoef(ours.T.numpy(), theirs.T.numpy())
+        size = ours.shape[1]
+        np.testing.assert_allclose(correlation[group], 1 - joined[:size, size:], atol=1e-6)
+        squared = (ours.T[:, None] - theirs.T[None]).square().mean(-1)
+        np.testing.assert_allclose(euclidean[group], squared, rtol=1e-5, atol=1e-6)
+
+
+def test_activations_leave_the_networks_alone() -> None:
+    architecture = named("small-vgg")
+    models = [randomised(architecture.build(), seed).train() for seed in range(2)]
+    before = [copy.deepcopy(m.state_dict()) for m in models]
+    activation_costs(models[0], models[1], pair_of("small-vgg"), architecture.inputs(8))
+    for model, state in zip(models, before, strict=True):
+        assert all(module.training for module in model.modules())
+        assert not any(module._forward_hooks for module in model.modules())
+        assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3, 100.0, 1e6])
+def test_constant_channel_correlates_with_nothing(constant: float) -> None:
+    reference, client, pair, inputs = networks(2)
+    with torch.no_grad():
+        client.get_parameter("0.weight")[1] = 0
+        client.get_parameter("0.bias")[1] = constant
+    cost = activation_costs(reference, client, pair, inputs)["0"]
+    torch.testing.assert_close(cost[:, 1], torch.ones(4).double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-3, 1e3])
+def test_correlation_does_not_depend_on_the_scale(scale: float) -> None:
+    reference, client, pair, inputs = networks(2)
+    expected = activation_costs(reference, client, pair, inputs)["0"]
+    for network in (reference, client):
+        with torch.no_grad():
+            for name in ("0.weight", "0.bias"):
+                network.get_parameter(name).mul_(scale)
+    cost = activation_costs(reference, client, pair, inputs)["0"]
+    torch.testing.assert_close(cost, expected, atol=1e-4, rtol=0)
+
+
+@given(seeds)
+def test_activations_recover_a_permutation(seed: int) -> None:
+    model = randomised(tiny(), seed)
+    pair = tiny_pair()
+    state, orders = permuted(pair, model.state_dict(), seed)
+    other = copy.deepcopy(model)
+    other.load_state_dict(state)
+    costs = activation_costs(model, other, pair, torch.randn(40, 3))
+    alignment = align_by_activations(costs, pair, JOINT)
+    for name, order in orders.items():
+        chosen = alignment.maps[name]
+        assert isinstance(chosen, Selection)
+        # Channels that compute the same may change places.
+        assert float(costs[name][range(len(order)), chosen.index].max()) < 1e-5
+
+
+# Sweeps.
+
+NAMES = ["mlp", "lenet", "small-vgg", "concat-and-sum", "linear-attention", "tied-weights"]
+
+
+@pytest.mark.parametrize("matching", [JOINT, GREEDY], ids=lambda m: m.sweep)
+@pytest.mark.parametrize("name", NAMES)
+def test_permutation_is_recovered_exactly(name: str, matching: Matching) -> None:
+    pair = pair_of(name)
+    for seed in range(3):
+        reference = generic_state(pair, seed)
+        client, orders = permuted(pair, reference, seed + 7)
+        alignment = align_by_weights(reference, client, pair, matching)
+        for group, order in orders.items():
+            chosen = alignment.maps[group]
+            assert isinstance(chosen, Selection)
+            assert torch.equal(order[chosen.index], torch.arange(len(order)))
+            assert alignment.costs[group] == pytest.approx(0, abs=1e-3)
+        assert distance(reference, client, pair, alignment.maps) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_permutation_of_noisy_copy_is_recovered(name: str) -> None:
+    pair = pair_of(name)
+    reference = generic_state(pair, 0)
+    client, orders = permuted(pair, reference, 1)
+    noise = generic_state(pair, 2)
+    noisy = {n: t + 0.1 * noise[n] if t.dim() else t for n, t in client.items()}
+    maps = align_by_weights(reference, noisy, pair, JOINT).maps
+    for group, order in orders.items():
+        chosen = maps[group]
+        assert isinstance(chosen, Selection)
+        assert torch.equal(order[chosen.index], torch.arange(len(order)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=seeds)
+def test_joint_sweep_ends_no_farther_than_the_identity(name: str, seed: int) -> None:
+    pair = pair_of(name)
+    reference, client = generic_state(pair, seed), generic_state(pair, seed + 1)
+    found = align_by_weights(reference, client, pair, JOINT).maps
+    identity = distance(reference, client, pair, pair.identity())
+    greedy = align_by_weights(reference, client, pair, GREEDY).maps
+    reached = distance(reference, client, pair, found)
+    assert reached <= identity * (1 + 1e-6)
+    # It also does better than chance: these networks have nothing in common but their size.
+    assert reached <= 0.999 * identity
+    assert distance(reference, client, pair, greedy) != pytest.approx(identity)
+
+
+@given(seed=seeds)
+def test_joint_sweep_of_a_layer_that_reads_its_own_group(seed: int) -> None:
+    # The group stands on both axes of one tensor, so its own cost changes as it moves.
+    graph = ff.ChannelGraph.trace(SharedLayer(), torch.randn(2, 4))
+    pair = Correspondence(graph, graph)
+    reference, client = generic_state(pair, seed), generic_state(pair, seed + 1)
+    found = align_by_weights(reference, client, pair, JOINT).maps
+    identity = distance(reference, client, pair, pair.identity())
+    assert distance(reference, client, pair, found) <= identity * (1 + 1e-6)
+
+
+@given(seed=seeds)
+def test_joint_sweep_ends_where_no_single_group_can_do_better(seed: int) -> None:
+    pair = tiny_pair()
+    reference, client = generic_state(pair, seed), generic_state(pair, seed + 1)
+    found = align_by_weights(reference, client, pair, JOINT).maps
+    reached = distance(reference, client, pair, found)
+    for group, size in (("0", 4), ("2", 3)):
+        for order in itertools.permutations(range(size)):
+            other = found | {group: Selection(torch.tensor(order), size)}
+            assert distance(reference, client, pair, other) >= reached * (1 - 1e-5)
+
+
+@given(seed=seeds)
+def test_greedy_pass_is_best_for_incoming_weights(seed: int) -> None:
+    pair = tiny_pair()
+    reference, client = generic_state(pair, seed), generic_state(pair, seed + 1)
+    chosen = align_by_weights(reference, client, pair, GREEDY).maps["0"]
+    assert isinstance(chosen, Selection)
+
+    def incoming(order: tuple[int, ...]) -> float:
+        rows = list(order)
+        weight = (reference["0.weight"] - client["0.weight"][rows]).square().sum()
+        return float(weight + (reference["0.bias"] - client["0.bias"][rows]).square().sum())
+
+    best = min(incoming(order) for order in itertools.permutations(range(4)))
+    assert incoming(tuple(chosen.index.tolist())) == pytest.approx(best, rel=1e-4)
+
+
+@given(seed=seeds)
+def test_wider_reference_takes_every_channel_in(seed: int) -> None:
+    pair = correspondence_of("lenet-flatten", 2, 1)
+    reference, client = generic_state(pair, seed, fused=True), generic_state(pair, seed)
+    alignment = align_by_weights(reference, client, pair, JOINT)
+    for group in pair.free_groups:
+        chosen = alignment.maps[group.name]
+        assert isinstance(chosen, Selection)
+        taken = chosen.index[chosen.index >= 0]
+        assert sorted(taken.tolist()) == list(range(group.client_size))
+    placed = distance(reference, client, pair, pair.identity())
+    assert distance(reference, client, pair, alignment.maps) <= placed * (1 + 1e-6)
+
+
+def test_channels_that_are_alike_stay_where_they_are() -> None:
+    pair = tiny_pair()
+    state = {name: torch.ones(shape) for name, shape in pair.client.shapes.items()}
+    assert align_by_weights(state, state, pair, JOINT).is_identity
+
+
+@pytest.mark.parametrize("masses", ["uniform", "importance"])
+def test_masses(masses: str) -> None:
+    pair = tiny_pair()
+    reference, client = generic_state(pair, 0), generic_state(pair, 1)
+    matching = Matching("joint", Solver(), masses)  # type: ignore[arg-type]
+    for name, chosen in align_by_weights(reference, client, pair, matching).maps.items():
+        assert isinstance(chosen, Plan if masses == "importance" else Selection)
+        if isinstance(chosen, Plan):
+            norms = channel_norms(name, reference, pair, fused=True).double()
+            torch.testing.assert_close(chosen.mass.sum(1), norms / norms.sum())
+
+
+def test_networks_without_free_groups_need_no_maps() -> None:
+    graph = ff.ChannelGraph.trace(nn.Linear(3, 2), torch.randn(2, 3))
+    state = {name: torch.randn(shape) for name, shape in graph.shapes.items()}
+    assert align_by_weights(state, state, Correspondence(graph, graph), JOINT).maps == {}
+
+
+# Barycentre.
+
+
+def noisy_clients(noise: float, count: int = 5) -> tuple[nn.Module, list[nn.Module], Tensor]:
+    """Return a network and copies of it with noise on all weights, permuted at random."""
+    architecture = named("small-vgg")
+    inputs = architecture.inputs(20)
+    model = architecture.model()
+    pair = pair_of("small-vgg")
+    parameters = {name for name, _ in model.named_parameters()}
+    clients: list[nn.Module] = []
+    for k in range(count):
+        generator = torch.Generator().manual_seed(100 + k)
+        state = dict(model.state_dict())
+        for name in parameters:
+            scale = noise * state[name].std()
+            state[name] = state[name] + scale * torch.randn(state[name].shape, generator=generator)
+        clients.append(SmallVGG().eval())
+        clients[-1].load_state_dict(permuted(pair, state, k)[0])
+    return model, clients, inputs
+
+
+def test_noisy_permuted_copies_give_the_common_network() -> None:
+    model, clients, inputs = noisy_clients(0.1)
+    expected = output(model, inputs)
+    fused = ff.ot_fusion(clients, example_inputs=inputs[:2]).model
+    alone = [relative_error(output(client, inputs), expected) for client in clients]
+    together = relative_error(output(fused, inputs), expected)
+    # Noise that is independent falls with the square root of five, to 0.45.
+    assert together < 0.6 * float(np.mean(alone))
+    averaged = relative_error(output(ff.average(clients).model, inputs), expected)
+    assert averaged > 3 * together
+
+
+def barycentre_spread(clients: list[Client], maps: list[Mapping[str, ChannelMap]]) -> float:
+    mean = RunningMean(clients[0].state())
+    for client, chosen in zip(clients, maps, strict=True):
+        mean.add(client.state(), client.weight, client.correspondence, chosen)
+    centre = mean.mean(uncovered=clients[0].state())
+    return sum(
+        c.weight * distance(centre, dict(c.state()), c.correspondence, m)
+        for c, m in zip(clients, maps, strict=True)
+    )
+
+
+@given(seed=seeds)
+def test_refining_brings_independent_networks_closer(seed: int) -> None:
+    pair = tiny_pair()
+    states = [generic_state(pair, seed + k) for k in range(4)]
+    weights = [0.4, 0.3, 0.2, 0.1]
+    clients = [
+        Client(lambda state=state: state, weight, pair)  # type: ignore[misc]
+        for state, weight in zip(states, weights, strict=True)
+    ]
+    aligned = [align_by_weights(states[0], state, pair, JOINT) for state in states]
+    refined = refine_as_barycentre(clients, aligned, states[0], JOINT)
+    before = barycentre_spread(clients, [a.maps for a in aligned])
+    after = barycentre_spread(clients, [a.maps for a in refined])
+    assert after <= before * (1 + 1e-5)
+
+
+def test_refining_leaves_the_clients_alone() -> None:
+    pair = tiny_pair()
+    states = [generic_state(pair, k) for k in range(3)]
+    before = copy.deepcopy(states)
+    clients = [Client(lambda k=k: states[k], 1 / 3, pair) for k in range(3)]  # type: ignore[misc]
+    aligned = [align_by_weights(states[0], state, pair, JOINT) for state in states]
+    refine_as_barycentre(clients, aligned, states[0], JOINT)
+    for state, expected in zip(states, before, strict=True):
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

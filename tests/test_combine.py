@@ -1,0 +1,142 @@
+"""The running mean against the mean written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flwr_fusion import FusionError
+from flwr_fusion.combine import RunningMean
+from flwr_fusion.maps import map_tensor
+from tests.test_maps import correspondence_of, random_maps, random_selection
+
+weights_of_three = st.lists(st.floats(0.01, 100), min_size=3, max_size=3)
+
+
+def states(dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "weight": torch.randn(4, 3, generator=generator).to(dtype),
+            "bias": torch.randn(4, generator=generator).to(dtype),
+            "counter": torch.tensor(k * 3),
+        }
+        for k in range(3)
+    ]
+
+
+def mean_of(clients: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
+    mean = RunningMean(clients[0])
+    for client, weight in zip(clients, weights, strict=True):
+        mean.add(client, weight)
+    return mean.mean(uncovered=clients[0])
+
+
+@given(weights_of_three)
+def test_mean_is_the_weighted_mean(weights: list[float]) -> None:
+    clients = states()
+    fused = mean_of(clients, weights)
+    for name in ("weight", "bias"):
+        stacked = torch.stack([c[name].double() for c in clients])
+        share = torch.tensor(weights).double() / sum(weights)
+        expected = torch.tensordot(share, stacked, dims=1)
+        torch.testing.assert_close(fused[name].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(weights_of_three, st.integers(0, 2))
+def test_negative_weight_takes_a_client_out(weights: list[float], out: int) -> None:
+    clients = states(torch.float64)
+    mean = RunningMean(clients[0])
+    for client, weight in zip(clients, weights, strict=True):
+        mean.add(client, weight)
+    mean.add(clients[out], -weights[out])
+    rest = [k for k in range(3) if k != out]
+    expected = mean_of([clients[k] for k in rest], [weights[k] for k in rest])
+    fused = mean.mean(uncovered=clients[0])
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(fused[name], expected[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes_are_kept(dtype: torch.dtype) -> None:
+    clients = states(dtype)
+    fused = mean_of(clients, [1.0, 1.0, 1.0])
+    assert fused["weight"].dtype == dtype
+    assert fused["counter"].dtype == torch.int64
+    assert int(fused["counter"]) == 3
+
+
+def test_half_precision_is_summed_in_single() -> None:
+    # 1000 small steps next to a large value vanish in bfloat16.
+    one = {"w": torch.ones(1, dtype=torch.bfloat16)}
+    mean = RunningMean(one)
+    for _ in range(1000):
+        mean.add(one, 0.001)
+    assert float(mean.mean(uncovered=one)["w"]) == 1.0
+
+
+def test_clients_are_not_modified_and_not_aliased() -> None:
+    clients = states()
+    before = [{n: t.clone() for n, t in c.items()} for c in clients]
+    fused = mean_of(clients[:1], [1.0])
+    fused["weight"].zero_()
+    mean_of(clients, [1.0, 2.0, 3.0])
+    for client, state in zip(clients, before, strict=True):
+        assert all(torch.equal(client[n], t) for n, t in state.items())
+
+
+def test_integer_tables_that_differ_are_refused() -> None:
+    clients = [{"index": torch.tensor([0, 1, k])} for k in (2, 3)]
+    with pytest.raises(FusionError, match="'index'"):
+        mean_of(clients, [1.0, 1.0])
+
+
+def test_boolean_tables_that_differ_are_refused() -> None:
+    clients = [{"mask": torch.tensor([True, k])} for k in (True, False)]
+    with pytest.raises(FusionError, match="'mask'"):
+        mean_of(clients, [1.0, 1.0])
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.3, 0.1], [1e-3, 1e3]])
+def test_integer_tables_that_agree_are_kept(weights: list[float]) -> None:
+    table = torch.tensor([5, 2**40 + 1, -7])
+    fused = mean_of([{"index": table.clone()} for _ in weights], weights)
+    assert torch.equal(fused["index"], table)
+    assert fused["index"].dtype == table.dtype
+
+
+def test_channels_without_a_client_take_the_given_values() -> None:
+    pair = correspondence_of("mlp", 2, 1)
+    maps = pair.identity()
+    wide = {name: torch.full(shape, 7.0) for name, shape in pair.fused.shapes.items()}
+    client = {name: torch.randn(shape) for name, shape in pair.client.shapes.items()}
+    mean = RunningMean(wide)
+    mean.add(client, 2.0, pair, maps)
+    fused = mean.mean(uncovered=wide)
+    assert torch.equal(fused["0.weight"][:20], client["0.weight"])
+    assert (fused["0.weight"][20:] == 7).all()
+    assert torch.equal(fused["2.weight"][:16, :20], client["2.weight"])
+    assert (fused["2.weight"][:16, 20:] == 0).all()
+
+
+@given(st.integers(0, 10_000), st.floats(0.1, 10))
+def test_channels_are_the_mean_over_those_who_have_them(seed: int, weight: float) -> None:
+    pair = correspondence_of("lenet-flatten", 2, 1)
+    same = correspondence_of("lenet-flatten", 2, 2)
+    maps = random_maps(pair, random_selection, seed)
+    narrow = {name: torch.randn(shape).double() for name, shape in pair.client.shapes.items()}
+    wide = {name: torch.randn(shape).double() for name, shape in pair.fused.shapes.items()}
+    mean = RunningMean(wide)
+    mean.add(narrow, weight, pair, maps)
+    mean.add(wide, 1.0, same, same.identity())
+    fused = mean.mean(uncovered=wide)
+    for name in ("conv1.weight", "fc1.weight", "fc2.bias"):
+        mapped = map_tensor(narrow[name], name, pair, maps)
+        group = name.split(".")[0]
+        has = maps[group].coverage().bool()
+        both = (weight * mapped + wide[name]) / (weight + 1)
+        torch.testing.assert_close(fused[name][has], both[has], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fused[name][~has], wide[name][~has], rtol=1e-5, atol=1e-6)
