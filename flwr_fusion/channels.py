@@ -144,7 +144,7 @@ class ChannelGraph:
             If the network cannot be run on the example inputs or not be traced.
         """
         traced = _prepared_copy(model)
-        inputs = _moved(example_inputs, traced)
+        inputs = moved_to(traced, example_inputs)
         order = _call_order(traced, inputs)
         dependency_graph, output_layers = _dependency_graph(traced, inputs)
         tracer = _GroupBuilder(traced, dependency_graph, output_layers, order)
@@ -288,8 +288,21 @@ def _prepared_copy(model: nn.Module) -> nn.Module:
     return traced
 
 
-def _moved(inputs: Any, model: nn.Module) -> Any:
-    """Bring inputs to the device and the floating-point type of a network."""
+def moved_to(model: nn.Module, inputs: Any) -> Any:
+    """Bring inputs to the device and the floating-point type of a network.
+
+    Parameters
+    ----------
+    inputs : Tensor, tuple or dict
+        What the network is called with.
+    model : nn.Module
+        The network.
+
+    Returns
+    -------
+    Tensor, tuple or dict
+        The same structure.
+    """
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise FusionError(f"{type(model).__name__} has no parameters: there is nothing to fuse")
@@ -451,9 +464,6 @@ class _GroupBuilder:
         named = [p for p in own if p.writes] or own
         first = min(named, key=lambda p: self.order.get(owner_of(p.tensor), len(self.order)))
         name = owner_of(first.tensor)
-        length = self.state[first.tensor].shape[first.axis]
-        if len(channels) * first.block != length:
-            name += f"[{int(first.positions.min())}:{int(first.positions.max()) + 1}]"
         return ChannelGroup(name, len(channels), tuple(own), fixed_because, normalised)
 
     def _item(self, item: Any) -> _Traced:
@@ -654,7 +664,8 @@ def _random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Ten
     def around_one(tensor: Tensor) -> Tensor:
         return 0.5 + torch.rand(tensor.shape, generator=generator)
 
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
+    drawn: dict[int, Tensor] = {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     result = {}
     for name, tensor in state.items():
@@ -664,18 +675,23 @@ def _random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Ten
             draw = around_one
         elif name in parameters or name.endswith("running_mean"):
             draw = normal
+        if id(tensor) in drawn:  # Tied tensors stay equal.
+            result[name] = drawn[id(tensor)]
+            continue
         value = tensor.detach().clone()
         if draw is not None and tensor.is_floating_point():
             value = draw(tensor).to(tensor)
             if tensor.dim() > 1:
                 value *= (2 / max(1, tensor[0].numel())) ** 0.5
-        result[name] = value
+        result[name] = drawn[id(tensor)] = value
     return result
 
 
 def _output_vector(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
     with torch.no_grad():
-        output = torch.func.functional_call(model, dict(state), *_arguments(inputs))
+        output = torch.func.functional_call(
+            model, dict(state), *_arguments(inputs), tie_weights=False
+        )
     tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
     vector = torch.cat([t.flatten().double() for t in tensors])
     if not torch.isfinite(vector).all():

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from flwr_fusion.channels import ChannelGraph, ChannelGroup, verified_graph
+from flwr_fusion.channels import ChannelGraph, ChannelGroup, call, moved_to, verified_graph
 from flwr_fusion.combine import RunningMean
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import Correspondence, Selection
@@ -30,6 +31,7 @@ from flwr_fusion.transplant import Scorer, Transplantation, choose_channels
 ALIGN_BY = ("weights", "activations")
 COMBINE = ("mean",)
 SCHEMES = ("joint", "iterative", "recursive")
+Part = tuple[nn.Module, float, str]
 Importance = Callable[[nn.Module, ChannelGroup], Tensor]
 # Networks that started apart have weights with a cosine near 0; after training from one start it
 # stays far above this.
@@ -146,7 +148,7 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     for k, model in enumerate(models):
         _check_same_tensors(_state(model), first, f"client {k}", "client 0")
     mean = RunningMean(first)
-    for k in _heaviest_first(models, shares):
+    for k in _participants(models, shares):
         mean.add(_state(models[k]), shares[k])
     fused = with_state(models[0], mean.mean(uncovered=first))
     return FusionResult(fused, FusionReport("average", "", (), time.perf_counter() - started))
@@ -190,8 +192,9 @@ def ot_fusion(
         Ground cost: squared Euclidean distance of weights, or distance of pre-activations on
         `calibration`.
     sweep : {"joint", "greedy"}
-        Coordinate descent over all groups, from incoming and outgoing weights, then refined as a
-        barycentre; or the paper's single pass from incoming weights.
+        Coordinate descent over all groups, from incoming and outgoing weights (plus, by
+        activations, from pre-activations), by weights refined as a barycentre; or the paper's
+        single pass, from incoming weights or from pre-activations alone.
     solver : {"exact", "sinkhorn", "unbalanced"}
         Transport problem between the channels of two networks.
     regularisation : float
@@ -241,34 +244,32 @@ def ot_fusion(
         raise FusionError("align_by='activations' needs calibration=, and only it uses it")
     matching = Matching(sweep, Solver(solver, regularisation, marginal_relaxation), masses)
     shares = _shares(models, weights)
-    order = [k for k in _heaviest_first(models, shares) if shares[k] > 0]
+    order = _participants(models, shares)
     target = _largest(models, order) if target is None else target
     graph = verified_graph(target, example_inputs)
-    clients = _clients(models, shares, order, target, graph, example_inputs)
+    named = {k: f"client {k}" for k in order}
+    clients = _clients(models, shares, named, target, graph, example_inputs)
     base, base_name, base_client = _reference(clients, order, target, reference)
-    if align_by == "activations":
-        base_model = with_state(target, base)
-        alignments = [
-            align_by_activations(
-                activation_costs(
-                    base_model, models[k], client.correspondence, calibration, activation_cost
-                ),
+    alignments = []
+    for n, client in enumerate(clients):
+        if n == base_client:
+            alignments.append(Alignment(client.correspondence.identity(), {}))
+        elif align_by == "weights":
+            aligned = align_by_weights(base, client.state(), client.correspondence, matching)
+            alignments.append(aligned)
+        else:
+            costs = activation_costs(
+                with_state(target, base),
+                models[order[n]],
                 client.correspondence,
-                matching,
+                calibration,
+                activation_cost,
             )
-            for k, client in zip(order, clients, strict=True)
-        ]
-    else:
-        alignments = [
-            align_by_weights(base, client.state(), client.correspondence, matching)
-            if n != base_client
-            else Alignment(client.correspondence.identity(), {})
-            for n, client in enumerate(clients)
-        ]
-        settled = all(alignment.is_identity for alignment in alignments)
-        others = len(clients) - (base_client is not None)
-        if sweep == "joint" and others > 1 and not settled:
-            alignments = refine_as_barycentre(clients, alignments, base, matching)
+            alignments.append(_by_activations(base, client, matching, costs))
+    settled = all(alignment.is_identity for alignment in alignments)
+    others = len(clients) - (base_client is not None)
+    if align_by == "weights" and sweep == "joint" and others > 1 and not settled:
+        alignments = refine_as_barycentre(clients, alignments, base, matching)
     mean = RunningMean(base)
     for client, alignment in zip(clients, alignments, strict=True):
         mean.add(client.state(), client.weight, client.correspondence, alignment.maps)
@@ -351,17 +352,17 @@ def neuron_transplantation(
     started = time.perf_counter()
     _check_option("scheme", scheme, SCHEMES)
     shares = _shares(models, weights)
-    ranked = [k for k in _heaviest_first(models, shares) if shares[k] > 0]
+    ranked = _participants(models, shares)
     target = _largest(models, ranked) if target is None else target
     graph = verified_graph(target, example_inputs)
-    parts = [(models[k], shares[k]) for k in ranked]
+    parts = [(models[k], shares[k], f"client {k}") for k in ranked]
 
-    def fuse_once(chosen: Sequence[tuple[nn.Module, float]]) -> tuple[nn.Module, float]:
-        total = sum(share for _, share in chosen)
-        networks = [network for network, _ in chosen]
-        relative = [share / total for _, share in chosen]
-        everyone = range(len(chosen))
-        clients = _clients(networks, relative, everyone, target, graph, example_inputs)
+    def fuse_once(chosen: Sequence[Part]) -> Part:
+        total = sum(share for _, share, _ in chosen)
+        networks = [network for network, _, _ in chosen]
+        relative = [share / total for _, share, _ in chosen]
+        named = {n: name for n, (_, _, name) in enumerate(chosen)}
+        clients = _clients(networks, relative, named, target, graph, example_inputs)
         scorer = (
             importance if isinstance(importance, str) else _scorer(importance, networks, clients)
         )
@@ -371,7 +372,7 @@ def neuron_transplantation(
         mean = RunningMean(_state(target))
         for client, own in zip(clients, maps, strict=True):
             mean.add(client.state(), client.weight, client.correspondence, own)
-        return with_state(target, mean.mean(uncovered=_state(target))), total
+        return with_state(target, mean.mean(uncovered=_state(target))), total, "fused"
 
     while len(parts) > 1 or parts[0][0] is models[ranked[0]]:
         step = len(parts) if scheme == "joint" else 2
@@ -380,6 +381,16 @@ def neuron_transplantation(
         parts = [fused, *rest] if scheme != "recursive" else [*rest, fused]
     seconds = time.perf_counter() - started
     return FusionResult(parts[0][0], FusionReport("neuron_transplantation", "", (), seconds))
+
+
+def _by_activations(
+    base: Mapping[str, Tensor], client: Client, matching: Matching, costs: Mapping[str, Tensor]
+) -> Alignment:
+    if matching.sweep == "greedy":
+        return align_by_activations(costs, client.correspondence, matching)
+    return align_by_weights(
+        base, client.state(), client.correspondence, matching, activations=costs
+    )
 
 
 def _scorer(
@@ -424,25 +435,29 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-def _heaviest_first(models: Sequence[nn.Module], shares: Sequence[float]) -> list[int]:
-    """Return the clients in an order that does not depend on the order they came in.
+def _participants(models: Sequence[nn.Module], shares: Sequence[float]) -> list[int]:
+    """Return the clients with a weight, the heaviest first, in whichever order they came.
 
     Raises
     ------
     FusionError
-        If a client that takes part has non-finite values.
+        If one of them has non-finite values.
     """
-    norms = [_squared_norm(_state(model), k) if shares[k] else 0 for k, model in enumerate(models)]
-    return sorted(range(len(models)), key=lambda k: (-shares[k], norms[k]))
+    norms = {
+        k: _squared_norm(_state(models[k]), f"client {k}")
+        for k, share in enumerate(shares)
+        if share > 0
+    }
+    return sorted(norms, key=lambda k: (-shares[k], norms[k]))
 
 
-def _squared_norm(state: Mapping[str, Tensor], k: int) -> float:
+def _squared_norm(state: Mapping[str, Tensor], who: str) -> float:
     total = 0.0
     for name, tensor in state.items():
         if tensor.is_floating_point():
             square = float(tensor.double().square().sum())
             if not math.isfinite(square):
-                raise FusionError(f"client {k}: tensor '{name}' has non-finite values")
+                raise FusionError(f"{who}: tensor '{name}' has non-finite values")
             total += square
     return total
 
@@ -495,28 +510,64 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 def _clients(
     models: Sequence[nn.Module],
     shares: Sequence[float],
-    order: Sequence[int],
+    named: Mapping[int, str],
     target: nn.Module,
     graph: ChannelGraph,
     example_inputs: Any,
 ) -> list[Client]:
-    """Return the clients in `order`, with their correspondence to the target."""
+    """Return the named clients in their order, with their correspondence to the target."""
     known: dict[Any, Correspondence] = {_architecture(target): Correspondence(graph, graph)}
     device = next(target.parameters()).device
     clients = []
-    for k in order:
+    for k, name in named.items():
         key = _architecture(models[k])
-        if key not in known:
-            try:
+        try:
+            if key not in known:
+                _squared_norm(_state(target), "the target")
                 known[key] = Correspondence(graph, verified_graph(models[k], example_inputs))
-            except FusionError as error:
-                raise FusionError(f"client {k} cannot be fused into the target: {error}") from error
+                _check_same_modules(models[k], target)
+            elif key == _architecture(target):
+                _check_same_function(models[k], target, example_inputs)
+        except FusionError as error:
+            raise FusionError(f"{name} cannot be fused into the target: {error}") from error
 
         def state(k: int = k) -> dict[str, Tensor]:
             return {name: tensor.to(device) for name, tensor in _state(models[k]).items()}
 
         clients.append(Client(state, shares[k], known[key]))
     return clients
+
+
+def _check_same_modules(model: nn.Module, target: nn.Module) -> None:
+    """Refuse networks whose layers of one name are of different types."""
+    types = {name: type(module) for name, module in target.named_modules()}
+    for name, module in model.named_modules():
+        if types.get(name) is not type(module):
+            raise FusionError(f"its layer '{name}' is not of the target's type")
+
+
+def _check_same_function(model: nn.Module, target: nn.Module, example_inputs: Any) -> None:
+    """Refuse networks of the same shapes that compute something else (heads, strides)."""
+    if model is target:
+        return
+    outputs = []
+    for network in (model, with_state(target, _state(model))):
+        training = {module: module.training for module in network.modules()}
+        try:
+            network.eval()
+            with torch.no_grad():
+                output = call(network, moved_to(network, example_inputs))
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        outputs.append(torch.cat([x.double().cpu().flatten() for x in leaves]))
+    same = outputs[0].shape == outputs[1].shape
+    if not same or float((outputs[0] - outputs[1]).norm()) > 1e-2 * float(outputs[0].norm()):
+        raise FusionError(
+            "with its weights the target's architecture computes something else: both have the "
+            "same shapes, but differ in attention heads, strides, activations or the like"
+        )
 
 
 def _architecture(model: nn.Module) -> tuple[Any, ...]:
@@ -536,6 +587,7 @@ def _reference(
     if reference is not None:
         given = {name: tensor.to(device) for name, tensor in _state(reference).items()}
         _check_same_tensors(given, target_state, "the reference", "the target")
+        _squared_norm(given, "the reference")
         if _resembles(clients[0].state(), given):
             return given, "the given reference", None
     shapes = {name: tensor.shape for name, tensor in target_state.items()}

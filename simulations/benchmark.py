@@ -149,6 +149,7 @@ def fusion_methods(example_inputs: Tensor, calibration: Tensor) -> dict[str, Fus
         "OT by weights, greedy": partial(ot_fusion, align_by="weights", sweep="greedy"),
         "OT by activations, greedy": partial(by_activations, sweep="greedy"),
         "OT by weights, joint": partial(ot_fusion, align_by="weights", sweep="joint"),
+        "OT by activations, joint": partial(by_activations, sweep="joint"),
     }
 
 

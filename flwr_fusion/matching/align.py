@@ -70,8 +70,9 @@ def align_by_weights(
     correspondence: Correspondence,
     matching: Matching,
     start: Mapping[str, ChannelMap] | None = None,
+    activations: Mapping[str, Tensor] | None = None,
 ) -> Alignment:
-    """Choose the maps that bring a client's weights closest to a reference's.
+    """Choose the maps that bring a client's weights (and activations) closest to a reference's.
 
     Parameters
     ----------
@@ -87,12 +88,16 @@ def align_by_weights(
         Maps to start the joint sweep from. Default: the identity, or two forward passes (with
         and without outgoing weights) if they come closer to the reference; the better end counts.
 
+    activations : mapping of str to Tensor, optional
+        From `flwr_fusion.matching.costs.activation_costs`: added to the cost by weights, each
+        relative to its mean over all pairs.
+
     Returns
     -------
     Alignment
         A map for every free group and what it costs.
     """
-    aligner = _WeightAligner(reference, client, correspondence, matching)
+    aligner = _WeightAligner(reference, client, correspondence, matching, activations or {})
     if start is not None:
         return aligner.joint(start, waiting=set(start))
     if matching.sweep == "greedy":
@@ -122,8 +127,8 @@ def align_by_activations(
     correspondence : Correspondence
         Positions in both networks.
     matching : Matching
-        Solver; groups do not depend on each other here, so both sweeps are the same, and the
-        masses are uniform.
+        Its solver; by activations alone the groups do not depend on each other, and masses are
+        uniform.
 
     Returns
     -------
@@ -131,7 +136,7 @@ def align_by_activations(
         A map for every free group; groups without recorded layers keep their order.
     """
     maps = correspondence.identity()
-    matched = {name: solve(cost, matching.solver) for name, cost in costs.items()}
+    matched = {name: _solved(name, cost, matching.solver) for name, cost in costs.items()}
     matched_costs = {name: _relative_cost(cost, matched[name]) for name, cost in costs.items()}
     return Alignment(maps | matched, matched_costs)
 
@@ -145,11 +150,15 @@ class _WeightAligner:
         client: Mapping[str, Tensor],
         correspondence: Correspondence,
         matching: Matching,
+        activations: Mapping[str, Tensor],
     ) -> None:
         self.reference = reference
         self.client = client
         self.correspondence = correspondence
         self.matching = matching
+        self.activations = {
+            name: cost / max(float(cost.mean()), 1e-30) for name, cost in activations.items()
+        }
         self.norms = {
             name: (_norm(reference[name]), _norm(client[name]))
             for name in matched_tensors(correspondence, reference)
@@ -200,7 +209,7 @@ class _WeightAligner:
                     continue
                 waiting.discard(group.name)
                 cost = self._cost(group, maps, self.reads[group.name])
-                chosen = self._improved(cost, group, maps[group.name])
+                chosen = self._improved(cost, group, maps)
                 costs[group.name] = _relative_cost(cost, chosen)
                 if chosen is not maps[group.name]:
                     maps[group.name] = chosen
@@ -210,26 +219,38 @@ class _WeightAligner:
         return Alignment(maps, costs)
 
     def distance(self, maps: Mapping[str, ChannelMap]) -> float:
-        """Return the squared distance of reference and mapped client, all tensors normalised."""
+        """Return the squared distance of reference and mapped client, all tensors normalised.
+
+        With activations, also the relative costs of the matched channels.
+        """
         total = 0.0
         for name, (norm, client_norm) in self.norms.items():
             mapped = map_tensor(self.client[name], name, self.correspondence, maps)
             ours = self.reference[name].detach().float() / norm
             total += float((ours - mapped.detach().float() / client_norm).square_().sum())
-        return total
+        return total + sum(_mean_cost(cost, maps[g]) for g, cost in self.activations.items())
 
-    def _improved(self, cost: Tensor, group: GroupPair, present: ChannelMap) -> ChannelMap:
+    def _improved(
+        self, cost: Tensor, group: GroupPair, maps: Mapping[str, ChannelMap]
+    ) -> ChannelMap:
         """Return a cheaper map of one group, or its present one if that is as good."""
-        candidate = self._solve(cost, group)
+        candidate, present = self._solve(cost, group), maps[group.name]
         if isinstance(candidate, Plan) and not isinstance(present, Plan):
             return candidate
         gain = _mean_cost(cost, present) - _mean_cost(cost, candidate)
-        return candidate if gain > _LEAST_GAIN * float(cost.mean()) else present
+        if gain <= _LEAST_GAIN * float(cost.mean()):
+            return present
+        # Where a tensor is written and read by the group itself, the cost is only linearised.
+        coupled = any(group.name in needed for needed in self.reads[group.name].values())
+        if coupled and self.distance({**maps, group.name: candidate}) >= self.distance(maps):
+            return present
+        return candidate
 
     def _solve(self, cost: Tensor, group: GroupPair) -> ChannelMap:
         if self.matching.masses == "uniform":
-            return solve(cost, self.matching.solver)
-        return solve(
+            return _solved(group.name, cost, self.matching.solver)
+        return _solved(
+            group.name,
             cost,
             self.matching.solver,
             channel_norms(group.name, self.reference, self.correspondence, fused=True),
@@ -240,9 +261,12 @@ class _WeightAligner:
         self, group: GroupPair, maps: Mapping[str, ChannelMap], tensors: Iterable[str]
     ) -> Tensor:
         norms = {name: self.norms[name] for name in tensors}
-        return weight_cost(
+        cost = weight_cost(
             group.name, self.reference, self.client, self.correspondence, maps, norms
         )
+        if group.name in self.activations:
+            cost = cost / cost.mean().clamp(min=1e-30) + self.activations[group.name].to(cost)
+        return cost
 
     def _writes(self, tensor: str, group: str) -> bool:
         return any(s.writes for _, s in segments_of(group, tensor, self.correspondence))
@@ -263,6 +287,13 @@ def _groups_needed(
             )
             needed.setdefault(tensor, set()).update(others)
     return needed
+
+
+def _solved(name: str, cost: Tensor, solver: Solver, *masses: Tensor) -> ChannelMap:
+    try:
+        return solve(cost, solver, *masses)
+    except FusionError as error:
+        raise FusionError(f"group '{name}': {error}") from error
 
 
 def _norm(tensor: Tensor) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.channels import ChannelGraph, call
+from flwr_fusion.channels import ChannelGraph, call, moved_to
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import Correspondence, Maps, Segment, map_tensor
 
@@ -219,12 +219,13 @@ def _layer_pairs(correspondence: Correspondence) -> list[tuple[str, str, Tensor,
 
 
 def _run(model: nn.Module, batch: Any) -> None:
-    device = next(model.parameters()).device
-    moved = torch.utils._pytree.tree_map(
-        lambda x: x.to(device) if isinstance(x, Tensor) else x, batch
-    )
-    with torch.no_grad():
-        call(model, moved)
+    try:
+        with torch.no_grad():
+            call(model, moved_to(model, batch))
+    except Exception as error:
+        raise FusionError(
+            f"the networks cannot be run on the calibration inputs: {error}"
+        ) from error
 
 
 @contextmanager
@@ -256,21 +257,33 @@ class _CrossMoments:
 
     def __init__(self) -> None:
         self.samples = 0
+        self.shifts: tuple[Tensor, Tensor] | None = None
         self.sums: list[Tensor] = []
 
     def add(self, ours: Tensor, theirs: Tensor) -> None:
         """Add pre-activations, each of shape (channels, samples)."""
         x, y = ours.double(), theirs.double()
+        if self.shifts is None:
+            # Moments about the first batch's means, or variances drown in large means.
+            self.shifts = (x.mean(1), y.mean(1))
+        x, y = x - self.shifts[0][:, None], y - self.shifts[1][:, None]
         new = [x.sum(1), y.sum(1), x.square().sum(1), y.square().sum(1), x @ y.T]
         self.samples += x.shape[1]
         self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
 
     def cost(self, kind: str) -> Tensor:
         """Return 1 - correlation, or the mean squared distance."""
+        assert self.shifts is not None
         x, y, xx, yy, xy = (total / self.samples for total in self.sums)
+        covariance = xy - x[:, None] * y[None, :]
+        variances = (xx - x.square()).clamp(min=0), (yy - y.square()).clamp(min=0)
+        means = x + self.shifts[0], y + self.shifts[1]
         if kind == "euclidean":
-            return (xx[:, None] + yy[None, :] - 2 * xy).clamp(min=0)
-        deviation = (xx - x.square()).clamp(min=0).sqrt()[:, None]
-        other = (yy - y.square()).clamp(min=0).sqrt()[None, :]
+            difference = (means[0][:, None] - means[1][None, :]).square()
+            return difference + variances[0][:, None] + variances[1][None, :] - 2 * covariance
+        ours, theirs = (
+            torch.where(v > 1e-10 * m.square(), v, torch.inf)
+            for v, m in zip(variances, means, strict=True)
+        )
         # A channel that is constant on all inputs correlates with nothing.
-        return 1 - (xy - x[:, None] * y[None, :]) / (deviation * other).clamp(min=1e-12)
+        return 1 - covariance / ours.sqrt()[:, None] / theirs.sqrt()[None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -43,8 +44,10 @@ class Solver:
         if self.name not in SOLVERS:
             raise FusionError(f"solver must be one of {SOLVERS}, not {self.name!r}")
         for option in ("regularisation", "marginal_relaxation"):
-            if not getattr(self, option) > 0:
-                raise FusionError(f"{option} must be positive, not {getattr(self, option)!r}")
+            if not 0 < getattr(self, option) < math.inf:
+                raise FusionError(
+                    f"{option} must be positive and finite, not {getattr(self, option)!r}"
+                )
 
 
 def solve(
@@ -135,7 +138,7 @@ def _exact_plan(
         warnings.simplefilter("ignore")
         plan, log = ot.emd(a, b, cost, numItermax=iterations, log=True)
     gap = float((plan * cost).sum() - (a @ log["u"] + b @ log["v"]))
-    if abs(gap) > 1e-6 * max(1.0, float(np.abs(cost).max())):
+    if abs(gap) > 1e-6 * float(np.abs(cost).max()):
         raise FusionError(f"exact transport stopped short of the optimum (duality gap {gap:.2g})")
     return np.asarray(plan)
 
@@ -150,7 +153,13 @@ def _entropic(
         warnings.simplefilter("ignore")
         if solver.name == "sinkhorn":
             plan = ot.sinkhorn(
-                a, b, shifted, solver.regularisation, method="sinkhorn_log", numItermax=10_000
+                a,
+                b,
+                shifted,
+                solver.regularisation,
+                method="sinkhorn_log",
+                numItermax=10_000,
+                stopThr=1e-5,
             )
             error = float(np.abs(plan.sum(0) - b).sum() + np.abs(plan.sum(1) - a).sum())
             if not error < 1e-2:

@@ -76,13 +76,18 @@ class FusionStrategy(FedAvg):
         self._asked: set[int] = set()
         _check_options(method, arguments)
         # Whatever the method cannot do is refused here, not after the first round of training.
-        verified_graph(model, example_inputs)
+        groups = verified_graph(model, example_inputs).groups
+        self._fixed = sum(group.fixed for group in groups)
+        self._free = len(groups) - self._fixed
+        if not self._free:
+            log(WARNING, "no channels of %s can be matched: fusion is plain averaging", type(model))
         self._fuse(1, [model], [1.0], None)
 
     def summary(self) -> None:
         """Log the fusion method and its options, then FedAvg's configuration."""
         options = ", ".join(f"{name}={value!r:.60}" for name, value in self.options.items())
         log(INFO, "\t├──> Fusion: %s(%s)", getattr(self.method, "__name__", "method"), options)
+        log(INFO, "\t│\t└──Channel groups: %d can move, %d are fixed", self._free, self._fixed)
         super().summary()
 
     def configure_train(

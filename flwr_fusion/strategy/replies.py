@@ -160,7 +160,7 @@ def _check_array(name: str, array: Array, like: Tensor) -> None:
         largest = float(np.abs(values).max())
         if not math.isfinite(largest):
             raise RejectedReply(f"array '{name}' has non-finite values")
-        if largest > _LARGEST_VALUE:
+        if largest > min(_LARGEST_VALUE, torch.finfo(like.dtype).max):
             raise RejectedReply(f"array '{name}' has values up to {largest:.1e}")
 
 
