@@ -65,6 +65,7 @@ def methods(example_inputs: Tensor) -> dict[str, Callable[..., Any]]:
     """Return what is measured, by name."""
     return {
         "average": ff.average,
+        "Neuron Transplantation": partial(ff.neuron_transplantation, example_inputs=example_inputs),
         "OT fusion": partial(ff.ot_fusion, example_inputs=example_inputs),
     }
 

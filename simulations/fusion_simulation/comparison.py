@@ -42,6 +42,9 @@ class Row:
     special_label_accuracy: float
 
 
+OT_FUSION = "OT fusion"
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Test accuracy of two clients put together, for a range of weights of the first."""
@@ -74,27 +77,29 @@ class Comparison:
         self._models = [client.model for client in clients]
         self._members = [class_probabilities(model, test.images) for model in self._models]
 
-    def rows(self, fused: nn.Module | None = None) -> list[Row]:
+    def rows(self, fused: nn.Module | None = None, fused_name: str = OT_FUSION) -> list[Row]:
         """Compare the clients, their average, their fusion and their ensemble.
 
         Parameters
         ----------
         fused : torch.nn.Module, optional
             The strategy's fused model; default: the OT fusion of the clients.
+        fused_name : str
+            Name of its method.
 
         Returns
         -------
         list of Row
-            One row per client, then three with weights by sample count and three with equal
-            weights.
+            One row per client, then FedAvg, fusion and ensemble with weights by sample count, and
+            FedAvg, OT fusion and ensemble with equal weights.
         """
         counts = [float(client.examples) for client in self.clients]
         rows = [
             self._row(client.name, f"{client.examples} images", member)
             for client, member in zip(self.clients, self._members, strict=True)
         ]
-        rows += self._combined_rows("by images", counts, fused)
-        return rows + self._combined_rows("equal", [1.0] * len(counts), None)
+        rows += self._combined_rows("by images", counts, fused, fused_name)
+        return rows + self._combined_rows("equal", [1.0] * len(counts), None, OT_FUSION)
 
     def sweep(self) -> Sweep:
         """Vary the weight of the first of two clients from 0 to 1."""
@@ -106,14 +111,14 @@ class Comparison:
         )
 
     def _combined_rows(
-        self, label: str, weights: list[float], fused: nn.Module | None
+        self, label: str, weights: list[float], fused: nn.Module | None, fused_name: str
     ) -> list[Row]:
         probabilities = (
             self._fused(weights) if fused is None else class_probabilities(fused, self.test.images)
         )
         return [
             self._row("FedAvg", label, self._averaged(weights)),
-            self._row("OT fusion", label, probabilities),
+            self._row(fused_name, label, probabilities),
             self._row("Ensemble", label, self._ensemble(weights)),
         ]
 

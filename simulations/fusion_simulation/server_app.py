@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 from torch import nn
 
-from fusion_simulation.comparison import Comparison
+from fusion_simulation.comparison import OT_FUSION, Comparison
 from fusion_simulation.data import LabelledImages, check_label_skill, load_split
 from fusion_simulation.report import Report, RoundAccuracy, output_folder
 from fusion_simulation.settings import Settings
@@ -20,6 +20,7 @@ from fusion_simulation.task import accuracy, build_model, class_probabilities
 
 NODES_NEEDED = 2
 SECONDS_TO_CONNECT = 60.0
+METHOD_NAMES = {"fedavg": OT_FUSION, "ot": OT_FUSION, "nt": "Neuron Transplantation"}
 
 app = ServerApp()
 
@@ -98,7 +99,7 @@ def compare(
     begin = time.perf_counter()
     comparison = Comparison(strategy.client_models(build), test, settings.special_label)
     fused = None if settings.strategy == "fedavg" else load_arrays(build(), result.arrays)
-    rows = comparison.rows(fused)
+    rows = comparison.rows(fused, METHOD_NAMES[settings.strategy])
     sweep = comparison.sweep() if len(comparison.clients) == NODES_NEEDED else None
     seconds |= {
         "aggregation-last-round": strategy.aggregation_seconds[-1],

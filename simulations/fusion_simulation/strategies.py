@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
-from flwr_fusion.strategy import OTFusion
+from flwr_fusion.strategy import NeuronTransplantation, OTFusion
 from fusion_simulation.comparison import ClientModel
 from fusion_simulation.settings import Settings
 
@@ -69,6 +69,10 @@ class RecordingOTFusion(RecordReplies, OTFusion):
     """OTFusion that keeps the latest replies."""
 
 
+class RecordingNeuronTransplantation(RecordReplies, NeuronTransplantation):
+    """NeuronTransplantation that keeps the latest replies."""
+
+
 def build_strategy(settings: Settings, model: nn.Module, example_inputs: Tensor) -> RecordReplies:
     """Build the strategy that the settings name.
 
@@ -112,8 +116,17 @@ def _ot_fusion(settings: Settings, model: nn.Module, example_inputs: Tensor) -> 
     )
 
 
+def _neuron_transplantation(
+    settings: Settings, model: nn.Module, example_inputs: Tensor
+) -> RecordReplies:
+    return RecordingNeuronTransplantation(
+        model=model, example_inputs=example_inputs, fraction_evaluate=0.0
+    )
+
+
 STRATEGIES: dict[str, Callable[[Settings, nn.Module, Tensor], RecordReplies]] = {
     "fedavg": _fedavg,
+    "nt": _neuron_transplantation,
     "ot": _ot_fusion,
 }
 

@@ -1,0 +1,146 @@
+"""Neuron Transplantation against averaging and optimal transport, at once and after fine-tuning.
+
+Models trained on all of the data from different starts are fused in groups of 2, 4 and 8. Beside
+them stands the control that the paper lacks: one of the models simply trained on for as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from benchmark import (
+    Fuse,
+    load,
+    markdown_table,
+    mean_and_deviation,
+    new_progress,
+    parser,
+    recipe,
+    trained_model,
+)
+from fusion_simulation.data import LabelledImages
+from fusion_simulation.task import accuracy, class_probabilities, train
+from torch import Tensor, nn
+
+import flwr_fusion as ff
+
+CHECKPOINTS = (0, 1, 3)
+CONTROL = "one model trained on"
+Table = dict[tuple[str, int], dict[int, list[float]]]
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    options = parser("Fusion of 2, 4 and 8 models, at once and after 1 and 3 epochs of training.")
+    options.add_argument("--counts", type=int, nargs="+", default=[2, 4, 8])
+    options.set_defaults(
+        model="mlp-512-512-512", bias=False, momentum=0.9, batch_size=256, seeds=[0, 1]
+    )
+    arguments = options.parse_args()
+    data, test = load(arguments, train=True), load(arguments, train=False)
+    with new_progress() as progress:
+        families = [
+            [
+                trained_model(arguments, "all", data, seed, member, progress)
+                for member in range(max(arguments.counts))
+            ]
+            for seed in arguments.seeds
+        ]
+        total = len(families) * len(arguments.counts)
+        groups = progress.add_task("fuse and fine-tune", total=total)
+        results: Table = defaultdict(lambda: defaultdict(list))
+        for family in families:
+            for count in arguments.counts:
+                _measure(arguments, family[:count], data, test, results)
+                progress.advance(groups)
+    print(_table(results, arguments.counts))
+    print()
+    print(_self_fusion(families, test))
+
+
+def methods(example_inputs: Tensor) -> dict[str, Fuse]:
+    """Return the fusion methods of the paper's tables, by name.
+
+    Parameters
+    ----------
+    example_inputs : torch.Tensor
+        A small batch of inputs.
+
+    Returns
+    -------
+    dict of str to callable
+        Each takes the models.
+    """
+    transplant = partial(ff.neuron_transplantation, example_inputs=example_inputs)
+    return {
+        "average": ff.average,
+        "OT": partial(ff.ot_fusion, example_inputs=example_inputs),
+        "NT": transplant,
+        "NT iterative": partial(transplant, scheme="iterative"),
+        "NT recursive": partial(transplant, scheme="recursive"),
+    }
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    models: Sequence[nn.Module],
+    data: LabelledImages,
+    test: LabelledImages,
+    results: Table,
+) -> None:
+    starts = {name: fuse(models).model for name, fuse in methods(data.images[:2]).items()}  # type: ignore[call-arg]
+    starts[CONTROL] = copy.deepcopy(models[0])
+    for name, model in starts.items():
+        done = 0
+        for epochs in CHECKPOINTS:
+            if epochs > done:
+                train(model, data, replace(recipe(arguments), epochs=epochs - done), seed=epochs)
+                done = epochs
+            results[name, len(models)][epochs].append(_accuracy(model, test))
+
+
+def _accuracy(model: nn.Module, test: LabelledImages) -> float:
+    return accuracy(class_probabilities(model, test.images), test.labels)
+
+
+def _table(results: Table, counts: Sequence[int]) -> str:
+    names = list(dict.fromkeys(name for name, _ in results))
+    header = ["models", *(f"{name}: at once / 1 / 3 epochs" for name in names)]
+    rows = []
+    for count in counts:
+        cells = (
+            " / ".join(mean_and_deviation(results[name, count][epochs]) for epochs in CHECKPOINTS)
+            for name in names
+        )
+        rows.append([str(count), *cells])
+    return markdown_table(header, rows)
+
+
+def _self_fusion(families: Sequence[Sequence[nn.Module]], test: LabelledImages) -> str:
+    """Return what is left of a model fused with itself, without and with the guard."""
+    inputs = test.images[:2]
+    rows = []
+    for duplicates in (0.0, 0.5):
+        scores = [
+            _accuracy(
+                ff.neuron_transplantation(
+                    [models[0], models[0]], example_inputs=inputs, duplicates=duplicates
+                ).model,
+                test,
+            )
+            for models in families
+        ]
+        rows.append([f"{duplicates}", f"{100 * statistics.mean(scores):.2f}"])
+    alone = statistics.mean(_accuracy(models[0], test) for models in families)
+    rows.append(["the model itself", f"{100 * alone:.2f}"])
+    return markdown_table(["self-fusion, duplicates=", "test accuracy %"], rows)
+
+
+if __name__ == "__main__":
+    main()
