@@ -289,7 +289,7 @@ def neuron_transplantation(
     weighted: bool = False,
     scheme: Literal["joint", "iterative", "recursive"] = "joint",
     order: Literal["merge-then-prune", "prune-then-merge"] = "merge-then-prune",
-    duplicates: float = 0.5,
+    duplicates: float = 0.25,
     donated: float | None = None,
 ) -> FusionResult:
     """Fuse networks by keeping the most important channels of all of them.

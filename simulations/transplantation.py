@@ -126,7 +126,7 @@ def _self_fusion(families: Sequence[Sequence[nn.Module]], test: LabelledImages) 
     """Return what is left of a model fused with itself, without and with the guard."""
     inputs = test.images[:2]
     rows = []
-    for duplicates in (0.0, 0.5):
+    for duplicates in (0.0, 0.25):
         scores = [
             _accuracy(
                 ff.neuron_transplantation(

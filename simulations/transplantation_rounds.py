@@ -27,7 +27,7 @@ def main() -> None:
     options.add_argument("--clients", type=int, default=10)
     options.add_argument("--rounds", type=int, default=10)
     options.add_argument("--images", type=int, default=12000, help="training images in all")
-    options.set_defaults(seeds=[0, 1, 2], epochs=1, learning_rate=0.05, momentum=0.5, batch_size=32)
+    options.set_defaults(seeds=[0, 1, 2], epochs=1, learning_rate=0.05, momentum=0.9, batch_size=32)
     arguments = options.parse_args()
     data, test = load(arguments, train=True), load(arguments, train=False)
     every, once = defaultdict(list), defaultdict(list)

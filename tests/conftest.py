@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 
 # Single numbers of examples and no deadline: timings on a shared core say nothing.
-settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("suite")
 
 

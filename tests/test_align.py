@@ -17,7 +17,12 @@ from torch import Tensor, nn
 import flwr_fusion as ff
 from flwr_fusion.combine import RunningMean
 from flwr_fusion.maps import ChannelMap, Correspondence, Plan, Selection, map_tensor
-from flwr_fusion.matching.align import Matching, align_by_activations, align_by_weights
+from flwr_fusion.matching.align import (
+    Matching,
+    _WeightAligner,
+    align_by_activations,
+    align_by_weights,
+)
 from flwr_fusion.matching.barycentre import Client, refine_as_barycentre
 from flwr_fusion.matching.costs import activation_costs, channel_norms, matched_tensors, weight_cost
 from flwr_fusion.matching.transport import Solver
@@ -28,6 +33,7 @@ from tests.test_maps import correspondence_of
 seeds = st.integers(0, 1000)
 State = dict[str, Tensor]
 JOINT, GREEDY = Matching("joint"), Matching("greedy")
+NAMES = ["mlp", "lenet", "small-vgg", "concat-and-sum", "linear-attention", "tied-weights"]
 
 
 def tiny() -> nn.Module:
@@ -65,11 +71,17 @@ def permuted(pair: Correspondence, state: State, seed: int) -> tuple[State, dict
 def distance(
     reference: State, client: State, pair: Correspondence, maps: Mapping[str, ChannelMap]
 ) -> float:
+    """Return the squared distance over all tensors with two axes, each divided by its norm."""
     total = 0.0
-    for name in matched_tensors(pair, reference):
-        mapped = map_tensor(client[name].double(), name, pair, maps)
-        total += float((reference[name].double() - mapped).square().sum())
+    for name, tensor in reference.items():
+        if tensor.dim() > 1 and pair.segments.get(name):
+            mapped = map_tensor(unit(client[name]), name, pair, maps)
+            total += float((unit(tensor) - mapped).square().sum())
     return total
+
+
+def unit(tensor: Tensor) -> Tensor:
+    return tensor.double() / tensor.double().norm()
 
 
 # Costs.
@@ -81,19 +93,57 @@ def test_weight_cost_is_the_squared_distance_of_channels(seed: int) -> None:
     reference, client = generic_state(pair, seed), generic_state(pair, seed + 1)
     order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
     maps: dict[str, ChannelMap] = {"2": Selection(order, 3)}
-    tensors = ["0.weight", "0.bias", "2.weight"]
-    cost = weight_cost("0", reference, client, pair, maps, tensors)
+    norms = {
+        name: (float(reference[name].norm()), float(client[name].norm()))
+        for name in ("0.weight", "2.weight")
+    }
+    cost = weight_cost("0", reference, client, pair, maps, norms)
     for i, j in itertools.product(range(4), range(4)):
-        expected = (reference["0.weight"][i] - client["0.weight"][j]).square().sum()
-        expected += (reference["0.bias"][i] - client["0.bias"][j]).square()
-        expected += (reference["2.weight"][:, i] - client["2.weight"][order, j]).square().sum()
-        assert float(cost[i, j]) == pytest.approx(float(expected), rel=1e-4)
+        incoming = unit(reference["0.weight"])[i] - unit(client["0.weight"])[j]
+        outgoing = unit(reference["2.weight"])[:, i] - unit(client["2.weight"])[order, j]
+        expected = incoming.square().sum() + outgoing.square().sum()
+        assert float(cost[i, j]) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+    # Only the tensors with norms count, each divided by the norms that are given.
+    incoming_only = weight_cost("0", reference, client, pair, maps, {"0.weight": (2.0, 0.5)})
+    rows = reference["0.weight"][:, None] / 2 - client["0.weight"][None] / 0.5
+    torch.testing.assert_close(incoming_only, rows.square().sum(2), rtol=1e-4, atol=1e-4)
+
+
+def test_channels_are_compared_by_tensors_with_two_axes() -> None:
+    assert matched_tensors(tiny_pair(), generic_state(tiny_pair(), 0)) == [
+        "0.weight",
+        "2.weight",
+        "4.weight",
+    ]
+    pair = pair_of("small-vgg")
+    names = matched_tensors(pair, named("small-vgg").model().state_dict())
+    assert sorted(names) == sorted(n for n, shape in pair.fused.shapes.items() if len(shape) > 1)
+
+
+@pytest.mark.parametrize("matching", [JOINT, GREEDY], ids=lambda m: m.sweep)
+@pytest.mark.parametrize("name", NAMES)
+def test_scales_and_biases_do_not_count(name: str, matching: Matching) -> None:
+    pair = pair_of(name)
+    reference, client = generic_state(pair, 0), generic_state(pair, 1)
+    expected = align_by_weights(reference, client, pair, matching).maps
+    vectors = generic_state(pair, 2)
+    scales = torch.logspace(-2, 2, len(client))
+    changed = {
+        tensor: value * scale if value.dim() > 1 else vectors[tensor]
+        for (tensor, value), scale in zip(client.items(), scales, strict=True)
+    }
+    found = align_by_weights(reference, changed, pair, matching).maps
+    for group, chosen in expected.items():
+        other = found[group]
+        assert isinstance(chosen, Selection)
+        assert isinstance(other, Selection)
+        assert torch.equal(chosen.index, other.index)
 
 
 def test_channel_norms_are_those_of_the_writing_weights() -> None:
     pair = tiny_pair()
     state = generic_state(pair, 0)
-    expected = (state["0.weight"].square().sum(1) + state["0.bias"].square()).sqrt()
+    expected = state["0.weight"].norm(dim=1)
     torch.testing.assert_close(channel_norms("0", state, pair, fused=False), expected)
 
 
@@ -170,8 +220,6 @@ def test_activations_recover_a_permutation(seed: int) -> None:
 
 
 # Sweeps.
-
-NAMES = ["mlp", "lenet", "small-vgg", "concat-and-sum", "linear-attention", "tied-weights"]
 
 
 @pytest.mark.parametrize("matching", [JOINT, GREEDY], ids=lambda m: m.sweep)
@@ -251,8 +299,8 @@ def test_greedy_pass_is_best_for_incoming_weights(seed: int) -> None:
 
     def incoming(order: tuple[int, ...]) -> float:
         rows = list(order)
-        weight = (reference["0.weight"] - client["0.weight"][rows]).square().sum()
-        return float(weight + (reference["0.bias"] - client["0.bias"][rows]).square().sum())
+        difference = unit(reference["0.weight"]) - unit(client["0.weight"])[rows]
+        return float(difference.square().sum())
 
     best = min(incoming(order) for order in itertools.permutations(range(4)))
     assert incoming(tuple(chosen.index.tolist())) == pytest.approx(best, rel=1e-4)
@@ -270,6 +318,84 @@ def test_wider_reference_takes_every_channel_in(seed: int) -> None:
         assert sorted(taken.tolist()) == list(range(group.client_size))
     placed = distance(reference, client, pair, pair.identity())
     assert distance(reference, client, pair, alignment.maps) <= placed * (1 + 1e-6)
+
+
+def relative(cost: Tensor) -> Tensor:
+    return cost / cost.mean()
+
+
+def objective(
+    reference: State,
+    client: State,
+    pair: Correspondence,
+    maps: Mapping[str, ChannelMap],
+    costs: Mapping[str, Tensor],
+) -> float:
+    """Return the distance by weights plus the mean relative cost of the matched channels."""
+    total = distance(reference, client, pair, maps)
+    for group, cost in costs.items():
+        chosen = maps[group]
+        assert isinstance(chosen, Selection)
+        total += float(relative(cost)[range(len(cost)), chosen.index].mean())
+    return total
+
+
+@given(seed=seeds)
+def test_objective_of_the_joint_sweep(seed: int) -> None:
+    reference, client, pair, inputs = networks(seed)
+    states = dict(reference.state_dict()), dict(client.state_dict())
+    costs = activation_costs(reference, client, pair, inputs)
+    maps = align_by_weights(*states, pair, JOINT).maps
+    for activations in ({}, costs):
+        aligner = _WeightAligner(*states, pair, JOINT, activations)
+        for chosen in (maps, pair.identity()):
+            expected = objective(*states, pair, chosen, activations)
+            assert aligner.distance(chosen) == pytest.approx(expected, rel=1e-4)
+
+
+@given(seed=seeds)
+def test_activations_are_added_to_the_joint_sweep(seed: int) -> None:
+    reference, client, pair, inputs = networks(seed)
+    states = dict(reference.state_dict()), dict(client.state_dict())
+    costs = activation_costs(reference, client, pair, inputs)
+    found = align_by_weights(*states, pair, JOINT, activations=costs).maps
+    reached = objective(*states, pair, found, costs)
+    assert reached <= objective(*states, pair, pair.identity(), costs) * (1 + 1e-6)
+
+
+def test_activations_decide_where_weights_do_not() -> None:
+    reference, client, pair, _ = networks(0)
+    states = dict(reference.state_dict()), dict(client.state_dict())
+    order = torch.tensor([2, 0, 3, 1])
+    cost = torch.full((4, 4), 1e3)
+    cost[range(4), order] = 0
+    chosen = align_by_weights(*states, pair, JOINT, activations={"0": cost}).maps["0"]
+    assert isinstance(chosen, Selection)
+    assert torch.equal(chosen.index, order)
+
+
+def test_fusion_by_activations_uses_both_costs_or_activations_alone() -> None:
+    reference, client, pair, inputs = networks(4)
+    states = dict(reference.state_dict()), dict(client.state_dict())
+    costs = activation_costs(reference, client, pair, inputs)
+    expected = {
+        "joint": align_by_weights(*states, pair, JOINT, activations=costs).maps,
+        "greedy": align_by_activations(costs, pair, GREEDY).maps,
+    }
+    for sweep, maps in expected.items():
+        fused = ff.ot_fusion(
+            [reference, client],
+            [3, 1],
+            example_inputs=inputs[:2],
+            align_by="activations",
+            sweep=sweep,  # type: ignore[arg-type]
+            calibration=inputs,
+        ).model
+        mean = RunningMean(states[0])
+        mean.add(states[0], 0.75, pair, pair.identity())
+        mean.add(states[1], 0.25, pair, maps)
+        for name, tensor in mean.mean(uncovered=states[0]).items():
+            torch.testing.assert_close(fused.state_dict()[name], tensor)
 
 
 def test_channels_that_are_alike_stay_where_they_are() -> None:

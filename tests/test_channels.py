@@ -101,14 +101,14 @@ def test_flatten_after_conv1d_and_blocks_of_groupnorm() -> None:
     groups = traced("conv1d-groupnorm")
     assert summary(groups) == {
         "input of conv": (3, INPUT),
-        "conv[0:4]": (4, ""),
-        "conv[4:8]": (4, ""),
+        "conv": (4, ""),
+        "conv#2": (4, ""),
         "conv2": (6, ""),
         "fc": (10, OUTPUT),
     }
-    assert groups["conv[0:4]"].normalised
+    assert groups["conv"].normalised
     assert not groups["conv2"].normalised
-    second = place_of(groups["conv[4:8]"], "norm.weight", 0)
+    second = place_of(groups["conv#2"], "norm.weight", 0)
     assert torch.equal(second.positions, torch.arange(4, 8).view(4, 1))
     read = place_of(groups["conv2"], "fc.weight", 1)
     assert torch.equal(read.positions, torch.arange(24).view(6, 4))

@@ -82,7 +82,12 @@ METHODS = [
     DEFAULT,
     Method("ot-greedy", ff.ot_fusion, {"sweep": "greedy"}),
     Method("ot-activations", ff.ot_fusion, {"align_by": "activations"}, needs_calibration=True),
-    # A small regularisation, so that plans between permuted copies are permutations.
+    Method(
+        "ot-activations-greedy",
+        ff.ot_fusion,
+        {"align_by": "activations", "sweep": "greedy"},
+        needs_calibration=True,
+    ),
     Method("transplant", ff.neuron_transplantation, {}, in_place=False),
     # A large regularisation mixes even the channels of equal networks.
     Method(

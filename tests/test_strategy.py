@@ -382,12 +382,17 @@ def test_metric_aggregation_functions() -> None:
 
 
 def mock_reply(seed: int, num_examples: float) -> Mock:
+    """Return the reply of a small network."""
+    return mock_reply_of(small_network(seed), num_examples, float(seed))
+
+
+def mock_reply_of(network: nn.Module, num_examples: float, loss: float = 0.0) -> Mock:
     """Return a reply without ids or further records, as Flower's own tests make them."""
     reply = Mock(spec=Message)
     reply.has_error.side_effect = lambda: False
     reply.has_content.side_effect = lambda: True
-    metrics = MetricRecord({"num-examples": num_examples, "loss": float(seed)})
-    reply.content = RecordDict({"arrays": record(small_network(seed)), "metrics": metrics})
+    metrics = MetricRecord({"num-examples": num_examples, "loss": loss})
+    reply.content = RecordDict({"arrays": record(network), "metrics": metrics})
     return reply
 
 
@@ -482,12 +487,38 @@ class UnequalChannels(Untraceable):
         return torch.as_tensor(self.second(self.first(x).relu() * torch.arange(6.0)))
 
 
-@pytest.mark.parametrize(
-    "model", [Untraceable(), UnequalChannels()], ids=lambda m: type(m).__name__
-)
-def test_networks_that_cannot_be_fused_are_refused(model: nn.Module) -> None:
-    with pytest.raises(ff.FusionError):
-        OTFusion(model=model, example_inputs=SMALL)
+def test_networks_that_cannot_be_fused_are_refused() -> None:
+    with pytest.raises(ff.FusionError, match=r"UnequalChannels.*first"):
+        OTFusion(model=UnequalChannels(), example_inputs=SMALL)
+
+
+def test_networks_that_cannot_be_traced_are_averaged(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = Untraceable()
+    strategy = OTFusion(model=model, example_inputs=SMALL)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "Untraceable" in warnings[0]
+    assert "can be matched: fusion is plain averaging" in warnings[0]
+    groups = ff.ChannelGraph.trace(model, SMALL).groups
+    assert groups
+    assert all(group.fixed_because for group in groups)
+    # Whatever channels look alike, none of them moves.
+    networks = [Untraceable() for _ in range(3)]
+    replies = [
+        mock_reply_of(network, count) for network, count in zip(networks, (1, 3, 2), strict=True)
+    ]
+    arrays, metrics = strategy.aggregate_train(1, replies)
+    assert arrays is not None
+    assert metrics is not None
+    assert metrics["share-moved"] == 0
+    assert metrics["rejected"] == 0
+    assert largest_difference(arrays, record(ff.average(networks, [1, 3, 2]).model)) < 1e-6
+
+
+def test_networks_that_can_be_traced_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    small_strategy()
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
 def test_construction_does_not_modify_the_model() -> None:
