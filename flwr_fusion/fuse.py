@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,12 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from flwr_fusion.channels import ChannelGraph, ChannelGroup, call, moved_to, verified_graph
+from flwr_fusion.channels import ChannelGroup, verified_graph
 from flwr_fusion.combine import RunningMean
 from flwr_fusion.errors import FusionError
-from flwr_fusion.maps import Correspondence, Selection
 from flwr_fusion.matching.align import (
     Alignment,
     Matching,
@@ -24,8 +20,19 @@ from flwr_fusion.matching.align import (
     align_by_weights,
 )
 from flwr_fusion.matching.barycentre import Client, refine_as_barycentre
-from flwr_fusion.matching.costs import activation_costs, channel_norms
+from flwr_fusion.matching.costs import activation_costs
 from flwr_fusion.matching.transport import Solver
+from flwr_fusion.prepare import (
+    check_option,
+    check_same_tensors,
+    clients_of,
+    detached_state,
+    largest,
+    participants,
+    reference_of,
+    shares_of,
+    with_state,
+)
 from flwr_fusion.transplant import Scorer, Transplantation, choose_channels
 
 ALIGN_BY = ("weights", "activations")
@@ -33,9 +40,6 @@ COMBINE = ("mean",)
 SCHEMES = ("joint", "iterative", "recursive")
 Part = tuple[nn.Module, float, str]
 Importance = Callable[[nn.Module, ChannelGroup], Tensor]
-# Networks that started apart have weights with a cosine near 0; after training from one start it
-# stays far above this.
-_SAME_START = 0.2
 
 
 @dataclass(frozen=True)
@@ -143,13 +147,13 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     >>> fused = ff.average([a, b], weights=[100, 300]).model
     """
     started = time.perf_counter()
-    shares = _shares(models, weights)
-    first = _state(models[0])
+    shares = shares_of(models, weights)
+    first = detached_state(models[0])
     for k, model in enumerate(models):
-        _check_same_tensors(_state(model), first, f"client {k}", "client 0")
+        check_same_tensors(detached_state(model), first, f"client {k}", "client 0")
     mean = RunningMean(first)
-    for k in _participants(models, shares):
-        mean.add(_state(models[k]), shares[k])
+    for k in participants(models, shares):
+        mean.add(detached_state(models[k]), shares[k])
     fused = with_state(models[0], mean.mean(uncovered=first))
     return FusionResult(fused, FusionReport("average", "", (), time.perf_counter() - started))
 
@@ -238,18 +242,18 @@ def ot_fusion(
     ['0']
     """
     started = time.perf_counter()
-    _check_option("align_by", align_by, ALIGN_BY)
-    _check_option("combine", combine, COMBINE)
+    check_option("align_by", align_by, ALIGN_BY)
+    check_option("combine", combine, COMBINE)
     if (align_by == "activations") != (calibration is not None):
         raise FusionError("align_by='activations' needs calibration=, and only it uses it")
     matching = Matching(sweep, Solver(solver, regularisation, marginal_relaxation), masses)
-    shares = _shares(models, weights)
-    order = _participants(models, shares)
-    target = _largest(models, order) if target is None else target
+    shares = shares_of(models, weights)
+    order = participants(models, shares)
+    target = largest(models, order) if target is None else target
     graph = verified_graph(target, example_inputs)
     named = {k: f"client {k}" for k in order}
-    clients = _clients(models, shares, named, target, graph, example_inputs)
-    base, base_name, base_client = _reference(clients, order, target, reference)
+    clients = clients_of(models, shares, named, target, graph, example_inputs)
+    base, base_name, base_client = reference_of(clients, order, target, reference)
     alignments = []
     for n, client in enumerate(clients):
         if n == base_client:
@@ -350,10 +354,10 @@ def neuron_transplantation(
     True
     """
     started = time.perf_counter()
-    _check_option("scheme", scheme, SCHEMES)
-    shares = _shares(models, weights)
-    ranked = _participants(models, shares)
-    target = _largest(models, ranked) if target is None else target
+    check_option("scheme", scheme, SCHEMES)
+    shares = shares_of(models, weights)
+    ranked = participants(models, shares)
+    target = largest(models, ranked) if target is None else target
     graph = verified_graph(target, example_inputs)
     parts = [(models[k], shares[k], f"client {k}") for k in ranked]
 
@@ -362,17 +366,17 @@ def neuron_transplantation(
         networks = [network for network, _, _ in chosen]
         relative = [share / total for _, share, _ in chosen]
         named = {n: name for n, (_, _, name) in enumerate(chosen)}
-        clients = _clients(networks, relative, named, target, graph, example_inputs)
+        clients = clients_of(networks, relative, named, target, graph, example_inputs)
         scorer = (
             importance if isinstance(importance, str) else _scorer(importance, networks, clients)
         )
         maps = choose_channels(
             clients, Transplantation(scorer, weighted, order, duplicates, donated)
         )
-        mean = RunningMean(_state(target))
+        mean = RunningMean(detached_state(target))
         for client, own in zip(clients, maps, strict=True):
             mean.add(client.state(), client.weight, client.correspondence, own)
-        return with_state(target, mean.mean(uncovered=_state(target))), total, "fused"
+        return with_state(target, mean.mean(uncovered=detached_state(target))), total, "fused"
 
     while len(parts) > 1 or parts[0][0] is models[ranked[0]]:
         step = len(parts) if scheme == "joint" else 2
@@ -408,223 +412,6 @@ def _scorer(
         return scores
 
     return score
-
-
-def _check_option(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise FusionError(f"{name} must be one of {allowed}, not {value!r}")
-
-
-def _shares(models: Sequence[nn.Module], weights: Sequence[float] | None) -> list[float]:
-    """Return the clients' weights divided by their sum."""
-    if len(models) == 0:
-        raise FusionError("there are no models to fuse")
-    weights = [1.0] * len(models) if weights is None else [float(w) for w in weights]
-    if len(weights) != len(models):
-        raise FusionError(f"there are {len(models)} models but {len(weights)} weights")
-    for k, weight in enumerate(weights):
-        if not math.isfinite(weight) or weight < 0:
-            raise FusionError(f"the weight of client {k} is {weight}: it must be finite and >= 0")
-    total = sum(weights)
-    if total <= 0:
-        raise FusionError("all weights are zero: at least one client must take part")
-    return [weight / total for weight in weights]
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
-
-
-def _participants(models: Sequence[nn.Module], shares: Sequence[float]) -> list[int]:
-    """Return the clients with a weight, the heaviest first, in whichever order they came.
-
-    Raises
-    ------
-    FusionError
-        If one of them has non-finite values.
-    """
-    norms = {
-        k: _squared_norm(_state(models[k]), f"client {k}")
-        for k, share in enumerate(shares)
-        if share > 0
-    }
-    return sorted(norms, key=lambda k: (-shares[k], norms[k]))
-
-
-def _squared_norm(state: Mapping[str, Tensor], who: str) -> float:
-    total = 0.0
-    for name, tensor in state.items():
-        if tensor.is_floating_point():
-            square = float(tensor.double().square().sum())
-            if not math.isfinite(square):
-                raise FusionError(f"{who}: tensor '{name}' has non-finite values")
-            total += square
-    return total
-
-
-def _largest(models: Sequence[nn.Module], order: Sequence[int]) -> nn.Module:
-    """Return the network with the most parameters; among equals the first of `order`."""
-    return models[max(order, key=lambda k: sum(p.numel() for p in models[k].parameters()))]
-
-
-def _check_same_tensors(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], who: str, whose: str
-) -> None:
-    if state.keys() != expected.keys():
-        missing = sorted(expected.keys() - state.keys())
-        extra = sorted(state.keys() - expected.keys())
-        raise FusionError(
-            f"{who} does not have the tensors of {whose}: missing {missing[:5]}, extra {extra[:5]}"
-        )
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise FusionError(
-                f"{who}: tensor '{name}' has shape {tuple(tensor.shape)}, "
-                f"that of {whose} has {tuple(expected[name].shape)}"
-            )
-
-
-def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a network with other values.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network; not modified.
-    state : mapping of str to Tensor
-        Values for all keys of its state dict.
-
-    Returns
-    -------
-    nn.Module
-        The copy.
-    """
-    loaded = copy.deepcopy(model)
-    # The network's own state dict carries the versions that some layers ask for.
-    full = loaded.state_dict()
-    full.update(state)
-    loaded.load_state_dict(full)
-    return loaded
-
-
-def _clients(
-    models: Sequence[nn.Module],
-    shares: Sequence[float],
-    named: Mapping[int, str],
-    target: nn.Module,
-    graph: ChannelGraph,
-    example_inputs: Any,
-) -> list[Client]:
-    """Return the named clients in their order, with their correspondence to the target."""
-    known: dict[Any, Correspondence] = {_architecture(target): Correspondence(graph, graph)}
-    device = next(target.parameters()).device
-    clients = []
-    for k, name in named.items():
-        key = _architecture(models[k])
-        try:
-            if key not in known:
-                _squared_norm(_state(target), "the target")
-                known[key] = Correspondence(graph, verified_graph(models[k], example_inputs))
-                _check_same_modules(models[k], target)
-            elif key == _architecture(target):
-                _check_same_function(models[k], target, example_inputs)
-        except FusionError as error:
-            raise FusionError(f"{name} cannot be fused into the target: {error}") from error
-
-        def state(k: int = k) -> dict[str, Tensor]:
-            return {name: tensor.to(device) for name, tensor in _state(models[k]).items()}
-
-        clients.append(Client(state, shares[k], known[key]))
-    return clients
-
-
-def _check_same_modules(model: nn.Module, target: nn.Module) -> None:
-    """Refuse networks whose layers of one name are of different types."""
-    types = {name: type(module) for name, module in target.named_modules()}
-    for name, module in model.named_modules():
-        if types.get(name) is not type(module):
-            raise FusionError(f"its layer '{name}' is not of the target's type")
-
-
-def _check_same_function(model: nn.Module, target: nn.Module, example_inputs: Any) -> None:
-    """Refuse networks of the same shapes that compute something else (heads, strides)."""
-    if model is target:
-        return
-    outputs = []
-    for network in (model, with_state(target, _state(model))):
-        training = {module: module.training for module in network.modules()}
-        try:
-            network.eval()
-            with torch.no_grad():
-                output = call(network, moved_to(network, example_inputs))
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-        leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-        outputs.append(torch.cat([x.double().cpu().flatten() for x in leaves]))
-    same = outputs[0].shape == outputs[1].shape
-    if not same or float((outputs[0] - outputs[1]).norm()) > 1e-2 * float(outputs[0].norm()):
-        raise FusionError(
-            "with its weights the target's architecture computes something else: both have the "
-            "same shapes, but differ in attention heads, strides, activations or the like"
-        )
-
-
-def _architecture(model: nn.Module) -> tuple[Any, ...]:
-    shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
-    return (type(model), shapes)
-
-
-def _reference(
-    clients: Sequence[Client],
-    order: Sequence[int],
-    target: nn.Module,
-    reference: nn.Module | None,
-) -> tuple[dict[str, Tensor], str, int | None]:
-    """Return the state dict to align to, its name, and which client it is as it stands."""
-    device = next(target.parameters()).device
-    target_state = {name: tensor.to(device) for name, tensor in _state(target).items()}
-    if reference is not None:
-        given = {name: tensor.to(device) for name, tensor in _state(reference).items()}
-        _check_same_tensors(given, target_state, "the reference", "the target")
-        _squared_norm(given, "the reference")
-        if _resembles(clients[0].state(), given):
-            return given, "the given reference", None
-    shapes = {name: tensor.shape for name, tensor in target_state.items()}
-    same = [n for n, client in enumerate(clients) if client.correspondence.client.shapes == shapes]
-    chosen = same[0] if same else 0
-    name = f"client {order[chosen]}"
-    if same:
-        return dict(clients[chosen].state()), name, chosen
-    return _placed(clients[chosen], target_state), name, None
-
-
-def _resembles(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
-    """Whether two networks still have the same start; unequal shapes cannot tell otherwise."""
-    products = torch.zeros(3, dtype=torch.float64)
-    for name, ours in reference.items():
-        if ours.dim() < 2 or not ours.is_floating_point():
-            continue
-        if ours.shape != state[name].shape:
-            return True
-        x, y = ours.double().flatten(), state[name].double().flatten()
-        products += torch.stack([x @ y, x @ x, y @ y]).cpu()
-    scale = float((products[1] * products[2]).sqrt())
-    return float(products[0]) > _SAME_START * scale
-
-
-def _placed(client: Client, target_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put a network of another width into the target's channels: its strongest, in order."""
-    state = client.state()
-    maps = client.correspondence.identity()
-    for group in client.correspondence.free_groups:
-        if group.client_size > group.fused_size:
-            norms = channel_norms(group.name, state, client.correspondence, fused=False)
-            strongest = norms.topk(group.fused_size).indices.sort().values.cpu()
-            maps[group.name] = Selection(strongest, group.client_size)
-    mean = RunningMean(target_state)
-    mean.add(state, 1.0, client.correspondence, maps)
-    return mean.mean(uncovered=target_state)
 
 
 def _group_reports(

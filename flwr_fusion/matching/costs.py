@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.channels import ChannelGraph, call, moved_to
+from flwr_fusion.channels import ChannelGraph
 from flwr_fusion.errors import FusionError
+from flwr_fusion.inputs import call, moved_to
 from flwr_fusion.maps import Correspondence, Maps, Segment, map_tensor
 
 ACTIVATION_COSTS = ("correlation", "euclidean")

@@ -15,7 +15,8 @@ from torch import nn
 
 from flwr_fusion.channels import verified_graph
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fuse import FusionReport, FusionResult, with_state
+from flwr_fusion.fuse import FusionReport, FusionResult
+from flwr_fusion.prepare import with_state
 from flwr_fusion.strategy.replies import (
     RejectedReply,
     Update,

@@ -1,0 +1,245 @@
+"""Preparing a fusion: checked weights, comparable networks, the reference of the alignment."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from flwr_fusion.channels import ChannelGraph, verified_graph
+from flwr_fusion.combine import RunningMean
+from flwr_fusion.errors import FusionError
+from flwr_fusion.inputs import call, moved_to
+from flwr_fusion.maps import Correspondence, Selection
+from flwr_fusion.matching.barycentre import Client
+from flwr_fusion.matching.costs import channel_norms
+
+# Networks that started apart have weights with a cosine near 0; after training from one start it
+# stays far above this.
+_SAME_START = 0.2
+
+
+def check_option(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not allowed, and say what is."""
+    if value not in allowed:
+        raise FusionError(f"{name} must be one of {allowed}, not {value!r}")
+
+
+def shares_of(models: Sequence[nn.Module], weights: Sequence[float] | None) -> list[float]:
+    """Return the clients' weights divided by their sum."""
+    if len(models) == 0:
+        raise FusionError("there are no models to fuse")
+    weights = [1.0] * len(models) if weights is None else [float(w) for w in weights]
+    if len(weights) != len(models):
+        raise FusionError(f"there are {len(models)} models but {len(weights)} weights")
+    for k, weight in enumerate(weights):
+        if not math.isfinite(weight) or weight < 0:
+            raise FusionError(f"the weight of client {k} is {weight}: it must be finite and >= 0")
+    total = sum(weights)
+    if total <= 0:
+        raise FusionError("all weights are zero: at least one client must take part")
+    return [weight / total for weight in weights]
+
+
+def detached_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a network's state dict without its autograd graph."""
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def participants(models: Sequence[nn.Module], shares: Sequence[float]) -> list[int]:
+    """Return the clients with a weight, the heaviest first, in whichever order they came.
+
+    Raises
+    ------
+    FusionError
+        If one of them has non-finite values.
+    """
+    norms = {
+        k: squared_norm(detached_state(models[k]), f"client {k}")
+        for k, share in enumerate(shares)
+        if share > 0
+    }
+    return sorted(norms, key=lambda k: (-shares[k], norms[k]))
+
+
+def squared_norm(state: Mapping[str, Tensor], who: str) -> float:
+    """Return the sum of squares of all floating-point values; refuse non-finite ones by name."""
+    total = 0.0
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            square = float(tensor.double().square().sum())
+            if not math.isfinite(square):
+                raise FusionError(f"{who}: tensor '{name}' has non-finite values")
+            total += square
+    return total
+
+
+def largest(models: Sequence[nn.Module], order: Sequence[int]) -> nn.Module:
+    """Return the network with the most parameters; among equals the first of `order`."""
+    return models[max(order, key=lambda k: sum(p.numel() for p in models[k].parameters()))]
+
+
+def check_same_tensors(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], who: str, whose: str
+) -> None:
+    """Refuse a state dict with other keys or shapes than the expected one."""
+    if state.keys() != expected.keys():
+        missing = sorted(expected.keys() - state.keys())
+        extra = sorted(state.keys() - expected.keys())
+        raise FusionError(
+            f"{who} does not have the tensors of {whose}: missing {missing[:5]}, extra {extra[:5]}"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise FusionError(
+                f"{who}: tensor '{name}' has shape {tuple(tensor.shape)}, "
+                f"that of {whose} has {tuple(expected[name].shape)}"
+            )
+
+
+def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a network with other values.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; not modified.
+    state : mapping of str to Tensor
+        Values for all keys of its state dict.
+
+    Returns
+    -------
+    nn.Module
+        The copy.
+    """
+    loaded = copy.deepcopy(model)
+    # The network's own state dict carries the versions that some layers ask for.
+    full = loaded.state_dict()
+    full.update(state)
+    loaded.load_state_dict(full)
+    return loaded
+
+
+def clients_of(
+    models: Sequence[nn.Module],
+    shares: Sequence[float],
+    named: Mapping[int, str],
+    target: nn.Module,
+    graph: ChannelGraph,
+    example_inputs: Any,
+) -> list[Client]:
+    """Return the named clients in their order, with their correspondence to the target."""
+    known: dict[Any, Correspondence] = {_architecture(target): Correspondence(graph, graph)}
+    device = next(target.parameters()).device
+    clients = []
+    for k, name in named.items():
+        key = _architecture(models[k])
+        try:
+            if key not in known:
+                squared_norm(detached_state(target), "the target")
+                known[key] = Correspondence(graph, verified_graph(models[k], example_inputs))
+                _check_same_modules(models[k], target)
+            elif key == _architecture(target):
+                _check_same_function(models[k], target, example_inputs)
+        except FusionError as error:
+            raise FusionError(f"{name} cannot be fused into the target: {error}") from error
+
+        def state(k: int = k) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in detached_state(models[k]).items()}
+
+        clients.append(Client(state, shares[k], known[key]))
+    return clients
+
+
+def _check_same_modules(model: nn.Module, target: nn.Module) -> None:
+    """Refuse networks whose layers of one name are of different types."""
+    types = {name: type(module) for name, module in target.named_modules()}
+    for name, module in model.named_modules():
+        if types.get(name) is not type(module):
+            raise FusionError(f"its layer '{name}' is not of the target's type")
+
+
+def _check_same_function(model: nn.Module, target: nn.Module, example_inputs: Any) -> None:
+    """Refuse networks of the same shapes that compute something else (heads, strides)."""
+    if model is target:
+        return
+    outputs = []
+    for network in (model, with_state(target, detached_state(model))):
+        training = {module: module.training for module in network.modules()}
+        try:
+            network.eval()
+            with torch.no_grad():
+                output = call(network, moved_to(network, example_inputs))
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        outputs.append(torch.cat([x.double().cpu().flatten() for x in leaves]))
+    same = outputs[0].shape == outputs[1].shape
+    if not same or float((outputs[0] - outputs[1]).norm()) > 1e-2 * float(outputs[0].norm()):
+        raise FusionError(
+            "with its weights the target's architecture computes something else: both have the "
+            "same shapes, but differ in attention heads, strides, activations or the like"
+        )
+
+
+def _architecture(model: nn.Module) -> tuple[Any, ...]:
+    shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
+    return (type(model), shapes)
+
+
+def reference_of(
+    clients: Sequence[Client],
+    order: Sequence[int],
+    target: nn.Module,
+    reference: nn.Module | None,
+) -> tuple[dict[str, Tensor], str, int | None]:
+    """Return the state dict to align to, its name, and which client it is as it stands."""
+    device = next(target.parameters()).device
+    target_state = {name: tensor.to(device) for name, tensor in detached_state(target).items()}
+    if reference is not None:
+        given = {name: tensor.to(device) for name, tensor in detached_state(reference).items()}
+        check_same_tensors(given, target_state, "the reference", "the target")
+        squared_norm(given, "the reference")
+        if _resembles(clients[0].state(), given):
+            return given, "the given reference", None
+    shapes = {name: tensor.shape for name, tensor in target_state.items()}
+    same = [n for n, client in enumerate(clients) if client.correspondence.client.shapes == shapes]
+    chosen = same[0] if same else 0
+    name = f"client {order[chosen]}"
+    if same:
+        return dict(clients[chosen].state()), name, chosen
+    return _placed(clients[chosen], target_state), name, None
+
+
+def _resembles(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
+    """Whether two networks still have the same start; unequal shapes cannot tell otherwise."""
+    products = torch.zeros(3, dtype=torch.float64)
+    for name, ours in reference.items():
+        if ours.dim() < 2 or not ours.is_floating_point():
+            continue
+        if ours.shape != state[name].shape:
+            return True
+        x, y = ours.double().flatten(), state[name].double().flatten()
+        products += torch.stack([x @ y, x @ x, y @ y]).cpu()
+    scale = float((products[1] * products[2]).sqrt())
+    return float(products[0]) > _SAME_START * scale
+
+
+def _placed(client: Client, target_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put a network of another width into the target's channels: its strongest, in order."""
+    state = client.state()
+    maps = client.correspondence.identity()
+    for group in client.correspondence.free_groups:
+        if group.client_size > group.fused_size:
+            norms = channel_norms(group.name, state, client.correspondence, fused=False)
+            strongest = norms.topk(group.fused_size).indices.sort().values.cpu()
+            maps[group.name] = Selection(strongest, group.client_size)
+    mean = RunningMean(target_state)
+    mean.add(state, 1.0, client.correspondence, maps)
+    return mean.mean(uncovered=target_state)
