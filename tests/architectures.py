@@ -15,7 +15,7 @@ import torchvision.models as tv
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flwr_fusion.channels import call
+from flwr_fusion.inputs import call
 
 CLASSES = 10
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+SIMULATIONS = REPOSITORY / "simulations"
+
 # Single numbers of examples and no deadline: timings on a shared core say nothing.
 settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("suite")
@@ -20,7 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--data-dir",
         default=os.environ.get("FLWR_FUSION_DATA", ""),
-        help="directory that holds MNIST as torchvision stores it (default: $FLWR_FUSION_DATA)",
+        help="directory that holds MNIST and CIFAR-10 as torchvision stores them "
+        "(default: $FLWR_FUSION_DATA)",
     )
 
 
@@ -36,4 +40,13 @@ def mnist_dir(request: pytest.FixtureRequest) -> Path:
     root = Path(str(request.config.getoption("--data-dir")))
     if not (root / "MNIST" / "raw").is_dir():
         pytest.skip(f"no MNIST under '{root}': run with --data-dir=DIRECTORY")
+    return root
+
+
+@pytest.fixture
+def cifar_dir(request: pytest.FixtureRequest) -> Path:
+    """Directory to give to torchvision.datasets.CIFAR10(root=...); batches may be missing."""
+    root = Path(str(request.config.getoption("--data-dir")))
+    if not list((root / "cifar-10-batches-py").glob("data_batch_*")):
+        pytest.skip(f"no CIFAR-10 under '{root}': run with --data-dir=DIRECTORY")
     return root
