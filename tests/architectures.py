@@ -275,7 +275,7 @@ def vgg(constructor: Callable[..., nn.Module]) -> nn.Module:
 
 def shallow_vit() -> nn.Module:
     """Return a ViT-B/16 with the first two of its twelve encoder layers."""
-    return tv.VisionTransformer(
+    model: nn.Module = tv.VisionTransformer(
         image_size=32,
         patch_size=16,
         num_layers=2,
@@ -284,6 +284,7 @@ def shallow_vit() -> nn.Module:
         mlp_dim=3072,
         num_classes=CLASSES,
     )
+    return model
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def distance(
 
 
 def unit(tensor: Tensor) -> Tensor:
-    return tensor.double() / tensor.double().norm()
+    return nn.functional.normalize(tensor.double().flatten(), dim=0).view_as(tensor)
 
 
 # Costs.

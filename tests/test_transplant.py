@@ -245,7 +245,8 @@ def test_same_as_the_pruner_of_torch_pruning_by_its_scores(name: str, bias: bool
         scores[layer] = estimate(group)
 
     def importance(model: nn.Module, group: ff.ChannelGroup) -> Tensor:
-        return scores[group.name].chunk(2)[[m is model for m in models].index(True)]
+        number = [m is model for m in models].index(True)
+        return torch.as_tensor(scores[group.name].chunk(2)[number])
 
     fused = transplant(
         models, [2, 1], example_inputs=inputs[:2], importance=importance, duplicates=0
