@@ -66,22 +66,17 @@ class RunningMean:
             return
         if not value.is_floating_point() and value.dim():
             self._check_equal(name, value)
-        if weight.dim() or value.dtype != kind:
-            self._sums[name] += value.to(kind) * weight
-        else:
-            self._sums[name].add_(value, alpha=float(weight))
+        self._sums[name].addcmul_(value.to(kind), weight)
         self._weights[name] = self._weights[name] + weight
 
     def _check_equal(self, name: str, value: Tensor) -> None:
         """Refuse to average integer tables (indices, masks) that differ between clients."""
-        if not torch.equal(self._mean(name).round().to(value.dtype), value):
+        mean = self._sums[name] / self._weights[name]
+        if not torch.equal(mean.round().to(value.dtype), value):
             raise FusionError(
                 f"tensor '{name}' holds {value.dtype} values that differ between the clients: "
                 "they cannot be averaged"
             )
-
-    def _mean(self, name: str) -> Tensor:
-        return self._sums[name] / self._weights[name]
 
     def mean(self, uncovered: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean in the template's dtypes.
@@ -96,15 +91,22 @@ class RunningMean:
         dict of str to Tensor
             A state dict of the fused architecture.
         """
-        result = {}
-        for name, like in self._template.items():
-            weight = self._weights[name]
-            value = self._mean(name)
-            empty = weight.abs() < 1e-12
-            if bool(empty.any()):
-                value = torch.where(empty, uncovered[name].to(value), value)
-            result[name] = (value if like.is_floating_point() else value.round()).to(like.dtype)
-        return result
+        return {
+            name: self._divided(name, self._sums[name].clone(), uncovered) for name in self._sums
+        }
+
+    def finish(self, uncovered: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean as `mean` does, in the memory of the sums, which are given up."""
+        names = list(self._sums)
+        return {name: self._divided(name, self._sums.pop(name), uncovered) for name in names}
+
+    def _divided(self, name: str, total: Tensor, uncovered: Mapping[str, Tensor]) -> Tensor:
+        weight, like = self._weights[name], self._template[name]
+        total.div_(weight)
+        empty = weight.abs() < 1e-12
+        if bool(empty.any()):
+            total = torch.where(empty, uncovered[name].to(total), total)
+        return (total if like.is_floating_point() else total.round()).to(like.dtype)
 
 
 def _accumulator(value: Tensor) -> torch.dtype:

@@ -20,7 +20,7 @@ from flwr_fusion.matching.align import (
     align_by_weights,
 )
 from flwr_fusion.matching.barycentre import Client, refine_as_barycentre
-from flwr_fusion.matching.costs import activation_costs
+from flwr_fusion.matching.costs import ACTIVATION_COSTS, activation_costs
 from flwr_fusion.matching.transport import Solver
 from flwr_fusion.prepare import (
     check_option,
@@ -154,7 +154,7 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     mean = RunningMean(first)
     for k in participants(models, shares):
         mean.add(detached_state(models[k]), shares[k])
-    fused = with_state(models[0], mean.mean(uncovered=first))
+    fused = with_state(models[0], mean.finish(uncovered=first))
     return FusionResult(fused, FusionReport("average", "", (), time.perf_counter() - started))
 
 
@@ -243,6 +243,7 @@ def ot_fusion(
     """
     started = time.perf_counter()
     check_option("align_by", align_by, ALIGN_BY)
+    check_option("activation_cost", activation_cost, ACTIVATION_COSTS)
     check_option("combine", combine, COMBINE)
     if (align_by == "activations") != (calibration is not None):
         raise FusionError("align_by='activations' needs calibration=, and only it uses it")
@@ -277,7 +278,7 @@ def ot_fusion(
     mean = RunningMean(base)
     for client, alignment in zip(clients, alignments, strict=True):
         mean.add(client.state(), client.weight, client.correspondence, alignment.maps)
-    fused = with_state(target, mean.mean(uncovered=base))
+    fused = with_state(target, mean.finish(uncovered=base))
     groups = _group_reports(clients, alignments)
     seconds = time.perf_counter() - started
     return FusionResult(fused, FusionReport("ot_fusion", base_name, groups, seconds))
@@ -367,16 +368,14 @@ def neuron_transplantation(
         relative = [share / total for _, share, _ in chosen]
         named = {n: name for n, (_, _, name) in enumerate(chosen)}
         clients = clients_of(networks, relative, named, target, graph, example_inputs)
-        scorer = (
-            importance if isinstance(importance, str) else _scorer(importance, networks, clients)
-        )
+        scorer = _scorer(importance, networks, clients) if callable(importance) else importance
         maps = choose_channels(
             clients, Transplantation(scorer, weighted, order, duplicates, donated)
         )
         mean = RunningMean(detached_state(target))
         for client, own in zip(clients, maps, strict=True):
             mean.add(client.state(), client.weight, client.correspondence, own)
-        return with_state(target, mean.mean(uncovered=detached_state(target))), total, "fused"
+        return with_state(target, mean.finish(uncovered=detached_state(target))), total, "fused"
 
     while len(parts) > 1 or parts[0][0] is models[ranked[0]]:
         step = len(parts) if scheme == "joint" else 2

@@ -295,7 +295,7 @@ def _map_axis(
     mapped = tensor.index_select(axis, index.clamp(min=0).to(tensor.device))
     if not bool((scale == 1).all()):
         shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
-        mapped = mapped * scale.to(tensor).view(shape)
+        mapped.mul_(scale.to(tensor).view(shape))
     for segment, channel_map in used:
         if isinstance(channel_map, Plan):
             _apply_plan(mapped, tensor, axis, segment, channel_map)

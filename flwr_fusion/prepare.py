@@ -72,7 +72,7 @@ def squared_norm(state: Mapping[str, Tensor], who: str) -> float:
     total = 0.0
     for name, tensor in state.items():
         if tensor.is_floating_point():
-            square = float(tensor.double().square().sum())
+            square = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
             if not math.isfinite(square):
                 raise FusionError(f"{who}: tensor '{name}' has non-finite values")
             total += square

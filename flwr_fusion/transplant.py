@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.maps import ChannelMap, Segment, Selection, map_tensor
+from flwr_fusion.maps import ChannelMap, Segment, Selection
 from flwr_fusion.matching.barycentre import Client
 from flwr_fusion.matching.costs import channel_rows, matched_tensors, segments_of
 
 IMPORTANCES = ("l1", "l2")
 ORDERS = ("merge-then-prune", "prune-then-merge")
-# Estimated distances scatter by sqrt(2 / projections) = 9 %: unrelated channels stay unrelated.
-_PROJECTIONS = 256
+# Estimated distances scatter by sqrt(2 / projections) = 13 %: unrelated channels stay unrelated.
+_PROJECTIONS = 128
+
+# The mean over all channels of a group scatters little: unrelated networks stay near 1.
+_COMMON_START = 0.8
 
 Scorer = Callable[[int, str], Tensor]
 
@@ -110,29 +113,25 @@ def choose_channels(
     states = [client.state() for client in clients]
     pools = pool_channels(clients, states, transplantation.duplicates)
     maps: list[dict[str, ChannelMap]] = [{} for _ in clients]
-    # From the output back, as a pruner does: what the next group drops counts no more.
-    for group in reversed(clients[0].correspondence.free_groups):
+    for group in clients[0].correspondence.free_groups:
         pool = pools[group.name]
         scores = [
-            _scores(n, client, states[n], group.name, maps[n], transplantation)
+            _scores(n, client, states[n], group.name, transplantation)
             for n, client in enumerate(clients)
         ]
         kept = _kept(scores, pool, group.fused_size, transplantation)
-        for n, client in enumerate(clients):
-            sizes = {g.name: g.client_size for g in client.correspondence.free_groups}
-            maps[n][group.name] = _selection(
-                kept, pool.members[n], group.fused_size, sizes[group.name]
-            )
+        for own, members in zip(maps, pool.members, strict=True):
+            own[group.name] = _selection(kept, members, group.fused_size)
     return maps
 
 
-def _selection(kept: Tensor, members: Tensor, fused_size: int, client_size: int) -> Selection:
+def _selection(kept: Tensor, members: Tensor, fused_size: int) -> Selection:
     """Return the map that puts a client's kept channels at the places of their pool channels."""
     channel_of = torch.full((int(max(kept.max(), members.max())) + 1,), -1)
-    channel_of[members] = torch.arange(client_size)
+    channel_of[members] = torch.arange(len(members))
     index = torch.full((fused_size,), -1)
     index[: len(kept)] = channel_of[kept]
-    return Selection(index, client_size)
+    return Selection(index, len(members))
 
 
 def _kept(
@@ -182,7 +181,6 @@ def _scores(
     client: Client,
     state: Mapping[str, Tensor],
     group: str,
-    maps: Mapping[str, ChannelMap],
     transplantation: Transplantation,
 ) -> Tensor:
     """Return the importance of each of a client's channels of a group, in double precision."""
@@ -191,29 +189,19 @@ def _scores(
         return transplantation.importance(n, group).double().cpu() * factor
     power = 1 if transplantation.importance == "l1" else 2
     total: Tensor | None = None
-    for name in matched_tensors(client.correspondence, state):
+    for name, segments_of_axes in client.correspondence.segments.items():
+        if not state[name].is_floating_point() or name.endswith(("running_mean", "running_var")):
+            continue
+        # What writes no free channels, the output layer above all, is averaged.
+        averaged = not any(s.writes for segments in segments_of_axes.values() for s in segments)
+        share = client.weight**power if averaged else 1.0
         for axis, segment in segments_of(group, name, client.correspondence):
-            values = _as_in_fused(state[name], name, axis, client, maps)
-            rows = channel_rows(values, axis, segment.client_positions)
-            norms = rows.abs().sum(1) if power == 1 else rows.square().sum(1)
-            total = norms.double() if total is None else total + norms
+            rows = channel_rows(state[name], axis, segment.client_positions)
+            norms = torch.linalg.vector_norm(rows, ord=power, dim=1).double() ** power * share
+            total = norms if total is None else total + norms
     if total is None:
         raise FusionError(f"no weights tell the channels of group '{group}' apart")
     return total.cpu() * factor
-
-
-def _as_in_fused(
-    tensor: Tensor, name: str, axis: int, client: Client, maps: Mapping[str, ChannelMap]
-) -> Tensor:
-    """Return a tensor as the fused network will hold it along all axes but one."""
-    correspondence = client.correspondence
-    others = {a: s for a, s in correspondence.segments[name].items() if a != axis}
-    known = all(segment.group in maps for segments in others.values() for segment in segments)
-    if others and known:
-        return map_tensor(tensor, name, correspondence, maps, keep_axis=axis)
-    segments_of_all_axes = correspondence.segments[name].values()
-    averaged = not any(s.writes for segments in segments_of_all_axes for s in segments)
-    return tensor * client.weight if averaged else tensor
 
 
 def pool_channels(
@@ -223,8 +211,10 @@ def pool_channels(
 
     Two channels are compared by random projections of their incoming weights (Johnson &
     Lindenstrauss), in forward order, so that channels which read duplicates can be duplicates
-    themselves. Mutual nearest neighbours that differ by less than ``duplicates`` times the spread
-    (twice the mean squared distance from the mean channel) are one channel.
+    themselves. The spread is twice their mean squared distance from the mean channel, what
+    unrelated channels differ by. Mutual nearest neighbours that differ by less than ``duplicates``
+    times the spread are one channel. If the channels of equal index are closer than unrelated ones
+    on average, the networks have a common start and those of equal index are one.
 
     Parameters
     ----------
@@ -266,14 +256,39 @@ def _pool(signatures: Sequence[Tensor], duplicates: float) -> Pool:
     known = signatures[0]
     members = [torch.arange(len(known))]
     for own in signatures[1:]:
-        distance = torch.cdist(own.double(), known.double()).square()
-        nearest, back = distance.argmin(1), distance.argmin(0)
+        (nearest, smallest), back = _nearest(own, known), _nearest(known, own)[0]
         index = torch.arange(len(own))
-        same = (back[nearest] == index) & (distance[index, nearest] <= duplicates * spread)
+        if _common_start(own, signatures[0], spread, smallest):
+            members.append(index)
+            continue
+        same = (back[nearest] == index) & (smallest <= duplicates * spread)
         new = torch.cumsum(~same, 0) - 1 + len(known)
         members.append(torch.where(same, nearest, new))
         known = torch.cat([known, own[~same]])
     return Pool(len(known), members)
+
+
+def _common_start(own: Tensor, first: Tensor, spread: float, smallest: Tensor) -> bool:
+    """Whether two networks have channels of equal index in common.
+
+    They are closer than unrelated ones on average, and no other channels are much closer still, as
+    they are in a permuted copy.
+    """
+    if len(own) != len(first):
+        return False
+    distance = float((own - first).square().sum(1).mean())
+    return distance < _COMMON_START * spread and distance <= 2 * float(smallest.mean()) + 1e-30
+
+
+def _nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest of the others to each point and its squared distance, block by block."""
+    norms = others.square().sum(1)
+    # The points' own norms do not matter for which is nearest.
+    blocks = [
+        torch.addmm(norms, part, others.T, alpha=-2).min(1) for part in torch.split(points, 512)
+    ]
+    index = torch.cat([block.indices for block in blocks])
+    return index, (points - others[index]).square().sum(1)
 
 
 def _signatures(

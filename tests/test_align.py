@@ -24,7 +24,13 @@ from flwr_fusion.matching.align import (
     align_by_weights,
 )
 from flwr_fusion.matching.barycentre import Client, refine_as_barycentre
-from flwr_fusion.matching.costs import activation_costs, channel_norms, matched_tensors, weight_cost
+from flwr_fusion.matching.costs import (
+    activation_costs,
+    channel_norms,
+    matched_tensors,
+    segments_of,
+    weight_cost,
+)
 from flwr_fusion.matching.transport import Solver
 from tests.architectures import SmallVGG, named, output, randomised, relative_error
 from tests.test_channels import SharedLayer
@@ -333,12 +339,14 @@ def objective(
     maps: Mapping[str, ChannelMap],
     costs: Mapping[str, Tensor],
 ) -> float:
-    """Return the distance by weights plus the mean relative cost of the matched channels."""
+    """Return the distance by weights plus the matched channels' costs on the weights' scale."""
     total = distance(reference, client, pair, maps)
     for group, cost in costs.items():
         chosen = maps[group]
         assert isinstance(chosen, Selection)
-        total += float(relative(cost)[range(len(cost)), chosen.index].mean())
+        tensors = [n for n in matched_tensors(pair, reference) if any(segments_of(group, n, pair))]
+        matched = relative(cost)[range(len(cost)), chosen.index].mean()
+        total += 2 * len(tensors) * float(matched)
     return total
 
 

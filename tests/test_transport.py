@@ -293,6 +293,7 @@ def test_solvers_warn_about_nothing(name: str) -> None:
         ({"regularisation": 0.0}, "regularisation"),
         ({"regularisation": torch.nan}, "regularisation"),
         ({"marginal_relaxation": -1.0}, "marginal_relaxation"),
+        ({"marginal_relaxation": torch.inf}, "marginal_relaxation"),
         ({"regularisation": torch.inf}, "regularisation"),
     ],
 )

@@ -89,8 +89,8 @@ def align_by_weights(
         and without outgoing weights) if they come closer to the reference; the better end counts.
 
     activations : mapping of str to Tensor, optional
-        From `flwr_fusion.matching.costs.activation_costs`: added to the cost by weights, each
-        relative to its mean over all pairs.
+        From `flwr_fusion.matching.costs.activation_costs`: added to the cost by weights, on
+        average over all pairs equally large.
 
     Returns
     -------
@@ -156,9 +156,6 @@ class _WeightAligner:
         self.client = client
         self.correspondence = correspondence
         self.matching = matching
-        self.activations = {
-            name: cost / max(float(cost.mean()), 1e-30) for name, cost in activations.items()
-        }
         self.norms = {
             name: (_norm(reference[name]), _norm(client[name]))
             for name in matched_tensors(correspondence, reference)
@@ -166,6 +163,11 @@ class _WeightAligner:
         self.reads: dict[str, dict[str, set[str]]] = {
             group.name: _groups_needed(group.name, reference, correspondence)
             for group in correspondence.free_groups
+        }
+        # On average over all pairs as much as the weights: each normalised tensor differs by 2.
+        self.activations = {
+            name: cost * 2 * len(self.reads[name]) / max(float(cost.mean()), 1e-30) / len(cost)
+            for name, cost in activations.items()
         }
 
     def forward_pass(self, incoming_only: bool) -> tuple[Alignment, set[str]]:
@@ -221,14 +223,16 @@ class _WeightAligner:
     def distance(self, maps: Mapping[str, ChannelMap]) -> float:
         """Return the squared distance of reference and mapped client, all tensors normalised.
 
-        With activations, also the relative costs of the matched channels.
+        With activations, plus the relative costs of the matched channels: what the sweep lowers.
         """
         total = 0.0
         for name, (norm, client_norm) in self.norms.items():
             mapped = map_tensor(self.client[name], name, self.correspondence, maps)
             ours = self.reference[name].detach().float() / norm
             total += float((ours - mapped.detach().float() / client_norm).square_().sum())
-        return total + sum(_mean_cost(cost, maps[g]) for g, cost in self.activations.items())
+        return total + sum(
+            _mean_cost(cost, maps[name]) * len(cost) for name, cost in self.activations.items()
+        )
 
     def _improved(
         self, cost: Tensor, group: GroupPair, maps: Mapping[str, ChannelMap]
@@ -265,7 +269,7 @@ class _WeightAligner:
             group.name, self.reference, self.client, self.correspondence, maps, norms
         )
         if group.name in self.activations:
-            cost = cost / cost.mean().clamp(min=1e-30) + self.activations[group.name].to(cost)
+            cost += self.activations[group.name].to(cost)
         return cost
 
     def _writes(self, tensor: str, group: str) -> bool:

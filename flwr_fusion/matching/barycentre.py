@@ -42,8 +42,7 @@ def refine_as_barycentre(
 ) -> list[Alignment]:
     """Re-align every client to the mean of the others until no channel moves.
 
-    Each step lowers the weighted sum of squared distances to the barycentre; no client is the
-    reference of all others any more.
+    No client is the reference of all others any more.
 
     Parameters
     ----------

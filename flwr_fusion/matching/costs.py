@@ -183,8 +183,6 @@ def activation_costs(
     dict of str to Tensor
         For each free group a matrix of shape (fused channels, client channels).
     """
-    if kind not in ACTIVATION_COSTS:
-        raise FusionError(f"activation_cost must be one of {ACTIVATION_COSTS}, not {kind!r}")
     moments: dict[tuple[str, str], _CrossMoments] = defaultdict(_CrossMoments)
     layers = _layer_pairs(correspondence)
     for batch in [calibration] if isinstance(calibration, Tensor) else calibration:

@@ -82,7 +82,7 @@ class FusionStrategy(FedAvg):
         self._free = len(groups) - self._fixed
         if not self._free:
             log(WARNING, "no channels of %s can be matched: fusion is plain averaging", type(model))
-        self._fuse(1, [model], [1.0], None)
+        self._fuse(method, self.options, [model], [1.0], None)
 
     def summary(self) -> None:
         """Log the fusion method and its options, then FedAvg's configuration."""
@@ -135,7 +135,8 @@ class FusionStrategy(FedAvg):
             return None, MetricRecord({"rejected": rejected})
         models = _ReceivedModels(self.model, updates)
         weights = [update.weight for update in updates]
-        result = self._fuse(server_round, models, weights, self._sent_model())
+        method, options = self.method_of_round(server_round)
+        result = self._fuse(method, options, models, weights, self._sent_model())
         self.reports[server_round] = result.report
         contents = [update.content for update in updates]
         metrics = self._aggregated(self.train_metrics_aggr_fn, contents)
@@ -203,12 +204,12 @@ class FusionStrategy(FedAvg):
 
     def _fuse(
         self,
-        server_round: int,
+        method: FusionMethod,
+        options: Mapping[str, Any],
         models: Sequence[nn.Module],
         weights: Sequence[float],
         reference: nn.Module | None,
     ) -> FusionResult:
-        method, options = self.method_of_round(server_round)
         context = {
             "example_inputs": self.example_inputs,
             "target": self.model,
