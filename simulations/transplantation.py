@@ -1,7 +1,8 @@
 """Neuron Transplantation against averaging and optimal transport, at once and after fine-tuning.
 
-Models trained on all of the data from different starts are fused in groups of 2, 4 and 8. Beside
-them stands the control that the paper lacks: one of the models simply trained on for as long.
+Models trained on all of the data from different starts are fused in disjoint groups of 2, 4
+and 8. Beside them stands the control that the paper lacks: one of the models simply trained on
+for as long.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 
-CHECKPOINTS = (0, 1, 3)
+NETWORKS = 8
 CONTROL = "one model trained on"
 Table = dict[tuple[str, int], dict[int, list[float]]]
 
@@ -39,6 +40,9 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     options = parser("Fusion of 2, 4 and 8 models, at once and after 1 and 3 epochs of training.")
     options.add_argument("--counts", type=int, nargs="+", default=[2, 4, 8])
+    options.add_argument(
+        "--checkpoints", type=int, nargs="+", default=[0, 1, 3], help="epochs of fine-tuning"
+    )
     options.set_defaults(
         model="mlp-512-512-512", bias=False, momentum=0.9, batch_size=256, seeds=[0, 1]
     )
@@ -48,18 +52,20 @@ def main() -> None:
         families = [
             [
                 trained_model(arguments, "all", data, seed, member, progress)
-                for member in range(max(arguments.counts))
+                for member in range(NETWORKS)
             ]
             for seed in arguments.seeds
         ]
-        total = len(families) * len(arguments.counts)
-        groups = progress.add_task("fuse and fine-tune", total=total)
+        groups = [
+            family[first : first + count]
+            for count in arguments.counts
+            for family in families
+            for first in range(0, NETWORKS, count)
+        ]
         results: Table = defaultdict(lambda: defaultdict(list))
-        for family in families:
-            for count in arguments.counts:
-                _measure(arguments, family[:count], data, test, results)
-                progress.advance(groups)
-    print(_table(results, arguments.counts))
+        for group in progress.track(groups, description="fuse and fine-tune"):
+            _measure(arguments, group, data, test, results)
+    print(_table(results, arguments.counts, arguments.checkpoints))
     print()
     print(_self_fusion(families, test))
 
@@ -98,7 +104,7 @@ def _measure(
     starts[CONTROL] = copy.deepcopy(models[0])
     for name, model in starts.items():
         done = 0
-        for epochs in CHECKPOINTS:
+        for epochs in arguments.checkpoints:
             if epochs > done:
                 train(model, data, replace(recipe(arguments), epochs=epochs - done), seed=epochs)
                 done = epochs
@@ -109,17 +115,15 @@ def _accuracy(model: nn.Module, test: LabelledImages) -> float:
     return accuracy(class_probabilities(model, test.images), test.labels)
 
 
-def _table(results: Table, counts: Sequence[int]) -> str:
+def _table(results: Table, counts: Sequence[int], checkpoints: Sequence[int]) -> str:
     names = list(dict.fromkeys(name for name, _ in results))
-    header = ["models", *(f"{name}: at once / 1 / 3 epochs" for name in names)]
-    rows = []
-    for count in counts:
-        cells = (
-            " / ".join(mean_and_deviation(results[name, count][epochs]) for epochs in CHECKPOINTS)
-            for name in names
-        )
-        rows.append([str(count), *cells])
-    return markdown_table(header, rows)
+    rows = [
+        [str(count), name, *(mean_and_deviation(results[name, count][e]) for e in checkpoints)]
+        for count in counts
+        for name in names
+    ]
+    epochs = (f"after {e} epochs" if e else "at once" for e in checkpoints)
+    return markdown_table(["models", "method", *epochs], rows)
 
 
 def _self_fusion(families: Sequence[Sequence[nn.Module]], test: LabelledImages) -> str:

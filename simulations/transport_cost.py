@@ -1,8 +1,9 @@
 """Time and memory of fusing two networks, over the width of their hidden layer.
 
 Each measurement has a process of its own, so that its peak memory is nobody else's. The memory is
-what the process needed beyond its peak before the fusion, the fused model included. The module
-``resource`` restricts this script to Linux and macOS.
+the peak during a fusion beyond what the process held before it, the fused model included. The
+networks have been fused once before, as in a strategy, which traces an architecture when it is
+made. Runs on Linux, which tells the peak in ``/proc``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import argparse
 import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,8 +31,7 @@ import flwr_fusion as ff
 
 INPUTS, OUTPUTS = 3072, 10
 WIDTHS = (256, 512, 1024, 2048, 4096)
-WARM_UP_WIDTH = 16
-MEBIBYTE = 2**20
+KIBIBYTES_IN_MEBIBYTE = 1024
 
 
 def main() -> None:
@@ -112,21 +111,21 @@ def measure(method: str, width: int, repeats: int) -> dict[str, float]:
         ``seconds`` and ``mebibytes``.
     """
     fuse = methods(torch.randn(2, INPUTS))[method]
-    # The first fusion of a process imports modules; their time and memory are not the method's.
-    fuse(_networks(WARM_UP_WIDTH))
-    networks = _networks(width)
-    before = peak_memory()
+    networks = [MLP((INPUTS, width, OUTPUTS), bias=False) for _ in range(2)]
+    fuse(networks)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # The peak starts anew.
+    before = memory("VmRSS")
     seconds = [_time(fuse, networks) for _ in range(repeats)]
-    return {
-        "seconds": statistics.median(seconds),
-        "mebibytes": (peak_memory() - before) / MEBIBYTE,
-    }
+    return {"seconds": statistics.median(seconds), "mebibytes": memory("VmHWM") - before}
 
 
-def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def memory(field: str) -> float:
+    """Return a field of this process's status, such as its resident memory, in MiB."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / KIBIBYTES_IN_MEBIBYTE
+    raise ValueError(f"/proc/self/status has no {field}")
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -141,10 +140,6 @@ def table(results: list[dict[str, Any]]) -> str:
     widths = dict.fromkeys(result["width"] for result in results)
     rows = [[str(width), *(cells[width, name] for name in names)] for width in widths]
     return markdown_table(["width", *names], rows)
-
-
-def _networks(width: int) -> list[MLP]:
-    return [MLP((INPUTS, width, OUTPUTS), bias=False) for _ in range(2)]
 
 
 def _time(fuse: Callable[..., Any], networks: list[MLP]) -> float:
