@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -247,6 +247,11 @@ def ot_fusion(
     check_option("combine", combine, COMBINE)
     if (align_by == "activations") != (calibration is not None):
         raise FusionError("align_by='activations' needs calibration=, and only it uses it")
+    if isinstance(calibration, Iterator):
+        raise FusionError(
+            "calibration is read once for every client: give a tensor, a list of batches or a "
+            "data loader, not a generator"
+        )
     matching = Matching(sweep, Solver(solver, regularisation, marginal_relaxation), masses)
     shares = shares_of(models, weights)
     order = participants(models, shares)
@@ -255,22 +260,19 @@ def ot_fusion(
     named = {k: f"client {k}" for k in order}
     clients = clients_of(models, shares, named, target, graph, example_inputs)
     base, base_name, base_client = reference_of(clients, order, target, reference)
-    alignments = []
-    for n, client in enumerate(clients):
+    base_model = with_state(target, base) if align_by == "activations" else None
+
+    def aligned(n: int, client: Client) -> Alignment:
         if n == base_client:
-            alignments.append(Alignment(client.correspondence.identity(), {}))
-        elif align_by == "weights":
-            aligned = align_by_weights(base, client.state(), client.correspondence, matching)
-            alignments.append(aligned)
-        else:
-            costs = activation_costs(
-                with_state(target, base),
-                models[order[n]],
-                client.correspondence,
-                calibration,
-                activation_cost,
-            )
-            alignments.append(_by_activations(base, client, matching, costs))
+            return Alignment(client.correspondence.identity(), {})
+        if base_model is None:
+            return align_by_weights(base, client.state(), client.correspondence, matching)
+        costs = activation_costs(
+            base_model, models[order[n]], client.correspondence, calibration, activation_cost
+        )
+        return _by_activations(base, client, matching, costs)
+
+    alignments = [aligned(n, client) for n, client in enumerate(clients)]
     settled = all(alignment.is_identity for alignment in alignments)
     others = len(clients) - (base_client is not None)
     if align_by == "weights" and sweep == "joint" and others > 1 and not settled:
@@ -377,13 +379,13 @@ def neuron_transplantation(
             mean.add(client.state(), client.weight, client.correspondence, own)
         return with_state(target, mean.finish(uncovered=detached_state(target))), total, "fused"
 
-    while len(parts) > 1 or parts[0][0] is models[ranked[0]]:
-        step = len(parts) if scheme == "joint" else 2
-        rest = parts[step:]
-        fused = fuse_once(parts[:step])
-        parts = [fused, *rest] if scheme != "recursive" else [*rest, fused]
+    step = len(parts) if scheme == "joint" else 2
+    fused, rest = fuse_once(parts[:step]), parts[step:]
+    while rest:
+        parts = [*rest, fused] if scheme == "recursive" else [fused, *rest]
+        fused, rest = fuse_once(parts[:step]), parts[step:]
     seconds = time.perf_counter() - started
-    return FusionResult(parts[0][0], FusionReport("neuron_transplantation", "", (), seconds))
+    return FusionResult(fused[0], FusionReport("neuron_transplantation", "", (), seconds))
 
 
 def _by_activations(

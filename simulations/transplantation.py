@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 
-NETWORKS = 8
 CONTROL = "one model trained on"
 Table = dict[tuple[str, int], dict[int, list[float]]]
 
@@ -40,6 +39,7 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     options = parser("Fusion of 2, 4 and 8 models, at once and after 1 and 3 epochs of training.")
     options.add_argument("--counts", type=int, nargs="+", default=[2, 4, 8])
+    options.add_argument("--networks", type=int, default=8, help="trained per seed")
     options.add_argument(
         "--checkpoints", type=int, nargs="+", default=[0, 1, 3], help="epochs of fine-tuning"
     )
@@ -52,7 +52,7 @@ def main() -> None:
         families = [
             [
                 trained_model(arguments, "all", data, seed, member, progress)
-                for member in range(NETWORKS)
+                for member in range(arguments.networks)
             ]
             for seed in arguments.seeds
         ]
@@ -60,7 +60,7 @@ def main() -> None:
             family[first : first + count]
             for count in arguments.counts
             for family in families
-            for first in range(0, NETWORKS, count)
+            for first in range(0, arguments.networks, count)
         ]
         results: Table = defaultdict(lambda: defaultdict(list))
         for group in progress.track(groups, description="fuse and fine-tune"):
