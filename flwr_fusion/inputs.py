@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +23,18 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """Call a network on a tensor, a tuple of arguments or a dict of keyword arguments."""
     args, kwargs = arguments(inputs)
     return model(*args, **kwargs)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode; every module gets its own mode back afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 def moved_to(model: nn.Module, inputs: Any) -> Any:

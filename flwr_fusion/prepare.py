@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from flwr_fusion.channels import ChannelGraph, verified_graph
 from flwr_fusion.combine import RunningMean
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import call, moved_to
+from flwr_fusion.inputs import call, evaluation_mode, moved_to
 from flwr_fusion.maps import Correspondence, Selection
 from flwr_fusion.matching.barycentre import Client
 from flwr_fusion.matching.costs import channel_norms
@@ -138,14 +138,15 @@ def clients_of(
     device = next(target.parameters()).device
     clients = []
     for k, name in named.items():
-        key = _architecture(models[k])
+        model = models[k]  # A strategy builds it anew at every access.
+        key = _architecture(model)
         try:
             if key not in known:
                 squared_norm(detached_state(target), "the target")
-                known[key] = Correspondence(graph, verified_graph(models[k], example_inputs))
-                _check_same_modules(models[k], target)
+                known[key] = Correspondence(graph, verified_graph(model, example_inputs))
+                _check_same_modules(model, target)
             elif key == _architecture(target):
-                _check_same_function(models[k], target, example_inputs)
+                _check_same_function(model, target, example_inputs)
         except FusionError as error:
             raise FusionError(f"{name} cannot be fused into the target: {error}") from error
 
@@ -170,14 +171,8 @@ def _check_same_function(model: nn.Module, target: nn.Module, example_inputs: An
         return
     outputs = []
     for network in (model, with_state(target, detached_state(model))):
-        training = {module: module.training for module in network.modules()}
-        try:
-            network.eval()
-            with torch.no_grad():
-                output = call(network, moved_to(network, example_inputs))
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        with evaluation_mode(network), torch.no_grad():
+            output = call(network, moved_to(network, example_inputs))
         leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
         outputs.append(torch.cat([x.double().cpu().flatten() for x in leaves]))
     same = outputs[0].shape == outputs[1].shape

@@ -141,11 +141,6 @@ def _kept(
     total = torch.zeros(pool.size, dtype=torch.float64)
     for score, members in zip(scores, pool.members, strict=True):
         total.index_add_(0, members, score)
-    quota = [places] * len(scores)
-    if transplantation.order == "prune-then-merge":
-        quota = [
-            places * (n + 1) // len(scores) - places * n // len(scores) for n in range(len(scores))
-        ]
     if transplantation.donated is not None:
         donated = round(places * transplantation.donated)
         own = torch.zeros(pool.size, dtype=torch.bool)
@@ -154,7 +149,8 @@ def _kept(
     elif transplantation.order == "prune-then-merge":
         chosen = []
         free = torch.ones(pool.size, dtype=torch.bool)
-        for members, count in zip(pool.members, quota, strict=True):
+        for n, members in enumerate(pool.members):
+            count = places * (n + 1) // len(scores) - places * n // len(scores)
             candidates = torch.zeros(pool.size, dtype=torch.bool)
             candidates[members] = True
             chosen.append(_best(total, candidates & free, count))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flwr_fusion.channels import ChannelGraph
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import call, moved_to
+from flwr_fusion.inputs import call, evaluation_mode, moved_to
 from flwr_fusion.maps import Correspondence, Maps, Segment, map_tensor
 
 ACTIVATION_COSTS = ("correlation", "euclidean")
@@ -239,16 +239,13 @@ def _recorded(model: nn.Module, graph: ChannelGraph) -> Iterator[dict[str, Tenso
         seen = outputs.get(names[module])
         outputs[names[module]] = rows if seen is None else torch.cat([seen, rows], 1)
 
-    training = {module: module.training for module in model.modules()}
     handles = [module.register_forward_hook(record) for module in names]
-    model.eval()
     try:
-        yield outputs
+        with evaluation_mode(model):
+            yield outputs
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
 
 
 class _CrossMoments:
