@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.channels import ChannelGroup, verified_graph
-from flwr_fusion.combine import RunningMean
+from flwr_fusion.channels import ChannelGraph, ChannelGroup, verified_graph
+from flwr_fusion.combine import LeastSquares, RunningLeastSquares, RunningMean
 from flwr_fusion.errors import FusionError
+from flwr_fusion.maps import Maps, Unaligned
 from flwr_fusion.matching.align import (
     Alignment,
     Matching,
@@ -33,10 +35,22 @@ from flwr_fusion.prepare import (
     shares_of,
     with_state,
 )
+from flwr_fusion.repair import (
+    FROM_CLIENTS,
+    RECOMPUTED,
+    REPAIRS,
+    RESCALED,
+    activation_goals,
+    batchnorm_from_clients,
+    choose_repair,
+    recompute_batchnorm,
+    rescale_activations,
+)
+from flwr_fusion.statistics import Statistics, check, input_moments
 from flwr_fusion.transplant import Scorer, Transplantation, choose_channels
 
 ALIGN_BY = ("weights", "activations")
-COMBINE = ("mean",)
+COMBINE = ("mean", "least-squares")
 SCHEMES = ("joint", "iterative", "recursive")
 Part = tuple[nn.Module, float, str]
 Importance = Callable[[nn.Module, ChannelGroup], Tensor]
@@ -79,12 +93,19 @@ class FusionReport:
         The groups that could move, in forward order.
     seconds : float
         Time of the fusion, tracing included.
+    least_squares : dict of str to str
+        The layers combined by least squares, with the detail of their moments ("full", "block" or
+        "diagonal"); all others are combined by their mean.
+    repair : str
+        What was repaired after the fusion, or why nothing was.
     """
 
     method: str
     reference: str
     groups: tuple[GroupReport, ...]
     seconds: float
+    least_squares: dict[str, str] = field(default_factory=dict)
+    repair: str = "none"
 
     @property
     def share_moved(self) -> float:
@@ -114,7 +135,13 @@ class FusionResult:
     report: FusionReport
 
 
-def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> FusionResult:
+def average(
+    models: Sequence[nn.Module],
+    weights: Sequence[float] | None = None,
+    *,
+    combine: Literal["mean", "least-squares"] | LeastSquares = "mean",
+    statistics: Sequence[Statistics | None] | None = None,
+) -> FusionResult:
     """Average networks of one architecture, parameter by parameter (FedAvg).
 
     Parameters
@@ -123,11 +150,16 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
         At least one network; all of one architecture. Not modified.
     weights : sequence of float, optional
         Relative weights (sample counts will do), non-negative, not all zero. Default: equal.
+    combine : {"mean", "least-squares"} or LeastSquares
+        As for `ot_fusion`; the channels stay as they stand.
+    statistics : sequence of (mapping or None), optional
+        For each network its `flwr_fusion.statistics.input_moments`.
 
     Returns
     -------
     FusionResult
-        ``sum_k w_k W_k / sum_k w_k``, in the first network's architecture, dtypes and device.
+        ``sum_k w_k W_k / sum_k w_k``, or its least-squares counterpart, in the first network's
+        architecture, dtypes and device.
 
     Raises
     ------
@@ -151,11 +183,13 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     first = detached_state(models[0])
     for k, model in enumerate(models):
         check_same_tensors(detached_state(model), first, f"client {k}", "client 0")
-    mean = RunningMean(first)
-    for k in participants(models, shares):
-        mean.add(detached_state(models[k]), shares[k])
-    fused = with_state(models[0], mean.finish(uncovered=first))
-    return FusionResult(fused, FusionReport("average", "", (), time.perf_counter() - started))
+    order = participants(models, shares)
+    known = _checked_statistics(statistics, combine, models, order)
+    as_they_stand = Unaligned()
+    clients = [Client(partial(_state_of, models, k), shares[k], as_they_stand) for k in order]
+    state, details = _combined(clients, [{} for _ in order], first, combine, known)
+    report = FusionReport("average", "", (), time.perf_counter() - started, details)
+    return FusionResult(with_state(models[0], state), report)
 
 
 def ot_fusion(
@@ -173,7 +207,9 @@ def ot_fusion(
     masses: Literal["uniform", "importance"] = "uniform",
     calibration: Any = None,
     activation_cost: Literal["correlation", "euclidean"] = "correlation",
-    combine: Literal["mean"] = "mean",
+    combine: Literal["mean", "least-squares"] | LeastSquares = "mean",
+    statistics: Sequence[Statistics | None] | None = None,
+    repair: Literal["auto", "none", "batchnorm", "rescale"] = "auto",
 ) -> FusionResult:
     """Fuse networks by matching their channels with optimal transport, then averaging.
 
@@ -208,11 +244,21 @@ def ot_fusion(
     masses : {"uniform", "importance"}
         Masses of the channels: equal, or the L2 norm of their incoming weights.
     calibration : Tensor or iterable of batches, optional
-        Inputs for ``align_by="activations"``; a few hundred samples.
+        Inputs for ``align_by="activations"`` and for repair; a few hundred samples.
     activation_cost : {"correlation", "euclidean"}
         Distance of pre-activations.
-    combine : {"mean"}
-        How mapped models are put together.
+    combine : {"mean", "least-squares"} or LeastSquares
+        How mapped models are put together: by their mean, or layer by layer as close as possible
+        to every client on that client's own inputs, which needs `statistics`. A `LeastSquares`
+        object sets its options.
+    statistics : sequence of (mapping or None), optional
+        For each network its `flwr_fusion.statistics.input_moments`. A network with None counts as
+        one with average inputs.
+    repair : {"auto", "none", "batchnorm", "rescale"}
+        After the fusion: recompute the running statistics of BatchNorm layers on `calibration`,
+        or, without it, take them from `statistics`; or rescale channels to the clients' mean and
+        deviation on `calibration` (REPAIR), for networks without BatchNorm. "auto" does what the
+        network has and the data allow, and leaves channels alone where none has moved.
 
     Returns
     -------
@@ -244,14 +290,10 @@ def ot_fusion(
     started = time.perf_counter()
     check_option("align_by", align_by, ALIGN_BY)
     check_option("activation_cost", activation_cost, ACTIVATION_COSTS)
-    check_option("combine", combine, COMBINE)
-    if (align_by == "activations") != (calibration is not None):
-        raise FusionError("align_by='activations' needs calibration=, and only it uses it")
-    if isinstance(calibration, Iterator):
-        raise FusionError(
-            "calibration is read once for every client: give a tensor, a list of batches or a "
-            "data loader, not a generator"
-        )
+    check_option("repair", repair, REPAIRS)
+    if align_by == "activations" and calibration is None:
+        raise FusionError("align_by='activations' needs calibration=")
+    _check_rereadable(calibration)
     matching = Matching(sweep, Solver(solver, regularisation, marginal_relaxation), masses)
     shares = shares_of(models, weights)
     order = participants(models, shares)
@@ -259,6 +301,7 @@ def ot_fusion(
     graph = verified_graph(target, example_inputs)
     named = {k: f"client {k}" for k in order}
     clients = clients_of(models, shares, named, target, graph, example_inputs)
+    known = _checked_statistics(statistics, combine, models, order)
     base, base_name, base_client = reference_of(clients, order, target, reference)
     base_model = with_state(target, base) if align_by == "activations" else None
 
@@ -277,13 +320,16 @@ def ot_fusion(
     others = len(clients) - (base_client is not None)
     if align_by == "weights" and sweep == "joint" and others > 1 and not settled:
         alignments = refine_as_barycentre(clients, alignments, base, matching)
-    mean = RunningMean(base)
-    for client, alignment in zip(clients, alignments, strict=True):
-        mean.add(client.state(), client.weight, client.correspondence, alignment.maps)
-    fused = with_state(target, mean.finish(uncovered=base))
+    maps = [alignment.maps for alignment in alignments]
+    state, details = _combined(clients, maps, base, combine, known)
+    fused = with_state(target, state)
+    networks = (models[k] for k in order)
+    moved = not settled
+    repaired = _repair(fused, repair, clients, maps, known, networks, graph, calibration, moved)
     groups = _group_reports(clients, alignments)
     seconds = time.perf_counter() - started
-    return FusionResult(fused, FusionReport("ot_fusion", base_name, groups, seconds))
+    report = FusionReport("ot_fusion", base_name, groups, seconds, details, repaired)
+    return FusionResult(fused, report)
 
 
 def neuron_transplantation(
@@ -298,6 +344,8 @@ def neuron_transplantation(
     order: Literal["merge-then-prune", "prune-then-merge"] = "merge-then-prune",
     duplicates: float = 0.25,
     donated: float | None = None,
+    calibration: Any = None,
+    repair: Literal["auto", "none", "batchnorm", "rescale"] = "auto",
 ) -> FusionResult:
     """Fuse networks by keeping the most important channels of all of them.
 
@@ -330,6 +378,10 @@ def neuron_transplantation(
         Channels that differ by less than this share of the spread are one; 0: never.
     donated : float, optional
         Share of places for channels of all networks but the heaviest (partial transplantation).
+    calibration : Tensor or iterable of batches, optional
+        Inputs for repair; a few hundred samples.
+    repair : {"auto", "none", "batchnorm", "rescale"}
+        After the fusion, on `calibration`, as for `ot_fusion`.
 
     Returns
     -------
@@ -358,11 +410,14 @@ def neuron_transplantation(
     """
     started = time.perf_counter()
     check_option("scheme", scheme, SCHEMES)
+    check_option("repair", repair, REPAIRS)
+    _check_rereadable(calibration)
     shares = shares_of(models, weights)
     ranked = participants(models, shares)
     target = largest(models, ranked) if target is None else target
     graph = verified_graph(target, example_inputs)
     parts = [(models[k], shares[k], f"client {k}") for k in ranked]
+    repairs: list[str] = []
 
     def fuse_once(chosen: Sequence[Part]) -> Part:
         total = sum(share for _, share, _ in chosen)
@@ -374,10 +429,13 @@ def neuron_transplantation(
         maps = choose_channels(
             clients, Transplantation(scorer, weighted, order, duplicates, donated)
         )
-        mean = RunningMean(detached_state(target))
-        for client, own in zip(clients, maps, strict=True):
-            mean.add(client.state(), client.weight, client.correspondence, own)
-        return with_state(target, mean.finish(uncovered=detached_state(target))), total, "fused"
+        unknown: list[Statistics | None] = [None] * len(clients)
+        state, _ = _combined(clients, maps, detached_state(target), "mean", unknown)
+        network = with_state(target, state)
+        moved = not all(m.is_identity for own in maps for m in own.values())
+        done = _repair(network, repair, clients, maps, unknown, networks, graph, calibration, moved)
+        repairs.append(done)
+        return network, total, "fused"
 
     step = len(parts) if scheme == "joint" else 2
     fused, rest = fuse_once(parts[:step]), parts[step:]
@@ -385,7 +443,8 @@ def neuron_transplantation(
         parts = [*rest, fused] if scheme == "recursive" else [fused, *rest]
         fused, rest = fuse_once(parts[:step]), parts[step:]
     seconds = time.perf_counter() - started
-    return FusionResult(fused[0], FusionReport("neuron_transplantation", "", (), seconds))
+    report = FusionReport("neuron_transplantation", "", (), seconds, repair=repairs[-1])
+    return FusionResult(fused[0], report)
 
 
 def _by_activations(
@@ -425,3 +484,110 @@ def _group_reports(
         moved = sum(w * a.maps[group.name].share_moved for w, a in pairs)
         reports.append(GroupReport(group.name, group.fused_size, cost, moved))
     return tuple(reports)
+
+
+def _state_of(models: Sequence[nn.Module], k: int) -> dict[str, Tensor]:
+    return detached_state(models[k])
+
+
+def _checked_statistics(
+    statistics: Sequence[Statistics | None] | None,
+    combine: str | LeastSquares,
+    models: Sequence[nn.Module],
+    order: Sequence[int],
+) -> list[Statistics | None]:
+    """Return the participants' statistics in their order, refusing what does not fit."""
+    if not isinstance(combine, LeastSquares):
+        check_option("combine", combine, COMBINE)
+    if statistics is None:
+        if combine != "mean":
+            raise FusionError(
+                "combine='least-squares' needs statistics=: for each network its "
+                "flwr_fusion.statistics.input_moments"
+            )
+        return [None] * len(order)
+    if len(statistics) != len(models):
+        raise FusionError(f"there are {len(models)} models but {len(statistics)} statistics")
+    for k in order:
+        own = statistics[k]
+        if own is not None:
+            try:
+                check(own, detached_state(models[k]))
+            except FusionError as error:
+                raise FusionError(f"client {k}: {error}") from error
+    return [statistics[k] for k in order]
+
+
+def _combined(
+    clients: Sequence[Client],
+    maps: Sequence[Maps],
+    template: Mapping[str, Tensor],
+    combine: str | LeastSquares,
+    statistics: Sequence[Statistics | None],
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the combined state dict, and the layers combined by least squares."""
+    mean = RunningMean(template)
+    for client, own in zip(clients, maps, strict=True):
+        mean.add(client.state(), client.weight, client.correspondence, own)
+    state = mean.finish(uncovered=template)
+    if combine == "mean":
+        return state, {}
+    options = combine if isinstance(combine, LeastSquares) else LeastSquares()
+    sums = RunningLeastSquares(state, statistics, options)
+    for client, own, known in zip(clients, maps, statistics, strict=True):
+        sums.add(client.state(), known, client.weight, client.correspondence, own)
+    return sums.finish()
+
+
+def _check_rereadable(calibration: Any) -> None:
+    if isinstance(calibration, Iterator):
+        raise FusionError(
+            "calibration is read once for every client: give a tensor, a list of batches or a "
+            "data loader, not a generator"
+        )
+
+
+def _batches(calibration: Any) -> Any:
+    return [calibration] if isinstance(calibration, Tensor) else calibration
+
+
+def _repair(
+    fused: nn.Module,
+    repair: str,
+    clients: Sequence[Client],
+    maps: Sequence[Maps],
+    statistics: Sequence[Statistics | None],
+    networks: Iterable[nn.Module],
+    graph: ChannelGraph,
+    calibration: Any,
+    moved: bool,
+) -> str:
+    """Repair a fused network in place; return what was done."""
+    known = any(own is not None for own in statistics)
+    chosen = choose_repair(repair, fused, calibration is not None, known, moved)
+    batches = _batches(calibration)
+    if chosen == RECOMPUTED:
+        recompute_batchnorm(fused, batches)
+    elif chosen == RESCALED:
+        statistics = [
+            input_moments(network, batches, samples=None, detail="diagonal") for network in networks
+        ]
+    if chosen not in (RESCALED, FROM_CLIENTS):
+        return chosen
+    sources = [
+        (client.weight, own, client.correspondence, its_maps)
+        for client, its_maps, own in zip(clients, maps, statistics, strict=True)
+        if own is not None
+    ]
+    goals = activation_goals(sources, detached_state(fused))
+    if chosen == FROM_CLIENTS:
+        batchnorm_from_clients(fused, goals)
+    else:
+        rescale_activations(fused, _free_layers(graph), goals, batches)
+    return chosen
+
+
+def _free_layers(graph: ChannelGraph) -> list[str]:
+    """Return the layers that write channels of free groups; outputs keep their scale."""
+    free = (group for group in graph.groups if not group.fixed)
+    return sorted({layer for group in free for layer, _ in graph.activation_places(group)})

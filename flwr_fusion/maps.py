@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -200,6 +200,14 @@ class Correspondence:
                     )
 
 
+class Unaligned(Correspondence):
+    """Networks of one architecture whose channels correspond as they stand; nothing is traced."""
+
+    def __init__(self) -> None:
+        self.groups: list[GroupPair] = []
+        self.segments: dict[str, dict[int, list[Segment]]] = {}
+
+
 def _length(shape: torch.Size, axis: int) -> int:
     return shape[axis] if axis < len(shape) else 0
 
@@ -261,6 +269,42 @@ def map_tensor(
             length = correspondence.fused.shapes[name][axis]
             tensor = _map_axis(tensor, axis, segments, length, maps)
     return tensor
+
+
+def map_channels(
+    values: Tensor,
+    axis: int,
+    layer_axis: tuple[str, int],
+    correspondence: Correspondence,
+    maps: Maps,
+) -> Tensor:
+    """Bring an axis of values per channel into the fused network's channels.
+
+    Parameters
+    ----------
+    values : Tensor
+        Values of the client's channels, such as moments of a layer's inputs.
+    axis : int
+        Their axis that carries the channels.
+    layer_axis : tuple of (str, int)
+        Tensor of the state dict and its axis that carries the same channels.
+    correspondence : Correspondence
+        Positions in both networks.
+    maps : mapping of str to ChannelMap
+        A map for every free group.
+
+    Returns
+    -------
+    Tensor
+        ``merge @ values`` along the axis: what the fused network's channels are, given the
+        client's.
+    """
+    name, tensor_axis = layer_axis
+    segments = correspondence.segments.get(name, {}).get(tensor_axis, [])
+    if not segments:
+        return values
+    length = correspondence.fused.shapes[name][tensor_axis]
+    return _map_axis(values, axis, [replace(s, writes=True) for s in segments], length, maps)
 
 
 def coverage_along(

@@ -17,12 +17,14 @@ from flwr_fusion.channels import verified_graph
 from flwr_fusion.errors import FusionError
 from flwr_fusion.fuse import FusionReport, FusionResult
 from flwr_fusion.prepare import with_state
+from flwr_fusion.statistics import Statistics
 from flwr_fusion.strategy.replies import (
     RejectedReply,
     Update,
     arrays_of,
     check_arrays,
     nodes_with_several_replies,
+    read_statistics,
     read_update,
     read_weight,
     state_of,
@@ -42,12 +44,17 @@ class FusionStrategy(FedAvg):
     ----------
     method : callable
         A fusion method: ``method(models, weights, **options)`` that returns a `FusionResult`.
-        Where it takes ``example_inputs``, ``target`` (the model) or ``reference`` (the global
-        model that was sent out), it receives them.
+        Where it takes ``example_inputs``, ``target`` (the model), ``reference`` (the global model
+        that was sent out) or ``statistics`` (what `flwr_fusion.client.attach_statistics` put on
+        the replies, None for a reply without), it receives them.
     model : nn.Module
         The global model: its architecture is what clients train. Not modified.
     example_inputs : Tensor, tuple or dict
         What the model is called with; one or two samples.
+    only_first_rounds : mapping of str to int, optional
+        Options of the method that hold in the first rounds only, with the number of rounds, for
+        steps that help early and cost late: ``{"combine": 3}``. Afterwards the method's default
+        holds.
     **arguments
         Arguments of Flower's ``FedAvg`` keep their names and meaning; all others are options of
         the method.
@@ -64,7 +71,12 @@ class FusionStrategy(FedAvg):
     """
 
     def __init__(
-        self, method: FusionMethod, model: nn.Module, example_inputs: Any, **arguments: Any
+        self,
+        method: FusionMethod,
+        model: nn.Module,
+        example_inputs: Any,
+        only_first_rounds: Mapping[str, int] | None = None,
+        **arguments: Any,
     ) -> None:
         fedavg = inspect.signature(FedAvg.__init__).parameters.keys() & arguments.keys()
         super().__init__(**{name: arguments.pop(name) for name in fedavg})
@@ -72,17 +84,19 @@ class FusionStrategy(FedAvg):
         self.model = model
         self.example_inputs = example_inputs
         self.options = arguments
+        self.only_first_rounds = dict(only_first_rounds or {})
         self.reports: dict[int, FusionReport] = {}
         self._sent: ArrayRecord | None = None
         self._asked: set[int] = set()
         _check_options(method, arguments)
+        _check_schedule(self.only_first_rounds, arguments)
         # Whatever the method cannot do is refused here, not after the first round of training.
         groups = verified_graph(model, example_inputs).groups
         self._fixed = sum(group.fixed for group in groups)
         self._free = len(groups) - self._fixed
         if not self._free:
             log(WARNING, "no channels of %s can be matched: fusion is plain averaging", type(model))
-        self._fuse(method, self.options, [model], [1.0], None)
+        self._fuse(method, self.options, [model], [1.0], None, [None])
 
     def summary(self) -> None:
         """Log the fusion method and its options, then FedAvg's configuration."""
@@ -121,7 +135,8 @@ class FusionStrategy(FedAvg):
         tuple of (ArrayRecord or None, MetricRecord or None)
             The fused model, or None to keep the last one if there is no good reply; the clients'
             metrics by FedAvg's aggregation with ``rejected`` (bad and error replies) and
-            ``share-moved`` (share of channels that the fusion moved).
+            ``share-moved`` (share of channels that the fusion moved); where clients attached
+            statistics also ``with-statistics``, the number of usable ones.
         """
         replies = list(replies)
         silent = self._asked - {message.metadata.src_node_id for message in replies}
@@ -136,12 +151,22 @@ class FusionStrategy(FedAvg):
         models = _ReceivedModels(self.model, updates)
         weights = [update.weight for update in updates]
         method, options = self.method_of_round(server_round)
-        result = self._fuse(method, options, models, weights, self._sent_model())
+        statistics = self._statistics(updates) if _takes(method, "statistics") else []
+        if options.get("combine", "mean") != "mean" and None in statistics:
+            log(
+                WARNING,
+                "%d of %d replies have no usable statistics; see flwr_fusion.client",
+                statistics.count(None),
+                len(statistics),
+            )
+        result = self._fuse(method, options, models, weights, self._sent_model(), statistics)
         self.reports[server_round] = result.report
         contents = [update.content for update in updates]
         metrics = self._aggregated(self.train_metrics_aggr_fn, contents)
         metrics["rejected"] = rejected
         metrics["share-moved"] = result.report.share_moved
+        if any(own is not None for own in statistics):
+            metrics["with-statistics"] = sum(own is not None for own in statistics)
         return arrays_of(result.model.state_dict()), metrics
 
     def aggregate_evaluate(
@@ -198,9 +223,22 @@ class FusionStrategy(FedAvg):
         Returns
         -------
         tuple of (callable, mapping)
-            By default the strategy's own method and options in every round.
+            The strategy's own method, and its options without those whose rounds are over.
         """
-        return self.method, self.options
+        over = {name for name, last in self.only_first_rounds.items() if server_round > last}
+        return self.method, {n: value for n, value in self.options.items() if n not in over}
+
+    def _statistics(self, updates: Sequence[Update]) -> list[Statistics | None]:
+        """Return what the clients measured; None for a reply without usable statistics."""
+        template = self.model.state_dict()
+        statistics: list[Statistics | None] = []
+        for update in updates:
+            try:
+                statistics.append(read_statistics(update.content, template))
+            except RejectedReply as reason:
+                log(WARNING, "aggregate_train: node %s: %s", update.node_id, reason)
+                statistics.append(None)
+        return statistics
 
     def _fuse(
         self,
@@ -209,8 +247,10 @@ class FusionStrategy(FedAvg):
         models: Sequence[nn.Module],
         weights: Sequence[float],
         reference: nn.Module | None,
+        statistics: Sequence[Statistics | None],
     ) -> FusionResult:
         context = {
+            "statistics": statistics,
             "example_inputs": self.example_inputs,
             "target": self.model,
             "reference": reference,
@@ -251,7 +291,7 @@ def _check_options(method: FusionMethod, options: Mapping[str, Any]) -> None:
     """Refuse options that the method does not have."""
     parameters = inspect.signature(method).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    own = {"models", "weights", "example_inputs", "target", "reference"}
+    own = {"models", "weights", "example_inputs", "target", "reference", "statistics"}
     allowed = sorted(parameters.keys() - own)
     unknown = sorted(options.keys() - set(allowed))
     if unknown and (not open_ended or own & set(unknown)):
@@ -259,6 +299,14 @@ def _check_options(method: FusionMethod, options: Mapping[str, Any]) -> None:
             f"unknown arguments {unknown}: neither FedAvg's nor options of the fusion method "
             f"({', '.join(allowed)})"
         )
+
+
+def _check_schedule(schedule: Mapping[str, int], options: Mapping[str, Any]) -> None:
+    for name, rounds in schedule.items():
+        if name not in options:
+            raise FusionError(f"only_first_rounds names '{name}', which is no option given")
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
+            raise FusionError(f"only_first_rounds['{name}'] must be a number, not {rounds!r}")
 
 
 def _log_rejection(where: str, message: Message, reason: Exception) -> None:

@@ -21,8 +21,9 @@ class OTFusion(FusionStrategy):
     example_inputs : Tensor, tuple or dict
         What the model is called with; one or two samples.
     **arguments
-        Options of `flwr_fusion.ot_fusion` (``align_by``, ``sweep``, ``solver``, ...) and
-        arguments of Flower's ``FedAvg`` (``fraction_train``, ``min_train_nodes``, ...).
+        Options of `flwr_fusion.ot_fusion` (``align_by``, ``combine``, ``repair``, ...), of
+        `FusionStrategy` (``only_first_rounds``) and arguments of Flower's ``FedAvg``
+        (``fraction_train``, ``min_train_nodes``, ...).
 
     Examples
     --------
@@ -68,10 +69,10 @@ class NeuronTransplantation(FusionStrategy):
         self.transplant_rounds = transplant_rounds
         self.otherwise = otherwise
         super().__init__(neuron_transplantation, model, example_inputs, **arguments)
-        self._fuse(otherwise, {}, [model], [1.0], None)
+        self._fuse(otherwise, {}, [model], [1.0], None, [None])
 
     def method_of_round(self, server_round: int) -> tuple[FusionMethod, Mapping[str, Any]]:
         """Return transplantation in its rounds, the other method in the others."""
         if server_round in self.transplant_rounds:
-            return self.method, self.options
+            return super().method_of_round(server_round)
         return self.otherwise, {}

@@ -14,9 +14,12 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+from safetensors.torch import load
 from torch import Tensor
 
+from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD
 from flwr_fusion.errors import FusionError
+from flwr_fusion.statistics import LayerStatistics, check, unpack
 
 RecordT = TypeVar("RecordT", ArrayRecord, MetricRecord)
 
@@ -81,6 +84,42 @@ def read_update(
     weight = read_weight(content, weight_key)
     check_arrays(arrays, template)
     return Update(message.metadata.src_node_id, weight, arrays, content)
+
+
+def read_statistics(
+    content: RecordDict, template: Mapping[str, Tensor]
+) -> dict[str, LayerStatistics] | None:
+    """Read the statistics that `flwr_fusion.client.attach_statistics` put on a reply.
+
+    Parameters
+    ----------
+    content : RecordDict
+        The reply.
+    template : mapping of str to Tensor
+        State dict that the client was asked to train.
+
+    Returns
+    -------
+    dict of str to LayerStatistics, or None
+        None if there are none.
+
+    Raises
+    ------
+    RejectedReply
+        If they cannot be read or do not fit the model.
+    """
+    record = content.config_records.get(STATISTICS_RECORD)
+    if record is None:
+        return None
+    data = record.get(STATISTICS_KEY)
+    if not isinstance(data, bytes):
+        raise RejectedReply(f"its statistics hold no bytes '{STATISTICS_KEY}'")
+    try:
+        statistics = unpack(load(data))
+        check(statistics, template)
+    except Exception as error:  # What safetensors and PyTorch raise on foreign bytes varies.
+        raise RejectedReply(f"its statistics cannot be used: {error}") from error
+    return statistics
 
 
 def check_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None:

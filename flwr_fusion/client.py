@@ -1,0 +1,102 @@
+"""The few lines that a ClientApp may call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from logging import INFO
+from operator import length_hint
+from typing import Any
+
+from flwr.app import ConfigRecord, Message
+from flwr.common import log
+from safetensors.torch import save
+from torch import nn
+
+from flwr_fusion.errors import FusionError
+from flwr_fusion.statistics import input_moments, pack
+
+STATISTICS_RECORD = "statistics"
+STATISTICS_KEY = "safetensors"
+
+
+def attach_statistics(
+    reply: Message,
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    inputs: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> Message:
+    """Measure moments of every layer's inputs and outputs, and put them on a training reply.
+
+    They travel as one more record beside the arrays and the metrics, which every Flower strategy
+    lets pass; the fusion strategies use them for ``combine="least-squares"`` and for repair. What
+    they reveal, and how to send less, says `flwr_fusion.statistics.input_moments`.
+
+    Parameters
+    ----------
+    reply : Message
+        The reply to a training message; the record is added to its content.
+    model : nn.Module
+        The network as it is sent.
+    loader : iterable of batches
+        The client's training data; a data loader, or any iterable.
+    inputs : callable, optional
+        Returns what the network is called with from a batch. Default: the batch itself if it is a
+        tensor, its first element if it is a tuple or list.
+    **options
+        Options of `flwr_fusion.statistics.input_moments` (``samples``, ``detail``,
+        ``max_layer_bytes``, ``clip``, ``noise``).
+
+    Returns
+    -------
+    Message
+        The same reply. The bytes that it grew by are logged.
+
+    Raises
+    ------
+    FusionError
+        If the statistics cannot be measured.
+
+    Examples
+    --------
+    In a ClientApp::
+
+        @app.train()
+        def train(message, context):
+            ...
+            reply = Message(content=content, reply_to=message)
+            return attach_statistics(reply, model, train_loader)
+    """
+    batches = _Inputs(loader, inputs or _first)
+    statistics = input_moments(model, batches, **options)
+    data = save(pack(statistics))
+    reply.content[STATISTICS_RECORD] = ConfigRecord({STATISTICS_KEY: data})
+    reduced = {
+        name: s.detail for name, s in statistics.items() if s.detail in ("block", "diagonal")
+    }
+    log(INFO, "statistics: %.2f MB; moments reduced in %s", len(data) / 1e6, reduced or "no layer")
+    return reply
+
+
+def _first(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        raise FusionError(
+            f"a batch is a mapping with {sorted(map(str, batch))}: say by inputs= what the network "
+            'is called with, for example inputs=lambda batch: batch["img"]'
+        )
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+class _Inputs:
+    """The inputs in a loader's batches."""
+
+    def __init__(self, loader: Iterable[Any], inputs: Callable[[Any], Any]) -> None:
+        self._loader = loader
+        self._inputs = inputs
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._inputs, self._loader)
+
+    def __length_hint__(self) -> int:
+        return length_hint(self._loader)

@@ -1,0 +1,545 @@
+"""What a client measures on its own data for the server: a few moments per layer.
+
+The server needs them to combine networks by least squares and to repair a fused network. They are
+sums over samples, never single samples: see `input_moments` for what they reveal and how to send
+less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import length_hint
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from flwr_fusion.errors import FusionError
+from flwr_fusion.inputs import call, evaluation_mode, moved_to
+
+DETAILS = ("full", "block", "diagonal")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = nn.modules.batchnorm._BatchNorm
+# More rows of one layer and batch tell little more: neighbouring patches are nearly the same.
+_ROWS_PER_SAMPLE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Moments of one layer's inputs and outputs on a client's data.
+
+    Parameters
+    ----------
+    second : Tensor or None
+        Second moments ``E[x x^T]`` of the layer's inputs, not centred, float32, as blocks of shape
+        (blocks, n, n) over channels x kernel positions: one block for all (full), a block for
+        every channel (block), or blocks of one (diagonal). For a convolution x is a patch. None
+        for a norm layer.
+    mean : Tensor or None
+        ``E[x]``, shape (channels * kernel positions,).
+    activation_mean, activation_variance : Tensor
+        Shape (outputs,): of the layer's outputs; of a BatchNorm layer's inputs.
+    """
+
+    second: Tensor | None
+    mean: Tensor | None
+    activation_mean: Tensor
+    activation_variance: Tensor
+
+    @property
+    def detail(self) -> str:
+        """How much of the second moments there is: "full", "block", "diagonal", or "none"."""
+        if self.second is None:
+            return "none"
+        if len(self.second) == 1:
+            return "full"
+        return "diagonal" if self.second.shape[1] == 1 else "block"
+
+
+Statistics = Mapping[str, LayerStatistics]
+
+
+def input_moments(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    samples: int | None = 2048,
+    detail: Literal["full", "block", "diagonal"] = "full",
+    max_layer_bytes: int = 4_000_000,
+    clip: float | None = None,
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> dict[str, LayerStatistics]:
+    """Measure moments of every layer's inputs and outputs in one pass over a client's data.
+
+    Second moments and means say which directions of a layer's inputs occur, weighted by how often;
+    the first layer's are moments of the data themselves: a client with very few samples, or
+    samples that are all alike, reveals them. To send less, send the diagonal alone, or clip every
+    input vector and add noise: with sensitivity ``clip**2 / n`` for one of ``n`` samples, noise of
+    standard deviation ``noise * clip**2 / n`` on every second moment, and ``noise * clip / n`` on
+    every mean, is the Gaussian mechanism for each of the tensors.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The client's network, as it will be sent. It is run in evaluation mode, not modified.
+    batches : iterable of inputs
+        What the network is called with, batch by batch. Where the iterable has a length, batches
+        are taken evenly from all of it; otherwise its first ones, so shuffle it.
+    samples : int, optional
+        How many samples suffice. None: all.
+    detail : {"full", "block", "diagonal"}
+        At most this much of the second moments.
+    max_layer_bytes : int
+        Layers whose second moments are larger send less: blocks over channels, or the diagonal.
+    clip : float, optional
+        Largest norm of an input or output vector; longer ones are scaled down to it.
+    noise : float
+        Standard deviation of the noise, relative to the sensitivity. Needs `clip`.
+    generator : torch.Generator, optional
+        Source of the noise, on the CPU.
+
+    Returns
+    -------
+    dict of str to LayerStatistics
+        For every linear and convolution layer (transposed ones aside) and every BatchNorm that is
+        called, by its name; on the CPU, float32.
+
+    Raises
+    ------
+    FusionError
+        If there are no batches, the network cannot be run on them, or the moments are not finite.
+
+    References
+    ----------
+    Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023,
+    section 3 (moments of inputs); Dwork & Roth, "The Algorithmic Foundations of Differential
+    Privacy", 2014, appendix A (Gaussian mechanism).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import flwr_fusion as ff
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> moments = ff.statistics.input_moments(model, [torch.randn(32, 4)])
+    >>> moments["2"].second.shape
+    torch.Size([1, 8, 8])
+    """
+    _check_arguments(detail, clip, noise)
+    layers: dict[nn.Module, _Accumulator] = {
+        module: _Accumulator(module, _detail_within(module, detail, max_layer_bytes), clip)
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, _NORMS, *_CONVOLUTIONS))
+    }
+    names = {module: name for name, module in model.named_modules()}
+    with _observed(layers), evaluation_mode(model), torch.no_grad():
+        seen = _run(model, _enough(batches, samples))
+    measured = {
+        names[module]: accumulator.finish(seen, clip, noise, generator)
+        for module, accumulator in layers.items()
+        if accumulator.rows
+    }
+    for name, layer in measured.items():
+        if not all(bool(torch.isfinite(t).all()) for t in _tensors_of(layer).values()):
+            raise FusionError(f"the moments of layer '{name}' are not finite")
+    return measured
+
+
+def pack(statistics: Statistics) -> dict[str, Tensor]:
+    """Return statistics as named tensors to send: of symmetric blocks the upper triangle.
+
+    Parameters
+    ----------
+    statistics : mapping of str to LayerStatistics
+        From `input_moments`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        ``LAYER.second`` of shape (blocks, n (n + 1) / 2), ``LAYER.mean``,
+        ``LAYER.activation_mean`` and ``LAYER.activation_variance``.
+    """
+    packed: dict[str, Tensor] = {}
+    for name, layer in statistics.items():
+        tensors = _tensors_of(layer)
+        if layer.second is not None:
+            n = layer.second.shape[1]
+            rows, columns = torch.triu_indices(n, n)
+            tensors["second"] = layer.second[:, rows, columns].contiguous()
+        packed |= {key_of(name, kind): tensor for kind, tensor in tensors.items()}
+    return packed
+
+
+def unpack(packed: Mapping[str, Tensor]) -> dict[str, LayerStatistics]:
+    """Return the statistics that `pack` packed; `check` says whether they fit a network.
+
+    Parameters
+    ----------
+    packed : mapping of str to Tensor
+        What was received.
+
+    Returns
+    -------
+    dict of str to LayerStatistics
+        The statistics.
+
+    Raises
+    ------
+    FusionError
+        Naming a layer whose tensors are not those of `pack`.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in packed.items():
+        name, _, kind = key.rpartition(".")
+        layers.setdefault(name, {})[kind] = tensor
+    return {name: _unpacked(name, tensors) for name, tensors in layers.items()}
+
+
+def check(statistics: Statistics, state: Mapping[str, Tensor]) -> None:
+    """Refuse statistics that cannot be those of a network.
+
+    Parameters
+    ----------
+    statistics : mapping of str to LayerStatistics
+        From `input_moments` or `unpack`.
+    state : mapping of str to Tensor
+        State dict of the network.
+
+    Raises
+    ------
+    FusionError
+        Naming the layer whose statistics are unknown, of a wrong shape, not finite or impossible
+        (negative mean squares).
+    """
+    for name, layer in statistics.items():
+        outputs = state.get(key_of(name, "weight"), state.get(key_of(name, "running_mean")))
+        if outputs is None:
+            raise FusionError(f"the network has no layer '{name}' that statistics could be of")
+        if outputs.dim() > 1:
+            _check_inputs(name, layer, outputs)
+        for kind in ("activation_mean", "activation_variance"):
+            _check_numbers(f"{name}.{kind}", getattr(layer, kind), [(len(outputs),)])
+        if bool((layer.activation_variance < 0).any()):
+            raise FusionError(f"statistics '{name}.activation_variance' are negative")
+
+
+def key_of(layer: str, kind: str) -> str:
+    """Return the key of a layer's tensor; the network itself may be the layer."""
+    return f"{layer}.{kind}" if layer else kind
+
+
+def size_in_bytes(statistics: Statistics) -> int:
+    """Return how many bytes of numbers `pack` makes of statistics."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in pack(statistics).values())
+
+
+def reduced(second: Tensor, n: int) -> Tensor:
+    """Return second moments as smaller blocks.
+
+    Parameters
+    ----------
+    second : Tensor
+        Shape (blocks, m, m).
+    n : int
+        The new blocks' size, a divisor of m.
+
+    Returns
+    -------
+    Tensor
+        Shape (blocks * m / n, n, n): the blocks on the diagonal.
+    """
+    blocks, m, _ = second.shape
+    if m == n:
+        return second
+    split = second.reshape(blocks, m // n, n, m // n, n)
+    return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, n, n)
+
+
+def _check_arguments(detail: str, clip: float | None, noise: float) -> None:
+    if detail not in DETAILS:
+        raise FusionError(f"detail must be one of {DETAILS}, not {detail!r}")
+    if clip is not None and not 0 < clip < math.inf:
+        raise FusionError(f"clip must be positive, not {clip!r}")
+    if not 0 <= noise < math.inf:
+        raise FusionError(f"noise must not be negative, not {noise!r}")
+    if noise and clip is None:
+        raise FusionError("noise needs clip: without it a single sample can weigh any amount")
+
+
+def _detail_within(module: nn.Module, detail: str, max_bytes: int) -> str:
+    """Return the greatest detail of a layer's second moments that stays below the limit."""
+    if isinstance(module, _NORMS):
+        return "none"
+    channels, kernel = _input_shape(module)
+    sizes = {"full": (1, channels * kernel), "block": (channels, kernel)}
+    if getattr(module, "groups", 1) > 1:  # Input channels of different groups never meet.
+        del sizes["full"]
+    for name in DETAILS[DETAILS.index(detail) :]:
+        blocks, n = sizes.get(name, (0, 0))
+        if blocks and blocks * n * (n + 1) // 2 * 4 <= max_bytes:
+            return name
+    return "diagonal"
+
+
+def _input_shape(module: nn.Module) -> tuple[int, int]:
+    """Return the number of input channels and of kernel positions."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, 1
+    assert isinstance(module, _CONVOLUTIONS)
+    return module.in_channels, math.prod(module.kernel_size)
+
+
+class _Accumulator:
+    """Running moments of one layer."""
+
+    def __init__(self, module: nn.Module, detail: str, clip: float | None) -> None:
+        self.rows = 0
+        self._module = module
+        self._detail = detail
+        self._clip = clip
+        self._second: Tensor | None = None
+        self._mean: Tensor | None = None
+        self._output_rows = 0
+        self._output_mean: Tensor | None = None
+        self._output_squares: Tensor | None = None  # About the mean.
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add one batch: sums in single precision, totals in double."""
+        if isinstance(self._module, _NORMS):
+            self._add_outputs(inputs.movedim(1, -1).flatten(0, -2))
+            self.rows += inputs.numel() // inputs.shape[1]
+            return
+        channel_axis = 1 if isinstance(self._module, _CONVOLUTIONS) else -1
+        self._add_outputs(outputs.movedim(channel_axis, -1).flatten(0, -2))
+        rows = self._clipped(_input_rows(self._module, inputs))
+        self.rows += len(rows)
+        self._mean = _plus(self._mean, rows.sum(0))
+        self._second = _plus(self._second, self._products(rows))
+
+    def _products(self, rows: Tensor) -> Tensor:
+        if self._detail == "full":
+            return (rows.T @ rows).unsqueeze(0)
+        if self._detail == "diagonal":
+            return rows.square().sum(0).reshape(-1, 1, 1)
+        channels, kernel = _input_shape(self._module)
+        blocks = rows.reshape(-1, channels, kernel).transpose(0, 1)
+        products: Tensor = blocks.transpose(1, 2) @ blocks
+        return products
+
+    def _add_outputs(self, rows: Tensor) -> None:
+        rows = self._clipped(rows.float())
+        variance, mean = torch.var_mean(rows, 0, correction=0)
+        mean, squares, count = mean.double(), variance.double() * len(rows), len(rows)
+        if self._output_mean is not None and self._output_squares is not None:
+            # Chan et al. 1983: no difference of large numbers.
+            total = self._output_rows + count
+            gap = mean - self._output_mean
+            squares = squares + self._output_squares
+            squares += gap.square() * self._output_rows * count / total
+            mean = self._output_mean + gap * count / total
+            count = total
+        self._output_mean, self._output_squares, self._output_rows = mean, squares, count
+
+    def _clipped(self, rows: Tensor) -> Tensor:
+        if self._clip is None:
+            return rows
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        scale: Tensor = self._clip / norms.clamp(min=self._clip)
+        return rows * scale
+
+    def finish(
+        self, samples: int, clip: float | None, noise: float, generator: torch.Generator | None
+    ) -> LayerStatistics:
+        """Return the moments, with noise where it is asked for."""
+        assert self._output_mean is not None
+        assert self._output_squares is not None
+        second = None if self._second is None else (self._second / self.rows).float().cpu()
+        mean = None if self._mean is None else (self._mean / self.rows).float().cpu()
+        activation_mean = self._output_mean.float().cpu()
+        activation_variance = (self._output_squares / self._output_rows).float().cpu()
+        if noise and clip is not None:
+            deviation = noise * clip / samples
+            raw = activation_variance + activation_mean.square()
+            activation_mean = _with_noise(activation_mean, deviation, generator)
+            raw = _with_noise(raw, deviation * clip, generator)
+            activation_variance = (raw - activation_mean.square()).clamp(min=0)
+            if second is not None and mean is not None:
+                mean = _with_noise(mean, deviation, generator)
+                second = _positive(_with_symmetric_noise(second, deviation * clip, generator))
+        return LayerStatistics(second, mean, activation_mean, activation_variance)
+
+
+def _with_noise(tensor: Tensor, deviation: float, generator: torch.Generator | None) -> Tensor:
+    return tensor + deviation * torch.randn(tensor.shape, generator=generator)
+
+
+def _with_symmetric_noise(
+    blocks: Tensor, deviation: float, generator: torch.Generator | None
+) -> Tensor:
+    drawn = deviation * torch.randn(blocks.shape, generator=generator)
+    return blocks + drawn.triu() + drawn.triu(1).transpose(1, 2)
+
+
+def _positive(blocks: Tensor) -> Tensor:
+    """Return the nearest positive semi-definite blocks: what noise made negative becomes zero."""
+    values, vectors = torch.linalg.eigh(blocks.double())
+    positive: Tensor = (vectors * values.clamp(min=0).unsqueeze(1)) @ vectors.transpose(1, 2)
+    return positive.float()
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part.double() if total is None else total + part.double()
+
+
+def _input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return a layer's inputs as (rows, channels * kernel positions), a patch a row."""
+    if isinstance(module, nn.Linear):
+        rows = inputs.reshape(-1, *inputs.shape[-2:]) if inputs.dim() > 2 else inputs[:, None]
+        return _spread(rows, 1).flatten(0, 1).float()
+    assert isinstance(module, _CONVOLUTIONS)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    patches = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    for axis, size in enumerate(module.kernel_size):
+        dilation, stride = module.dilation[axis], module.stride[axis]
+        window = patches.unfold(2 + axis, (size - 1) * dilation + 1, stride)
+        patches = window[..., ::dilation]
+    # Now (samples, channels, *positions, *kernel).
+    spatial = len(module.kernel_size)
+    positions = patches.movedim(1, 1 + spatial).flatten(1, spatial)
+    return _spread(positions, 1).flatten(2).flatten(0, 1).float()
+
+
+def _spread(rows: Tensor, axis: int) -> Tensor:
+    """Return at most a few rows per sample, evenly spread."""
+    count = rows.shape[axis]
+    if count <= _ROWS_PER_SAMPLE:
+        return rows
+    index = torch.linspace(0, count - 1, _ROWS_PER_SAMPLE, device=rows.device).long()
+    return rows.index_select(axis, index)
+
+
+@contextmanager
+def _observed(layers: Mapping[nn.Module, _Accumulator]) -> Iterator[None]:
+    """Show every layer's accumulator what goes in and out."""
+
+    def show(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        layers[module].add(args[0].detach(), output.detach())
+
+    handles = [module.register_forward_hook(show) for module in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _enough(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
+    """Yield batches until there are enough samples, evenly from all of a sized iterable."""
+    if isinstance(batches, Tensor):
+        raise FusionError("batches must be an iterable of batches, not one tensor: give [tensor]")
+    if samples is None:
+        yield from batches
+        return
+    stride, seen = 1, 0
+    for n, batch in enumerate(batches):
+        size = _batch_size(batch)
+        if n == 0:
+            stride = max(1, length_hint(batches) * size // max(samples, 1))
+        if n % stride:
+            continue
+        yield batch
+        seen += size
+        if seen >= samples:
+            return
+
+
+def _batch_size(batch: Any) -> int:
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return len(leaf)
+    raise FusionError("a batch of inputs holds no tensor")
+
+
+def _run(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Call a network on every batch; return the number of samples."""
+    seen = 0
+    for batch in batches:
+        try:
+            call(model, moved_to(model, batch))
+        except Exception as error:
+            raise FusionError(f"the network cannot be run on a batch of inputs: {error}") from error
+        seen += _batch_size(batch)
+    if not seen:
+        raise FusionError("there are no batches of inputs to measure moments on")
+    return seen
+
+
+def _tensors_of(layer: LayerStatistics) -> dict[str, Tensor]:
+    tensors = {
+        "activation_mean": layer.activation_mean,
+        "activation_variance": layer.activation_variance,
+    }
+    if layer.second is not None and layer.mean is not None:
+        tensors |= {"second": layer.second, "mean": layer.mean}
+    return tensors
+
+
+def _unpacked(name: str, tensors: Mapping[str, Tensor]) -> LayerStatistics:
+    outputs = {"activation_mean", "activation_variance"}
+    if tensors.keys() not in (outputs, outputs | {"second", "mean"}):
+        raise FusionError(f"layer '{name}' has no statistics of the kinds {sorted(tensors)}")
+    packed = tensors.get("second")
+    return LayerStatistics(
+        None if packed is None else _symmetric(name, packed),
+        tensors.get("mean"),
+        tensors["activation_mean"],
+        tensors["activation_variance"],
+    )
+
+
+def _symmetric(name: str, packed: Tensor) -> Tensor:
+    """Return symmetric blocks from their upper triangles."""
+    length = packed.shape[-1] if packed.dim() == 2 else 0
+    n = (math.isqrt(8 * length + 1) - 1) // 2
+    if not n or n * (n + 1) // 2 != length:
+        raise FusionError(f"statistics '{name}.second' are no packed triangles")
+    rows, columns = torch.triu_indices(n, n)
+    blocks = packed.new_zeros(len(packed), n, n)
+    blocks[:, rows, columns] = packed
+    blocks[:, columns, rows] = packed
+    return blocks
+
+
+def _check_inputs(name: str, layer: LayerStatistics, weight: Tensor) -> None:
+    """Check the moments of a layer's inputs against its weight."""
+    if layer.second is None or layer.mean is None:
+        raise FusionError(f"the statistics of layer '{name}' lack the moments of its inputs")
+    own, kernel = weight[0].numel(), math.prod(weight.shape[2:])
+    columns = layer.mean.numel()
+    groups = columns // own
+    if not groups or columns != groups * own or len(weight) % groups:
+        raise FusionError(
+            f"statistics '{name}.mean' have {columns} values, the layer's weight has shape "
+            f"{tuple(weight.shape)}"
+        )
+    sizes = [1, kernel, *([columns] if groups == 1 else [])]
+    _check_numbers(f"{name}.mean", layer.mean, [(columns,)])
+    _check_numbers(f"{name}.second", layer.second, [(columns // n, n, n) for n in sizes])
+    if bool((layer.second.diagonal(dim1=1, dim2=2) < 0).any()):
+        raise FusionError(f"statistics '{name}.second' have negative mean squares")
+
+
+def _check_numbers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+    if tuple(tensor.shape) not in shapes or tensor.dtype != torch.float32:
+        raise FusionError(
+            f"statistics '{name}' are {tensor.dtype} of shape {tuple(tensor.shape)}, not float32 "
+            f"of shape {' or '.join(map(str, shapes))}"
+        )
+    # Squares of larger values overflow single precision.
+    if not bool((tensor.abs() < 1e18).all()):
+        raise FusionError(f"statistics '{name}' have values that are not finite or huge")

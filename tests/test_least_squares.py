@@ -1,0 +1,264 @@
+"""Least-squares combination: against its formula, in any channels, and where it must give way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flwr_fusion as ff
+from flwr_fusion.statistics import LayerStatistics, Statistics, input_moments
+from tests.architectures import named, output, relative_error, sequential_mlp
+from tests.test_contracts import permuted_copy
+
+# The bound is far away, so that the formula can be seen.
+FORMULA = ff.LeastSquares(shrinkage=0.7, ridge=0.05, weight_exponent=1.0, bound="norm")
+DETAILS = ("full", "block", "diagonal")
+KINDS = ["mlp", "lenet", "small-vgg", "conv1d-groupnorm", "prelu-transposed-depthwise"]
+
+
+def moments_of(
+    models: Sequence[nn.Module], inputs: Sequence[Tensor], detail: str = "full"
+) -> list[Statistics | None]:
+    return [
+        input_moments(model, [x], samples=None, detail=detail)  # type: ignore[arg-type]
+        for model, x in zip(models, inputs, strict=True)
+    ]
+
+
+def perturbed(model: nn.Module, scale: float, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=scale * float(parameter.std().nan_to_num(0.1)))
+    return copied
+
+
+def skewed_inputs(inputs: Tensor, seed: int) -> Tensor:
+    """Return inputs whose features have very different scales."""
+    generator = torch.Generator().manual_seed(seed)
+    return inputs * torch.rand(inputs.shape[1:], generator=generator).square() * 3
+
+
+def test_linear_layer_minimises_the_objective() -> None:
+    layers = [nn.Linear(6, 4) for _ in range(3)]
+    inputs = [torch.randn(50, 6) @ torch.randn(6, 6) for _ in layers]
+    weights = [1.0, 2.0, 3.0]
+    options = ff.LeastSquares(shrinkage=1.0, ridge=1e-6, weight_exponent=1.0, bound="norm")
+    fused = ff.average(layers, weights, combine=options, statistics=moments_of(layers, inputs))
+    # All samples at once: inputs with a constant, targets of each client's own layer.
+    rows = [
+        torch.cat([x, torch.ones(len(x), 1)], 1).double() * (w / len(x)) ** 0.5
+        for x, w in zip(inputs, weights, strict=True)
+    ]
+    targets = [
+        layer(x).double() * (w / len(x)) ** 0.5
+        for layer, x, w in zip(layers, inputs, weights, strict=True)
+    ]
+    solution = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)).solution
+    expected = solution / max(1.0, _excess(solution[:-1].T, layers, weights))
+    layer = fused.model
+    assert isinstance(layer, nn.Linear)
+    torch.testing.assert_close(layer.weight.double(), expected[:-1].T, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.bias.double(), expected[-1], rtol=1e-3, atol=1e-4)
+    assert fused.report.least_squares == {"": "full"}
+
+
+def _excess(weight: Tensor, layers: Sequence[nn.Linear], weights: Sequence[float]) -> float:
+    """Return the norm of a weight over the clients' mean norm, row by row."""
+    norms = sum(
+        w * m.weight.double().norm(dim=1) for w, m in zip(weights, layers, strict=True)
+    ) / sum(weights)
+    assert isinstance(norms, Tensor)
+    return float(weight.norm() / norms.norm())
+
+
+@pytest.mark.parametrize("detail", DETAILS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_channel_order_does_not_matter(kind: str, detail: str) -> None:
+    architecture = named(kind)
+    model = architecture.model()
+    other = perturbed(model, 0.1, seed=1)
+    inputs = [skewed_inputs(architecture.inputs(60), seed) for seed in (0, 1)]
+    options = ff.LeastSquares(0.7, 0.05, convolutions=True, bound="norm")
+
+    def fused(second: nn.Module) -> tuple[Tensor, dict[str, str]]:
+        models = [model, second]
+        result = ff.ot_fusion(
+            models,
+            example_inputs=inputs[0][:2],
+            combine=options,
+            statistics=moments_of(models, inputs, detail),
+            repair="none",
+        )
+        return output(result.model, inputs[0]), result.report.least_squares
+
+    (expected, layers), (permuted, _) = fused(other), fused(permuted_copy(other, inputs[0], 3))
+    mean = output(ff.average([model, other]).model, inputs[0])
+    assert layers
+    assert relative_error(permuted, expected) < 1e-4
+    assert relative_error(mean, expected) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["mlp", "lenet", "conv1d-groupnorm"])
+def test_combined_network_is_closer_to_every_client_on_its_own_inputs(kind: str) -> None:
+    architecture = named(kind)
+    model = architecture.model()
+    models = [perturbed(model, 0.3, seed) for seed in (1, 2, 3)]
+    inputs = [skewed_inputs(architecture.inputs(80), seed) for seed in range(3)]
+    options = ff.LeastSquares(0.9, 0.01, convolutions=True, bound="norm")
+    combined = ff.average(models, combine=options, statistics=moments_of(models, inputs)).model
+    mean = ff.average(models).model
+
+    def error(fused: nn.Module) -> float:
+        return sum(
+            relative_error(output(fused, x), output(client, x))
+            for client, x in zip(models, inputs, strict=True)
+        )
+
+    assert error(combined) < 0.95 * error(mean)
+
+
+def test_full_moments_of_a_convolution_are_those_of_its_patches() -> None:
+    layer = nn.Conv2d(3, 5, 3, stride=2, padding=1, dilation=2)
+    x = torch.randn(4, 3, 8, 8)
+    measured = input_moments(layer, [x], samples=None)[""]
+    patches = nn.functional.unfold(x, 3, dilation=2, padding=1, stride=2)
+    rows = patches.transpose(1, 2).flatten(0, 1)
+    assert measured.second is not None
+    torch.testing.assert_close(measured.second[0], rows.T @ rows / len(rows))
+    torch.testing.assert_close(measured.mean, rows.mean(0))
+    outputs = layer(x).movedim(1, 0).flatten(1)
+    torch.testing.assert_close(measured.activation_mean, outputs.mean(1))
+    torch.testing.assert_close(measured.activation_variance, outputs.var(1, correction=0))
+
+
+@pytest.mark.parametrize("bound", ["norm", "change"])
+def test_bounds_hold(bound: str) -> None:
+    models = [sequential_mlp() for _ in range(4)]
+    # Nearly singular moments: without a bound the solution is far away.
+    inputs = [torch.randn(50, 3) @ torch.randn(3, 20) for _ in models]
+    options = ff.LeastSquares(1.0, 1e-6, bound=bound, weight_exponent=1.0)  # type: ignore[arg-type]
+    fused = ff.average(models, combine=options, statistics=moments_of(models, inputs)).model
+    mean = ff.average(models).model
+    for name, parameter in fused.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        client = torch.stack([dict(m.named_parameters())[name] for m in models])
+        average = dict(mean.named_parameters())[name]
+        if bound == "norm":
+            limit = client.norm(dim=2).mean(0).norm()
+            assert parameter.norm() <= limit * 1.0001
+        else:
+            limits = (client - average).norm(dim=2).mean(0)
+            assert bool(((parameter - average).norm(dim=1) <= limits * 1.0001).all())
+
+
+def test_without_any_statistics_it_is_the_mean() -> None:
+    models = [sequential_mlp() for _ in range(3)]
+    fused = ff.average(models, combine="least-squares", statistics=[None] * 3)
+    mean = ff.average(models).model.state_dict()
+    for name, tensor in fused.model.state_dict().items():
+        assert torch.equal(tensor, mean[name])
+    assert fused.report.least_squares == {}
+
+
+def test_a_client_without_statistics_counts_with_average_inputs() -> None:
+    models = [sequential_mlp() for _ in range(3)]
+    x = torch.randn(40, 20)
+    # All have the same inputs, so the average inputs are the third client's own.
+    first = moments_of(models[:1], [x])
+    same = [first[0]] * 3
+    options = ff.LeastSquares(0.5, 0.1, bound="norm")
+    everything = ff.average(models, [1, 2, 3], combine=options, statistics=same).model
+    partly = ff.average(models, [1, 2, 3], combine=options, statistics=[*same[:2], None]).model
+    for name, tensor in everything.state_dict().items():
+        torch.testing.assert_close(partly.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_dead_inputs_keep_the_mean() -> None:
+    models = [nn.Linear(5, 3), nn.Linear(5, 3)]
+    inputs = [torch.randn(30, 5), torch.randn(30, 5)]
+    for x in inputs:
+        x[:, 2] = 0
+    fused = ff.average(models, combine=FORMULA, statistics=moments_of(models, inputs)).model
+    mean = ff.average(models).model
+    assert isinstance(fused, nn.Linear)
+    assert isinstance(mean, nn.Linear)
+    ratio = fused.weight[:, 2] / mean.weight[:, 2]
+    # Only the bound on the norm scales it, alike for all rows.
+    torch.testing.assert_close(ratio, ratio[0].expand(3), rtol=1e-3, atol=1e-3)
+
+
+def test_narrow_clients_fit_into_a_wide_target() -> None:
+    wide, narrow = sequential_mlp(32), sequential_mlp(24)
+    inputs = [torch.randn(60, 20), skewed_inputs(torch.randn(60, 20), 1)]
+    models = [wide, narrow]
+    fused = ff.ot_fusion(
+        models,
+        example_inputs=inputs[0][:2],
+        target=wide,
+        combine="least-squares",
+        statistics=moments_of(models, inputs),
+    )
+    assert set(fused.report.least_squares.values()) == {"full"}
+    assert bool(torch.isfinite(output(fused.model, inputs[0])).all())
+
+
+def test_different_details_of_one_layer_are_reduced_to_the_least() -> None:
+    models = [named("lenet").model(seed) for seed in (0, 1)]
+    x = named("lenet").inputs(40)
+    full, diagonal = moments_of(models, [x, x]), moments_of(models, [x, x], "diagonal")
+    options = ff.LeastSquares(convolutions=True)
+    mixed = ff.average(models, combine=options, statistics=[full[0], diagonal[1]])
+    alone = ff.average(models, combine=options, statistics=diagonal)
+    assert set(mixed.report.least_squares.values()) == {"diagonal"}
+    assert relative_error(output(mixed.model, x), output(alone.model, x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {**s, "9": s["0"]}, "no layer '9'"),
+        (lambda s: {"0": s["2"]}, "'0.mean'"),
+        (lambda s: {"0": _with(s["0"], second=s["0"].second * float("nan"))}, "'0.second'"),
+        (lambda s: {"0": _with(s["0"], second=-s["0"].second)}, "negative"),
+        (lambda s: {"0": _with(s["0"], activation_variance=torch.ones(3))}, "shape"),
+        (lambda s: {"0": _with(s["0"], mean=None)}, "lack"),
+    ],
+)
+def test_impossible_statistics_are_refused(change: object, message: str) -> None:
+    models = [sequential_mlp(), sequential_mlp()]
+    x = torch.randn(20, 20)
+    good = moments_of(models, [x, x])
+    assert callable(change)
+    with pytest.raises(ff.FusionError, match=f"client 1.*{message}"):
+        ff.average(models, combine="least-squares", statistics=[good[0], change(good[1])])
+
+
+def _with(layer: LayerStatistics, **changes: Tensor | None) -> LayerStatistics:
+    values = {name: getattr(layer, name) for name in LayerStatistics.__dataclass_fields__}
+    return LayerStatistics(**(values | changes))
+
+
+def test_statistics_are_asked_for() -> None:
+    models = [sequential_mlp(), sequential_mlp()]
+    with pytest.raises(ff.FusionError, match="needs statistics="):
+        ff.average(models, combine="least-squares")
+    with pytest.raises(ff.FusionError, match="2 models but 1 statistics"):
+        ff.average(models, combine="least-squares", statistics=[None])
+    with pytest.raises(ff.FusionError, match="combine must be one of"):
+        ff.average(models, combine="median")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options", [{"shrinkage": 2}, {"ridge": 0}, {"strength": -1}, {"bound": "none"}]
+)
+def test_bad_options_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ff.FusionError, match=next(iter(options))):
+        ff.LeastSquares(**options)  # type: ignore[arg-type]
