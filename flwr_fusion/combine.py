@@ -150,7 +150,7 @@ class LeastSquares:
     shrinkage: float = 0.5
     ridge: float = 0.1
     strength: float = 1.0
-    weight_exponent: float = 0.5
+    weight_exponent: float = 0.25
     convolutions: bool = False
     bound: Literal["auto", "norm", "change"] = "auto"
 

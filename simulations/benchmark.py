@@ -36,10 +36,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import flwr_fusion as ff
+from flwr_fusion.statistics import input_moments
 
 ENSEMBLE = "ensemble"
 # Seeds of one run are kept apart from those of the next by this factor.
 SEED_STRIDE = 1000
+STATISTICS_BATCH = 256
+# Fused once, there are no later rounds in which the moments' noise could build up.
+ONE_SHOT = ff.LeastSquares(shrinkage=0.9, ridge=0.01)
 
 Fuse = Callable[[Sequence[nn.Module], Sequence[float]], Any]
 
@@ -53,7 +57,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--data-dir", default="", help="folder that torchvision reads")
     add("--dataset", default="mnist", choices=CHOICES["dataset"])
     add("--download", action="store_true", help="let torchvision download the data set")
-    add("--model", default="mlp-400-200-100", help="mlp with its hidden widths, or lenet")
+    add("--model", default="mlp-400-200-100", help="mlp-WIDTHS, lenet or resnet-DEPTH-WIDTH")
     add("--bias", action=argparse.BooleanOptionalAction, default=True, help="biases in the MLP")
     add("--epochs", type=int, default=10)
     add("--learning-rate", type=float, default=0.01)
@@ -143,14 +147,50 @@ def fusion_methods(example_inputs: Tensor, calibration: Tensor) -> dict[str, Fus
         Each takes the models and their weights.
     """
     ot_fusion = partial(ff.ot_fusion, example_inputs=example_inputs)
-    by_activations = partial(ot_fusion, align_by="activations", calibration=calibration)
+    by_activations = partial(
+        ot_fusion, align_by="activations", calibration=calibration, repair="none"
+    )
     return {
         "plain average": ff.average,
         "OT by weights, greedy": partial(ot_fusion, align_by="weights", sweep="greedy"),
         "OT by activations, greedy": partial(by_activations, sweep="greedy"),
         "OT by weights, joint": partial(ot_fusion, align_by="weights", sweep="joint"),
         "OT by activations, joint": partial(by_activations, sweep="joint"),
+        "OT by weights, joint, repaired": partial(ot_fusion, calibration=calibration),
     }
+
+
+def least_squares(
+    models: Sequence[nn.Module], data: Sequence[LabelledImages], example_inputs: Tensor
+) -> dict[str, Fuse]:
+    """Return least squares on the networks' own data as one more fusion method.
+
+    Parameters
+    ----------
+    models : sequence of torch.nn.Module
+        The networks that will be fused.
+    data : sequence of LabelledImages
+        What each was trained on.
+    example_inputs : torch.Tensor
+        A small batch of inputs.
+
+    Returns
+    -------
+    dict of str to callable
+        It takes the models and their weights.
+    """
+    statistics = [
+        input_moments(model, torch.split(own.images, STATISTICS_BATCH))
+        for model, own in zip(models, data, strict=True)
+    ]
+    fuse = partial(
+        ff.ot_fusion,
+        example_inputs=example_inputs,
+        combine=ONE_SHOT,
+        statistics=statistics,
+        repair="none",
+    )
+    return {"OT by weights, joint, least squares": fuse}
 
 
 class Scores:

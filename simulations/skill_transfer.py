@@ -13,6 +13,7 @@ from benchmark import (
     Scores,
     calibration_images,
     fusion_methods,
+    least_squares,
     load,
     markdown_table,
     new_progress,
@@ -47,7 +48,9 @@ def measure(arguments: argparse.Namespace) -> Scores:
                 for member, share in enumerate(shares)
             ]
             calibration = calibration_images(data, arguments.calibration, seed)
+            own = [data.subset(share) for share in shares]
             methods = fusion_methods(calibration[:2], calibration)
+            methods |= least_squares(models, own, calibration[:2])
             for weight in progress.track(SWEEP_WEIGHTS, description=f"fuse: seed {seed}"):
                 scores.add(models, methods, weight)
     return scores

@@ -9,6 +9,7 @@ from benchmark import (
     Scores,
     calibration_images,
     fusion_methods,
+    least_squares,
     load,
     markdown_table,
     new_progress,
@@ -41,7 +42,9 @@ def measure(arguments: argparse.Namespace) -> Scores:
                 probabilities = class_probabilities(model, scores.test.images)
                 scores.add_probabilities(f"network {number} alone", EQUAL, probabilities)
             calibration = calibration_images(data, arguments.calibration, seed)
-            scores.add(models, fusion_methods(calibration[:2], calibration), EQUAL)
+            methods = fusion_methods(calibration[:2], calibration)
+            methods |= least_squares(models, [data, data], calibration[:2])
+            scores.add(models, methods, EQUAL)
     return scores
 
 

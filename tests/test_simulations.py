@@ -36,7 +36,7 @@ from fusion_simulation.data import (
     partition_indices,
 )
 from fusion_simulation.report import Report, RoundAccuracy, output_folder
-from fusion_simulation.settings import Settings, hidden_widths
+from fusion_simulation.settings import Settings, architecture
 from fusion_simulation.strategies import STRATEGIES, build_strategy
 from fusion_simulation.task import build_model
 
@@ -89,7 +89,7 @@ def test_unknown_values_are_refused_with_the_allowed_ones(
         assert choice in str(refusal.value)
 
 
-@pytest.mark.parametrize(("key", "value"), [("strategy", "fedprox"), ("combine", "stack")])
+@pytest.mark.parametrize(("key", "value"), [("strategy", "fedsgd"), ("combine", "stack")])
 def test_unknown_strategies_are_refused_with_the_allowed_ones(key: str, value: str) -> None:
     model = build_model("mlp-8", "digits", 0)
     with pytest.raises(ValueError, match=f"{key}='{value}'") as refusal:
@@ -126,10 +126,12 @@ def test_unknown_keys_are_refused_with_the_allowed_ones() -> None:
         settings_of(local_epoch=1)
 
 
-def test_hidden_widths() -> None:
-    assert hidden_widths("mlp") == (400, 200, 100)
-    assert hidden_widths("mlp-64-32") == (64, 32)
-    assert hidden_widths("lenet") is None
+def test_architecture() -> None:
+    assert architecture("mlp") == ("mlp", (400, 200, 100))
+    assert architecture("mlp-64-32") == ("mlp", (64, 32))
+    assert architecture("lenet") == ("lenet", ())
+    assert architecture("resnet-8") == ("resnet", (8, 1))
+    assert architecture("resnet-20-4") == ("resnet", (20, 4))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

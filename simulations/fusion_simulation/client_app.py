@@ -1,18 +1,22 @@
-"""The client: trains on its share of the data. Nothing in it knows of fusion."""
+"""The client: trains on its share of the data, and measures statistics where they are asked for."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from flwr_fusion.client import attach_statistics
 from fusion_simulation.data import load_partition
 from fusion_simulation.settings import Settings
 from fusion_simulation.task import Recipe, build_model, train
 
 # Seeds of one run are kept apart from those of the next by this factor.
 SEED_STRIDE = 1000
+STATISTICS_BATCH = 256
 
 app = ClientApp()
 
@@ -28,8 +32,8 @@ def train_client(message: Message, context: Context) -> Message:
     model = _start(message, settings, partition_id, server_round)
     data = load_partition(settings, partition_id, partitions)
     seed = SEED_STRIDE * (SEED_STRIDE * settings.seed + server_round) + partition_id
-    loss = train(model, data, Recipe.from_settings(settings), seed)
-    return Message(
+    loss = train(model, data, _recipe(settings, message), seed)
+    reply = Message(
         content=RecordDict(
             {
                 "arrays": ArrayRecord(model.state_dict()),
@@ -39,6 +43,15 @@ def train_client(message: Message, context: Context) -> Message:
         ),
         reply_to=message,
     )
+    if settings.combine == "least-squares":
+        attach_statistics(reply, model, torch.split(data.images, STATISTICS_BATCH))
+    return reply
+
+
+def _recipe(settings: Settings, message: Message) -> Recipe:
+    # FedProx sends the weight of its term; other strategies send none.
+    proximal_mu = float(message.content.config_records["config"].get("proximal-mu", 0.0))  # type: ignore[arg-type]
+    return replace(Recipe.from_settings(settings), proximal_mu=proximal_mu)
 
 
 def _partition(context: Context) -> tuple[int, int]:

@@ -208,6 +208,16 @@ def new_figure(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def new_figure_grid(title: str, count: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a title and a grid of axes that share their vertical scale."""
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4.5 * columns, 2.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    figure.suptitle(title)
+    return figure, list(grid.flat)[:count]
+
+
 def finish_axes(axes: Axes) -> None:
     """Give axes of test accuracy their label, grid and legend."""
     axes.set_ylabel("test accuracy %")

@@ -20,7 +20,12 @@ from fusion_simulation.task import accuracy, build_model, class_probabilities
 
 NODES_NEEDED = 2
 SECONDS_TO_CONNECT = 60.0
-METHOD_NAMES = {"fedavg": OT_FUSION, "ot": OT_FUSION, "nt": "Neuron Transplantation"}
+METHOD_NAMES = {
+    "fedavg": OT_FUSION,
+    "fedprox": "FedProx",
+    "ot": OT_FUSION,
+    "nt": "Neuron Transplantation",
+}
 
 app = ServerApp()
 
@@ -99,7 +104,10 @@ def compare(
     begin = time.perf_counter()
     comparison = Comparison(strategy.client_models(build), test, settings.special_label)
     fused = None if settings.strategy == "fedavg" else load_arrays(build(), result.arrays)
-    rows = comparison.rows(fused, METHOD_NAMES[settings.strategy])
+    name = METHOD_NAMES[settings.strategy]
+    if settings.combine != "mean":
+        name += f", {settings.combine}"
+    rows = comparison.rows(fused, name)
     sweep = comparison.sweep() if len(comparison.clients) == NODES_NEEDED else None
     seconds |= {
         "aggregation-last-round": strategy.aggregation_seconds[-1],

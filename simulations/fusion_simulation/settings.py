@@ -9,6 +9,7 @@ from typing import Any
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "dataset": ("digits", "mnist", "fashion-mnist", "cifar10"),
+    "repair": ("auto", "none"),
     "partition": ("label-skill", "dirichlet", "iid"),
 }
 LABELS = 10
@@ -21,6 +22,9 @@ class Settings:
 
     strategy: str
     combine: str
+    combine_rounds: int
+    repair: str
+    proximal_mu: float
     dataset: str
     data_dir: str
     download: bool
@@ -77,7 +81,7 @@ class Settings:
     def _check(self) -> None:
         for key, allowed in CHOICES.items():
             check_choice(key, getattr(self, key), allowed)
-        hidden_widths(self.models)
+        architecture(self.models)
         check_choice("special-label", str(self.special_label), [str(n) for n in range(LABELS)])
         self._check_numbers()
         self._check_folders()
@@ -86,6 +90,9 @@ class Settings:
         for key in ("alpha", "learning_rate", "local_epochs", "batch_size", "num_server_rounds"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key.replace('_', '-')} must be greater than 0")
+        for key in ("combine_rounds", "proximal_mu"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key.replace('_', '-')} must not be negative")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if self.seed < 0:
@@ -106,29 +113,32 @@ def check_choice(key: str, value: str, allowed: tuple[str, ...] | list[str]) -> 
         raise ValueError(f"{key}={value!r} is not known; allowed: {', '.join(allowed)}")
 
 
-def hidden_widths(models: str) -> tuple[int, ...] | None:
-    """Read the hidden widths from the name of a model.
+def architecture(models: str) -> tuple[str, tuple[int, ...]]:
+    """Read the kind and the sizes of a model from its name.
 
     Parameters
     ----------
     models : str
-        ``mlp``, ``lenet`` or a name such as ``mlp-64-32``.
+        ``mlp``, ``lenet``, hidden widths such as ``mlp-64-32``, or the depth and the width factor
+        of a residual network, such as ``resnet-8`` or ``resnet-20-4``.
 
     Returns
     -------
-    tuple of int or None
-        The hidden widths of a multi-layer perceptron, None for LeNet.
+    tuple of (str, tuple of int)
+        ``("mlp", hidden widths)``, ``("lenet", ())`` or ``("resnet", (depth, width factor))``.
     """
-    if models == "lenet":
-        return None
-    if models == "mlp":
-        return MLP_WIDTHS
-    kind, *widths = models.split("-")
-    if kind == "mlp" and all(width.isdecimal() and int(width) > 0 for width in widths):
-        return tuple(int(width) for width in widths)
+    kind, *parts = models.split("-")
+    sizes = tuple(int(part) for part in parts if part.isdecimal() and int(part) > 0)
+    if len(sizes) == len(parts):
+        if kind == "mlp":
+            return kind, sizes or MLP_WIDTHS
+        if kind == "lenet" and not sizes:
+            return kind, sizes
+        if kind == "resnet" and len(sizes) in (1, 2) and sizes[0] % 6 == 2 and sizes[0] > 2:
+            return kind, (sizes[0], *(sizes[1:] or (1,)))
     raise ValueError(
-        f"models={models!r} is not known; allowed: mlp, lenet, "
-        "or mlp with its hidden widths, such as mlp-64-32"
+        f"models={models!r} is not known; allowed: mlp, lenet, mlp with its hidden widths, such as "
+        "mlp-64-32, or resnet with its depth (8, 14, 20, ...) and width factor, such as resnet-20-4"
     )
 
 

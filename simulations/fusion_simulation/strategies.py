@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from flwr.app import ArrayRecord, Message, MetricRecord
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, FedProx
 from torch import Tensor, nn
 
 from flwr_fusion.strategy import NeuronTransplantation, OTFusion
 from fusion_simulation.comparison import ClientModel
 from fusion_simulation.settings import Settings
 
-COMBINE_RULES = ("mean",)
+COMBINE_RULES = ("mean", "least-squares")
 
 
 class RecordReplies(FedAvg):
@@ -65,6 +65,10 @@ class RecordingFedAvg(RecordReplies):
     """FedAvg that keeps the latest replies."""
 
 
+class RecordingFedProx(RecordReplies, FedProx):
+    """FedProx that keeps the latest replies."""
+
+
 class RecordingOTFusion(RecordReplies, OTFusion):
     """OTFusion that keeps the latest replies."""
 
@@ -107,11 +111,18 @@ def _fedavg(settings: Settings, model: nn.Module, example_inputs: Tensor) -> Rec
     return RecordingFedAvg(fraction_evaluate=0.0)
 
 
+def _fedprox(settings: Settings, model: nn.Module, example_inputs: Tensor) -> RecordReplies:
+    return RecordingFedProx(fraction_evaluate=0.0, proximal_mu=settings.proximal_mu)
+
+
 def _ot_fusion(settings: Settings, model: nn.Module, example_inputs: Tensor) -> RecordReplies:
+    rounds = {"combine": settings.combine_rounds} if settings.combine_rounds else None
     return RecordingOTFusion(
         model=model,
         example_inputs=example_inputs,
+        only_first_rounds=rounds,
         combine=settings.combine,
+        repair=settings.repair,
         fraction_evaluate=0.0,
     )
 
@@ -126,6 +137,7 @@ def _neuron_transplantation(
 
 STRATEGIES: dict[str, Callable[[Settings, nn.Module, Tensor], RecordReplies]] = {
     "fedavg": _fedavg,
+    "fedprox": _fedprox,
     "nt": _neuron_transplantation,
     "ot": _ot_fusion,
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_simulation.data import DATASETS, LabelledImages
-from fusion_simulation.settings import LABELS, Settings, hidden_widths
+from fusion_simulation.settings import LABELS, Settings, architecture
 
 TEST_BATCH = 1000
 
@@ -66,14 +66,73 @@ class LeNet(nn.Module):
         return logits
 
 
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with BatchNorm and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's activations."""
+        hidden = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(hidden)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Residual network for small images: three stages of 16, 32 and 64 channels.
+
+    Parameters
+    ----------
+    channels : int
+        Channels of the images.
+    depth : int
+        6 n + 2 layers: n blocks in each stage.
+    width : int
+        Factor of all channels.
+    """
+
+    def __init__(self, channels: int, depth: int, width: int) -> None:
+        super().__init__()
+        widths = [16 * width, 32 * width, 64 * width]
+        self.conv = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(widths[0])
+        blocks = []
+        inputs = widths[0]
+        for outputs in widths:
+            for _ in range((depth - 2) // 6):
+                blocks.append(ResidualBlock(inputs, outputs, 1 if inputs == outputs else 2))
+                inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(inputs, LABELS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of a batch of images."""
+        hidden = self.blocks(torch.relu(self.bn(self.conv(images))))
+        logits: Tensor = self.fc(hidden.mean((2, 3)))
+        return logits
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """Stochastic gradient descent: for how long, how fast, in which batches."""
+    """Stochastic gradient descent: for how long, how fast, in which batches.
+
+    With ``proximal_mu`` the loss has FedProx's term ``mu / 2 |w - w_start|^2``.
+    """
 
     epochs: int
     learning_rate: float
     momentum: float
     batch_size: int
+    proximal_mu: float = 0.0
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Recipe:
@@ -92,7 +151,7 @@ def build_model(models: str, dataset: str, seed: int, bias: bool = True) -> nn.M
     Parameters
     ----------
     models : str
-        Name of the model; see `fusion_simulation.settings.hidden_widths`.
+        Name of the model; see `fusion_simulation.settings.architecture`.
     dataset : str
         The data set, which fixes the shape of the inputs.
     seed : int
@@ -106,12 +165,14 @@ def build_model(models: str, dataset: str, seed: int, bias: bool = True) -> nn.M
         The model.
     """
     shape = DATASETS[dataset].shape
-    widths = hidden_widths(models)
+    kind, sizes = architecture(models)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if widths is None:
+        if kind == "lenet":
             return LeNet(shape)
-        return MLP([shape[0] * shape[1] * shape[2], *widths, LABELS], bias)
+        if kind == "resnet":
+            return ResNet(shape[0], *sizes)
+        return MLP([shape[0] * shape[1] * shape[2], *sizes, LABELS], bias)
 
 
 def train(
@@ -147,9 +208,10 @@ def train(
         model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum
     )
     model.train()
+    start = [parameter.detach().clone() for parameter in model.parameters()]
     mean_loss = 0.0
     for _ in range(recipe.epochs):
-        mean_loss = _train_epoch(model, data, recipe.batch_size, optimizer, order)
+        mean_loss = _train_epoch(model, data, recipe, start, optimizer, order)
         if after_epoch is not None:
             after_epoch()
     return mean_loss
@@ -158,17 +220,24 @@ def train(
 def _train_epoch(
     model: nn.Module,
     data: LabelledImages,
-    batch_size: int,
+    recipe: Recipe,
+    start: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     order: torch.Generator,
 ) -> float:
     total = torch.zeros(())
-    for batch in torch.split(torch.randperm(len(data), generator=order), batch_size):
+    for batch in torch.split(torch.randperm(len(data), generator=order), recipe.batch_size):
+        if len(batch) == 1 and len(data) > 1:
+            continue  # BatchNorm cannot normalise a single sample.
         loss = nn.functional.cross_entropy(model(data.images[batch]), data.labels[batch])
+        total += loss.detach() * len(batch)
+        if recipe.proximal_mu:
+            gaps = zip(model.parameters(), start, strict=True)
+            distance = torch.stack([(now - then).square().sum() for now, then in gaps]).sum()
+            loss = loss + recipe.proximal_mu / 2 * distance
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        total += loss.detach() * len(batch)
     return total.item() / len(data)
 
 

@@ -1,0 +1,224 @@
+"""Statistics on the way from a ClientApp to the strategy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from safetensors.torch import load, save
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import flwr_fusion as ff
+from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD, attach_statistics
+from flwr_fusion.statistics import unpack
+from flwr_fusion.strategy import FusionStrategy, NeuronTransplantation, OTFusion
+from tests.test_strategy import (
+    DIGIT,
+    NODES,
+    digits_network,
+    largest_difference,
+    number,
+    part,
+    record,
+    run_digits,
+    train_model,
+)
+from tests.test_strategy import (
+    load as load_arrays,
+)
+
+Spoil = Callable[[RecordDict], None]
+
+
+def app_with_statistics(spoil: Spoil | None = None, without: tuple[int, ...] = ()) -> ClientApp:
+    """Return an app whose replies carry statistics, except those of some clients."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        partition = int(context.node_config["partition-id"])
+        model = load_arrays(digits_network(0), message.content["arrays"])
+        images, labels = part(partition)
+        train_model(model, images, labels, epochs=2)
+        metrics = MetricRecord({"num-examples": len(labels)})
+        content = RecordDict({"arrays": record(model), "metrics": metrics})
+        reply = Message(content, reply_to=message)
+        if partition in without:
+            return reply
+        attach_statistics(reply, model, DataLoader(TensorDataset(images, labels), batch_size=50))
+        if spoil is not None and partition == 0:
+            spoil(reply.content)
+        return reply
+
+    return app
+
+
+def strategy(**options: Any) -> OTFusion:
+    return OTFusion(model=digits_network(), example_inputs=DIGIT, fraction_evaluate=0.0, **options)
+
+
+def test_fedavg_accepts_replies_with_statistics() -> None:
+    plain, _ = run_digits(FedAvg(fraction_evaluate=0.0), app_with_statistics(without=(0, 1, 2, 3)))
+    result, _ = run_digits(FedAvg(fraction_evaluate=0.0), app_with_statistics())
+    # The order of the replies is not that of the sums.
+    assert largest_difference(result.arrays, plain.arrays) < 1e-6
+
+
+def test_mean_ignores_statistics() -> None:
+    plain, _ = run_digits(FedAvg(fraction_evaluate=0.0), app_with_statistics())
+    result, _ = run_digits(strategy(), app_with_statistics())
+    assert largest_difference(result.arrays, plain.arrays) < 1e-6
+
+
+def test_least_squares_uses_them() -> None:
+    fusion = strategy(combine="least-squares")
+    result, models = run_digits(fusion, app_with_statistics(), rounds=2)
+    assert set(fusion.reports[1].least_squares.values()) == {"full"}
+    assert number(result.train_metrics_clientapp[1], "with-statistics") == NODES
+    _, means = run_digits(strategy(), app_with_statistics(), rounds=2)
+    assert largest_difference(models[1], means[1]) > 1e-3
+
+
+def test_schedule_ends_least_squares() -> None:
+    fusion = strategy(combine="least-squares", only_first_rounds={"combine": 1})
+    run_digits(fusion, app_with_statistics(), rounds=2)
+    assert fusion.reports[1].least_squares
+    assert not fusion.reports[2].least_squares
+    transplantation = NeuronTransplantation(
+        model=digits_network(),
+        example_inputs=DIGIT,
+        transplant_rounds=(1, 2),
+        scheme="iterative",
+        only_first_rounds={"scheme": 1},
+    )
+    assert transplantation.method_of_round(1)[1] == {"scheme": "iterative"}
+    assert transplantation.method_of_round(2)[1] == {}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [({"repair": 1}, "'repair'"), ({"combine": -1}, "must be"), ({"combine": True}, "must be")],
+)
+def test_bad_schedules_are_refused(schedule: dict[str, int], message: str) -> None:
+    with pytest.raises(ff.FusionError, match=message):
+        strategy(combine="least-squares", only_first_rounds=schedule)
+
+
+def _bytes(data: bytes | str) -> Spoil:
+    def spoil(content: RecordDict) -> None:
+        content[STATISTICS_RECORD] = ConfigRecord({STATISTICS_KEY: data})
+
+    return spoil
+
+
+def _scaled(factor: float) -> Spoil:
+    def spoil(content: RecordDict) -> None:
+        data = content.config_records[STATISTICS_RECORD][STATISTICS_KEY]
+        assert isinstance(data, bytes)
+        changed = {name: tensor * factor for name, tensor in load(data).items()}
+        content[STATISTICS_RECORD] = ConfigRecord({STATISTICS_KEY: save(changed)})
+
+    return spoil
+
+
+def _empty(content: RecordDict) -> None:
+    content[STATISTICS_RECORD] = ConfigRecord({})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [_bytes(b"\xff" * 100), _bytes(b""), _bytes("text"), _empty, _scaled(-1.0), _scaled(1e30)],
+    ids=["garbage", "nothing", "text", "no key", "negative", "huge"],
+)
+def test_bad_statistics_are_dropped_and_the_update_is_kept(
+    spoil: Spoil, caplog: pytest.LogCaptureFixture
+) -> None:
+    flwr_log = logging.getLogger("flwr")
+    flwr_log.propagate = True
+    fusion = strategy(combine="least-squares")
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        result, _ = run_digits(fusion, app_with_statistics(spoil), rounds=1)
+    metrics = result.train_metrics_clientapp[1]
+    assert number(metrics, "with-statistics") == NODES - 1
+    assert number(metrics, "rejected") == 0
+    assert set(fusion.reports[1].least_squares.values()) == {"full"}
+    assert "its statistics" in caplog.text
+
+
+def test_without_statistics_least_squares_is_fedavg_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logging.getLogger("flwr").propagate = True
+    everyone = tuple(range(NODES))
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        result, _ = run_digits(
+            strategy(combine="least-squares"), app_with_statistics(without=everyone), rounds=1
+        )
+    plain, _ = run_digits(FedAvg(fraction_evaluate=0.0), app_with_statistics(), rounds=1)
+    assert largest_difference(result.arrays, plain.arrays) < 1e-6
+    assert "4 of 4 replies have no usable statistics" in caplog.text
+
+
+def test_own_method_may_take_statistics() -> None:
+    seen = []
+
+    def method(models: Any, weights: Any, *, statistics: Any) -> ff.FusionResult:
+        seen.append([own is not None for own in statistics])
+        return ff.average(models, weights)
+
+    fusion = FusionStrategy(method, digits_network(), DIGIT, fraction_evaluate=0.0)
+    run_digits(fusion, app_with_statistics(without=(2,)), rounds=1)
+    assert sorted(seen[-1]) == [False, True, True, True]
+
+
+# --- Batches of any kind --------------------------------------------------------------------------
+
+
+def reply_to_nothing() -> Message:
+    return Message(RecordDict(), dst_node_id=1, message_type="train")
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    """A data set without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(torch.randn(40, 64))
+
+
+@pytest.mark.parametrize(
+    ("loader", "inputs"),
+    [
+        (DataLoader(TensorDataset(torch.randn(40, 64), torch.zeros(40)), batch_size=8), None),
+        (DataLoader(Stream(), batch_size=8), None),
+        ([torch.randn(8, 64)], None),
+        ([{"img": torch.randn(8, 64), "label": torch.zeros(8)}], lambda batch: batch["img"]),
+    ],
+    ids=["pairs", "stream", "tensors", "dicts"],
+)
+def test_batches_of_any_kind(loader: Any, inputs: Any) -> None:
+    reply = attach_statistics(reply_to_nothing(), digits_network(), loader, inputs=inputs)
+    data = reply.content.config_records[STATISTICS_RECORD][STATISTICS_KEY]
+    assert isinstance(data, bytes)
+    statistics = unpack(load(data))
+    assert statistics["0"].detail == "full"
+
+
+def test_a_mapping_needs_to_be_told_apart() -> None:
+    with pytest.raises(ff.FusionError, match="say by inputs="):
+        attach_statistics(reply_to_nothing(), digits_network(), [{"img": torch.randn(8, 64)}])
+
+
+def test_less_can_be_sent() -> None:
+    loader = [torch.randn(30, 64)]
+    sizes = [
+        len(attach_statistics(reply_to_nothing(), digits_network(), loader, **options)  # type: ignore[arg-type]
+            .content.config_records[STATISTICS_RECORD][STATISTICS_KEY])
+        for options in ({}, {"detail": "diagonal"})
+    ]  # fmt: skip
+    assert sizes[1] < sizes[0] / 5

@@ -1,0 +1,137 @@
+"""Repair: statistics and scales of a fused network against those of its clients."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flwr_fusion as ff
+from flwr_fusion.repair import FROM_CLIENTS, RECOMPUTED, RESCALED, recompute_batchnorm
+from flwr_fusion.statistics import input_moments
+from tests.architectures import named, output, relative_error, sequential_mlp
+from tests.test_contracts import permuted_copy
+
+
+def trained_like(name: str, x: Tensor, seed: int) -> nn.Module:
+    """Return a network whose running statistics are those of its inputs."""
+    model = named(name).model(seed)
+    recompute_batchnorm(model, [x])
+    return model
+
+
+def test_recompute_is_that_of_pytorch() -> None:
+    model, x = named("small-vgg").model(), named("small-vgg").inputs(64)
+    expected = copy.deepcopy(model)
+    batches = list(torch.split(x, 16))
+    torch.optim.swa_utils.update_bn(batches, expected)
+    recompute_batchnorm(model, batches)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_mean"):
+            torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=1e-4, atol=1e-5)
+        elif name.endswith("running_var"):
+            # PyTorch takes the mean of the batches' variances, here it is that of all samples.
+            torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0.2, atol=0)
+    assert model.state_dict()["features.1.num_batches_tracked"] == 3
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_recomputed_statistics_are_those_of_the_fused_network() -> None:
+    x = named("small-vgg").inputs(200)
+    models = [trained_like("small-vgg", x, seed) for seed in (0, 1)]
+    fused = ff.ot_fusion(models, example_inputs=x[:2], calibration=x)
+    assert fused.report.repair == RECOMPUTED
+    again = copy.deepcopy(fused.model)
+    recompute_batchnorm(again, [x])
+    assert relative_error(output(again, x), output(fused.model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["small-vgg", "mlp", "lenet", "mlp-no-bias", "concat-and-sum"])
+def test_copies_stay_what_they_are(name: str) -> None:
+    x = named(name).inputs(64)
+    model = trained_like(name, x, 0)
+    models = [model, permuted_copy(model, x, 1)]
+    result = ff.ot_fusion(models, example_inputs=x[:2], calibration=x)
+    assert result.report.repair in (RECOMPUTED, RESCALED)
+    assert relative_error(output(result.model, x), output(model, x)) < 1e-4
+
+
+def test_statistics_of_clients_replace_those_of_batchnorm() -> None:
+    x = named("small-vgg").inputs(300)
+    model = trained_like("small-vgg", x, 0)
+    models = [model, copy.deepcopy(model)]
+    shares = [x[:100] + 1, x[100:] - 0.5]
+    measured = [input_moments(model, [own], samples=None) for own in shares]
+    result = ff.ot_fusion(models, [100, 200], example_inputs=x[:2], statistics=measured)
+    assert result.report.repair == FROM_CLIENTS
+    # All layers before the first BatchNorm are linear, so the mixture is what all data give.
+    before = model.get_submodule("features.0")(torch.cat(shares)).movedim(1, 0).flatten(1)
+    state = result.model.state_dict()
+    mean, variance = (state[f"features.1.running_{kind}"] for kind in ("mean", "var"))
+    torch.testing.assert_close(mean, before.mean(1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(variance, before.var(1, correction=0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "conv1d-groupnorm"])
+def test_rescaled_channels_have_the_clients_mean_and_deviation(name: str) -> None:
+    x = named(name).inputs(200)
+    models = [named(name).model(seed) for seed in (0, 1)]
+    fuse = partial(
+        ff.ot_fusion, models, [1, 3], example_inputs=x[:2], calibration=x, align_by="activations"
+    )
+    result, plain = fuse(repair="rescale"), fuse(repair="none")
+    assert result.report.repair == RESCALED
+
+    def deviations(model: nn.Module) -> dict[str, float]:
+        measured = input_moments(model, [x], samples=None)
+        return {n: float(s.activation_variance.sqrt().mean()) for n, s in measured.items()}
+
+    of_clients = [deviations(model) for model in models]
+    for layer, found in list(deviations(result.model).items())[:-1]:
+        goal = 0.25 * of_clients[0][layer] + 0.75 * of_clients[1][layer]
+        assert found == pytest.approx(goal, rel=1e-3)
+        assert deviations(plain.model)[layer] < 0.97 * goal
+
+
+def test_auto_leaves_alone_what_has_not_moved() -> None:
+    model, x = sequential_mlp(), torch.randn(50, 20)
+    near = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    models = [model, near]
+    fused = ff.ot_fusion(models, example_inputs=x[:2], calibration=x)
+    assert fused.report.repair == "none"
+    mean = ff.average(models).model.state_dict()
+    assert all(torch.equal(tensor, mean[n]) for n, tensor in fused.model.state_dict().items())
+
+
+def test_transplanted_networks_are_repaired() -> None:
+    x = named("small-vgg").inputs(100)
+    models = [trained_like("small-vgg", x, seed) for seed in (0, 1)]
+    fused = ff.neuron_transplantation(models, example_inputs=x[:2], calibration=x)
+    assert fused.report.repair == RECOMPUTED
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mlp", {"repair": "batchnorm"}, "no BatchNorm layer"),
+        ("small-vgg", {"repair": "batchnorm"}, "needs calibration= or statistics="),
+        ("mlp", {"repair": "rescale"}, "needs calibration="),
+        ("small-vgg", {"repair": "rescale"}, "use repair='batchnorm'"),
+        ("mlp", {"repair": "all"}, "repair must be one of"),
+        ("small-vgg", {"calibration": []}, "calibration has no inputs"),
+        ("small-vgg", {"calibration": [torch.randn(2, 7)]}, "cannot be run on the calibration"),
+        ("mlp", {"calibration": iter([])}, "not a generator"),
+    ],
+)
+def test_what_cannot_be_repaired_is_refused(
+    name: str, options: dict[str, object], message: str
+) -> None:
+    models = [named(name).model(seed) for seed in (0, 1)]
+    with pytest.raises(ff.FusionError, match=message):
+        ff.ot_fusion(models, example_inputs=named(name).inputs(2), **options)  # type: ignore[arg-type]
