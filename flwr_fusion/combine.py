@@ -382,7 +382,9 @@ class _LayerSums:
         groups = statistics.mean.numel() // own[0][0].numel()
         constant = len(own) > 1 and self.detail == "full"
         client = _Blocks(own[0].shape, groups, self.detail, constant)
-        fused = replace(client, shape=self._mean[0].shape)
+        # Of a depthwise convolution, every channel is a group.
+        fused_groups = 1 if groups == 1 else groups * len(self._mean[0]) // len(own[0])
+        fused = replace(client, shape=self._mean[0].shape, groups=fused_groups)
         moments = client.moments(statistics, self._options.shrinkage).to(own[0].device)
 
         def to_fused(values: Tensor, axis: int) -> Tensor:
@@ -392,7 +394,8 @@ class _LayerSums:
         axis = 2 if self.detail == "full" else 0
         if groups == 1:
             products = to_fused(products, axis)
-        fused_inputs = replace(client, shape=own[0].shape[:1] + self._mean[0].shape[1:])
+        columns = self._mean[0].shape[1:] if groups == 1 else own[0].shape[1:]
+        fused_inputs = replace(client, shape=own[0].shape[:1] + columns)
         joined = [t for t in fused_inputs.join(products) if t is not None]
         kept = 1 if groups == 1 else None
         outputs = [

@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import flwr_fusion as ff
+from flwr_fusion.statistics import Statistics, input_moments
 from tests.architectures import (
     LARGE,
     SMALL,
@@ -55,6 +56,7 @@ class Method:
     exact: bool = True
     in_place: bool = True
     needs_calibration: bool = False
+    needs_statistics: bool = False
 
     def __call__(
         self,
@@ -72,7 +74,17 @@ class Method:
             options["target"] = target
         if self.needs_calibration:
             options["calibration"] = inputs
+        if self.needs_statistics:
+            options["statistics"] = [measured(model, inputs) for model in models]
         return self.function(models, weights, **options).model
+
+
+def measured(model: nn.Module, inputs: Tensor) -> Statistics | None:
+    """Return a network's statistics; None where it cannot be run, which the method must refuse."""
+    try:
+        return input_moments(model, [inputs])
+    except ff.FusionError:
+        return None
 
 
 AVERAGE = Method("average", ff.average, {}, matches=False, widens=False)
@@ -81,12 +93,24 @@ METHODS = [
     AVERAGE,
     DEFAULT,
     Method("ot-greedy", ff.ot_fusion, {"sweep": "greedy"}),
-    Method("ot-activations", ff.ot_fusion, {"align_by": "activations"}, needs_calibration=True),
+    # Running statistics drawn at random are no network's own: repair would replace them.
+    Method(
+        "ot-activations",
+        ff.ot_fusion,
+        {"align_by": "activations", "repair": "none"},
+        needs_calibration=True,
+    ),
     Method(
         "ot-activations-greedy",
         ff.ot_fusion,
-        {"align_by": "activations", "sweep": "greedy"},
+        {"align_by": "activations", "sweep": "greedy", "repair": "none"},
         needs_calibration=True,
+    ),
+    Method(
+        "ot-least-squares",
+        ff.ot_fusion,
+        {"combine": ff.LeastSquares(convolutions=True), "repair": "none"},
+        needs_statistics=True,
     ),
     Method("transplant", ff.neuron_transplantation, {}, in_place=False),
     # A large regularisation mixes even the channels of equal networks.
