@@ -311,11 +311,11 @@ class _Accumulator:
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add one batch: sums in single precision, totals in double."""
         if isinstance(self._module, _NORMS):
-            self._add_outputs(inputs.movedim(1, -1).flatten(0, -2))
+            self._add_outputs(inputs, 1)
             self.rows += inputs.numel() // inputs.shape[1]
             return
-        channel_axis = 1 if isinstance(self._module, _CONVOLUTIONS) else -1
-        self._add_outputs(outputs.movedim(channel_axis, -1).flatten(0, -2))
+        channel_axis = 1 if isinstance(self._module, _CONVOLUTIONS) else outputs.dim() - 1
+        self._add_outputs(outputs, channel_axis)
         rows = self._clipped(_input_rows(self._module, inputs))
         self.rows += len(rows)
         self._mean = _plus(self._mean, rows.sum(0))
@@ -331,10 +331,13 @@ class _Accumulator:
         products: Tensor = blocks.transpose(1, 2) @ blocks
         return products
 
-    def _add_outputs(self, rows: Tensor) -> None:
-        rows = self._clipped(rows.float())
-        variance, mean = torch.var_mean(rows, 0, correction=0)
-        mean, squares, count = mean.double(), variance.double() * len(rows), len(rows)
+    def _add_outputs(self, values: Tensor, axis: int) -> None:
+        if self._clip is not None:
+            values, axis = self._clipped(values.movedim(axis, -1).flatten(0, -2).float()), 1
+        others = [other for other in range(values.dim()) if other != axis]
+        variance, mean = torch.var_mean(values.float(), others, correction=0)
+        count = values.numel() // values.shape[axis]
+        mean, squares = mean.double(), variance.double() * count
         if self._output_mean is not None and self._output_squares is not None:
             # Chan et al. 1983: no difference of large numbers.
             total = self._output_rows + count
@@ -404,22 +407,22 @@ def _input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     assert isinstance(module, _CONVOLUTIONS)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     patches = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    for axis, size in enumerate(module.kernel_size):
-        dilation, stride = module.dilation[axis], module.stride[axis]
-        window = patches.unfold(2 + axis, (size - 1) * dilation + 1, stride)
-        patches = window[..., ::dilation]
-    # Now (samples, channels, *positions, *kernel).
     spatial = len(module.kernel_size)
-    positions = patches.movedim(1, 1 + spatial).flatten(1, spatial)
-    return _spread(positions, 1).flatten(2).flatten(0, 1).float()
+    most = round(_ROWS_PER_SAMPLE ** (1 / spatial))
+    for axis, size in enumerate(module.kernel_size, start=2):
+        dilation, stride = module.dilation[axis - 2], module.stride[axis - 2]
+        windows = patches.unfold(axis, (size - 1) * dilation + 1, stride)
+        patches = _spread(windows, axis, most)[..., ::dilation]
+    # Now (samples, channels, *positions, *kernel).
+    return patches.movedim(1, 1 + spatial).flatten(1 + spatial).flatten(0, spatial).float()
 
 
-def _spread(rows: Tensor, axis: int) -> Tensor:
-    """Return at most a few rows per sample, evenly spread."""
+def _spread(rows: Tensor, axis: int, most: int = _ROWS_PER_SAMPLE) -> Tensor:
+    """Return at most a few positions along an axis, evenly spread."""
     count = rows.shape[axis]
-    if count <= _ROWS_PER_SAMPLE:
+    if count <= most:
         return rows
-    index = torch.linspace(0, count - 1, _ROWS_PER_SAMPLE, device=rows.device).long()
+    index = torch.linspace(0, count - 1, most, device=rows.device).long()
     return rows.index_select(axis, index)
 
 
