@@ -15,6 +15,8 @@ from torch import nn
 from flwr_fusion.errors import FusionError
 from flwr_fusion.statistics import input_moments, pack
 
+__all__ = ["attach_statistics"]
+
 STATISTICS_RECORD = "statistics"
 STATISTICS_KEY = "safetensors"
 

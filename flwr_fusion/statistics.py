@@ -21,6 +21,15 @@ from torch.utils._pytree import tree_leaves
 from flwr_fusion.errors import FusionError
 from flwr_fusion.inputs import call, evaluation_mode, moved_to
 
+__all__ = [
+    "LayerStatistics",
+    "check",
+    "input_moments",
+    "pack",
+    "size_in_bytes",
+    "unpack",
+]
+
 DETAILS = ("full", "block", "diagonal")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = nn.modules.batchnorm._BatchNorm
@@ -234,7 +243,18 @@ def key_of(layer: str, kind: str) -> str:
 
 
 def size_in_bytes(statistics: Statistics) -> int:
-    """Return how many bytes of numbers `pack` makes of statistics."""
+    """Return how many bytes of numbers `pack` makes of statistics.
+
+    Parameters
+    ----------
+    statistics : mapping of str to LayerStatistics
+        From `input_moments`.
+
+    Returns
+    -------
+    int
+        Bytes, without names and headers.
+    """
     return sum(tensor.numel() * tensor.element_size() for tensor in pack(statistics).values())
 
 

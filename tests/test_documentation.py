@@ -118,8 +118,14 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
 
 
 def public_names() -> list[str]:
-    modules = [ff, importlib.import_module("flwr_fusion.strategy")]
-    return [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
+    names = ("", ".strategy", ".client", ".statistics")
+    modules = [importlib.import_module(f"flwr_fusion{name}") for name in names]
+    return [
+        f"{module.__name__}.{name}"
+        for module in modules
+        for name in module.__all__
+        if not inspect.ismodule(getattr(module, name))
+    ]
 
 
 def public(name: str) -> Any:
