@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -178,7 +179,9 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
 def _run(cells: Sequence[Cell], arguments: argparse.Namespace) -> dict[Cell, Outcome]:
     """Return the outcome of every cell, running those that have no file yet."""
     waiting = [cell for cell in cells if not (arguments.results / cell.path).is_file()]
-    with ProcessPoolExecutor(arguments.jobs) as pool, new_progress() as progress:
+    # Forked processes would inherit the locks of this one's threads.
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, spawn) as pool, new_progress() as progress:
         task = progress.add_task("cells", total=len(waiting))
         futures = {pool.submit(run_cell, cell): cell for cell in waiting}
         for future in as_completed(futures):

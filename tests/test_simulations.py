@@ -38,7 +38,7 @@ from fusion_simulation.data import (
 from fusion_simulation.report import Report, RoundAccuracy, output_folder
 from fusion_simulation.settings import Settings, architecture
 from fusion_simulation.strategies import STRATEGIES, build_strategy
-from fusion_simulation.task import build_model
+from fusion_simulation.task import Recipe, build_model, train
 
 PNG = b"\x89PNG\r\n\x1a\n"
 APP = tomllib.loads((SIMULATIONS / "pyproject.toml").read_text())
@@ -107,6 +107,8 @@ def test_unknown_strategies_are_refused_with_the_allowed_ones(key: str, value: s
         ("batch_size", 0),
         ("num_server_rounds", 0),
         ("momentum", 1.0),
+        ("combine_rounds", -1),
+        ("proximal_mu", -0.1),
         ("seed", -1),
         ("data_dir", "relative/path"),
         ("output_dir", "results"),
@@ -487,3 +489,41 @@ def test_flwr_run(flower: LocalFlower, tmp_path: Path) -> None:
         assert str(results / name) in log
     # Nothing is left in the user's working directory, nor in the app.
     assert list(flower.folder.iterdir()) == []
+
+
+# --- Rounds to accuracy ---------------------------------------------------------------------------
+
+
+def test_rounds_to_accuracy_keeps_finished_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import rounds_to_accuracy
+
+    command = ["rounds_to_accuracy.py", "--results", str(tmp_path), "--models", "mlp-16"]
+    command += ["--datasets", "digits", "--partitions", "label-skill", "iid", "--starts", "own"]
+    command += ["--methods", "FedAvg", "OTFusion, least squares"]
+    command += ["--seeds", "0", "--rounds", "2", "--images", "300"]
+    monkeypatch.setattr(sys, "argv", command)
+    rounds_to_accuracy.main()
+    first = capsys.readouterr().out
+    assert first.count("| OTFusion, least squares |") == 2
+    assert "MB of statistics" in first
+    assert (tmp_path / "mlp-16_digits.png").read_bytes().startswith(PNG)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.json")}
+    assert len(files) == 4
+    rounds_to_accuracy.main()
+    assert capsys.readouterr().out == first
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_fedprox_keeps_networks_nearer_to_their_start() -> None:
+    data = load_split("digits", train=True)
+
+    def distance(proximal_mu: float) -> float:
+        model = build_model("mlp-16", "digits", 0)
+        start = [parameter.detach().clone() for parameter in model.parameters()]
+        train(model, data, Recipe(1, 0.05, 0.5, 32, proximal_mu), seed=0)
+        gaps = zip(model.parameters(), start, strict=True)
+        return float(sum((now - then).square().sum() for now, then in gaps))
+
+    assert distance(1.0) < 0.8 * distance(0.0)
