@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -185,6 +185,8 @@ class RunningLeastSquares:
         The clients' statistics; they fix in which detail a layer can be combined.
     options : LeastSquares
         How.
+    tied : collection of str
+        Tensors that several layers share; they stay the mean.
     """
 
     def __init__(
@@ -192,6 +194,7 @@ class RunningLeastSquares:
         mean: Mapping[str, Tensor],
         statistics: Sequence[Statistics | None],
         options: LeastSquares,
+        tied: Collection[str] = (),
     ) -> None:
         self._mean = mean
         self._exponent = options.weight_exponent
@@ -201,7 +204,8 @@ class RunningLeastSquares:
         self._layers = {
             name: _LayerSums(name, mean, detail, options)
             for name, detail in _least_details(statistics).items()
-            if mean[key_of(name, "weight")].dim() == 2 or options.convolutions
+            if (mean[key_of(name, "weight")].dim() == 2 or options.convolutions)
+            and key_of(name, "weight") not in tied
         }
 
     def add(
@@ -332,7 +336,7 @@ class _LayerSums:
         self._moments: Tensor | None = None
         # Of clients with and without statistics, in the shapes of weight and bias.
         self._residuals = [torch.zeros_like(t, dtype=torch.float64) for t in self._mean]
-        self._silent = [torch.zeros_like(t) for t in self._residuals]
+        self._silent: list[Tensor] = []
         self._known_weight = self._silent_weight = 0.0
         # Of the clients' rows: norm, distance from the mean layer, weight.
         self._rows = self._residuals[0].new_zeros(3, len(self._mean[0]))
@@ -360,6 +364,7 @@ class _LayerSums:
         norms = [tensor.flatten(1).norm(dim=1) for tensor in (mapped[0], difference[0])]
         self._rows += weight * coverage * torch.stack([*norms, torch.ones_like(coverage)])
         if statistics is None:
+            self._silent = self._silent or [torch.zeros_like(t) for t in self._residuals]
             sums, residual = self._silent, difference
             self._silent_weight += weight
         else:
@@ -419,7 +424,8 @@ class _LayerSums:
         blocks = self._blocks
         average = self._moments / self._known_weight
         residual = blocks.split(*_both(self._residuals))
-        residual += blocks.split(*_both(self._silent)) @ average
+        if self._silent:
+            residual += blocks.split(*_both(self._silent)) @ average
         moments = average * (self._known_weight + self._silent_weight)
         diagonal = moments.diagonal(dim1=1, dim2=2)
         diagonal += self._options.ridge * diagonal.mean()

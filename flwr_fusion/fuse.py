@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from flwr_fusion.prepare import (
     participants,
     reference_of,
     shares_of,
+    tied_tensors,
     with_state,
 )
 from flwr_fusion.repair import (
@@ -46,7 +47,7 @@ from flwr_fusion.repair import (
     recompute_batchnorm,
     rescale_activations,
 )
-from flwr_fusion.statistics import Statistics, check, input_moments
+from flwr_fusion.statistics import Statistics, check, input_moments, key_of
 from flwr_fusion.transplant import Scorer, Transplantation, choose_channels
 
 ALIGN_BY = ("weights", "activations")
@@ -185,9 +186,9 @@ def average(
         check_same_tensors(detached_state(model), first, f"client {k}", "client 0")
     order = participants(models, shares)
     known = _checked_statistics(statistics, combine, models, order)
-    as_they_stand = Unaligned()
+    as_they_stand, tied = Unaligned(), tied_tensors(models[0])
     clients = [Client(partial(_state_of, models, k), shares[k], as_they_stand) for k in order]
-    state, details = _combined(clients, [{} for _ in order], first, combine, known)
+    state, details = _combined(clients, [{} for _ in order], first, combine, known, tied)
     report = FusionReport("average", "", (), time.perf_counter() - started, details)
     return FusionResult(with_state(models[0], state), report)
 
@@ -321,7 +322,7 @@ def ot_fusion(
     if align_by == "weights" and sweep == "joint" and others > 1 and not settled:
         alignments = refine_as_barycentre(clients, alignments, base, matching)
     maps = [alignment.maps for alignment in alignments]
-    state, details = _combined(clients, maps, base, combine, known)
+    state, details = _combined(clients, maps, base, combine, known, tied_tensors(target))
     fused = with_state(target, state)
     networks = (models[k] for k in order)
     moved = not settled
@@ -430,7 +431,7 @@ def neuron_transplantation(
             clients, Transplantation(scorer, weighted, order, duplicates, donated)
         )
         unknown: list[Statistics | None] = [None] * len(clients)
-        state, _ = _combined(clients, maps, detached_state(target), "mean", unknown)
+        state, _ = _combined(clients, maps, detached_state(target), "mean", unknown, ())
         network = with_state(target, state)
         moved = not all(m.is_identity for own in maps for m in own.values())
         done = _repair(network, repair, clients, maps, unknown, networks, graph, calibration, moved)
@@ -524,6 +525,7 @@ def _combined(
     template: Mapping[str, Tensor],
     combine: str | LeastSquares,
     statistics: Sequence[Statistics | None],
+    tied: Collection[str],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the combined state dict, and the layers combined by least squares."""
     mean = RunningMean(template)
@@ -533,7 +535,7 @@ def _combined(
     if combine == "mean":
         return state, {}
     options = combine if isinstance(combine, LeastSquares) else LeastSquares()
-    sums = RunningLeastSquares(state, statistics, options)
+    sums = RunningLeastSquares(state, statistics, options, tied)
     for client, own, known in zip(clients, maps, statistics, strict=True):
         sums.add(client.state(), known, client.weight, client.correspondence, own)
     return sums.finish()
@@ -583,7 +585,9 @@ def _repair(
     if chosen == FROM_CLIENTS:
         batchnorm_from_clients(fused, goals)
     else:
-        rescale_activations(fused, _free_layers(graph), goals, batches)
+        tied = tied_tensors(fused)
+        layers = [name for name in _free_layers(graph) if key_of(name, "weight") not in tied]
+        rescale_activations(fused, layers, goals, batches)
     return chosen
 
 

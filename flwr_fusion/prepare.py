@@ -84,6 +84,14 @@ def largest(models: Sequence[nn.Module], order: Sequence[int]) -> nn.Module:
     return models[max(order, key=lambda k: sum(p.numel() for p in models[k].parameters()))]
 
 
+def tied_tensors(model: nn.Module) -> set[str]:
+    """Return the keys of a network's state dict whose tensor has another key as well."""
+    keys: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        keys.setdefault(id(tensor), []).append(name)
+    return {name for names in keys.values() if len(names) > 1 for name in names}
+
+
 def check_same_tensors(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], who: str, whose: str
 ) -> None:

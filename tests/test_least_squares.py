@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import flwr_fusion as ff
+from flwr_fusion.prepare import tied_tensors
 from flwr_fusion.statistics import LayerStatistics, Statistics, input_moments
 from tests.architectures import named, output, relative_error, sequential_mlp
 from tests.test_contracts import permuted_copy
@@ -219,6 +220,18 @@ def test_different_details_of_one_layer_are_reduced_to_the_least() -> None:
     alone = ff.average(models, combine=options, statistics=diagonal)
     assert set(mixed.report.least_squares.values()) == {"diagonal"}
     assert relative_error(output(mixed.model, x), output(alone.model, x)) < 1e-5
+
+
+def test_tied_tensors_stay_the_mean() -> None:
+    architecture = named("tied-weights")
+    models = [architecture.model(seed) for seed in (0, 1)]
+    x = architecture.inputs(30)
+    fused = ff.average(models, combine="least-squares", statistics=moments_of(models, [x, x]))
+    mean = ff.average(models).model.state_dict()
+    shared = tied_tensors(models[0])
+    assert shared
+    for name in shared:
+        assert torch.equal(fused.model.state_dict()[name], mean[name])
 
 
 @pytest.mark.parametrize(
