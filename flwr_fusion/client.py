@@ -48,7 +48,7 @@ def attach_statistics(
         tensor, its first element if it is a tuple or list.
     **options
         Options of `flwr_fusion.statistics.input_moments` (``samples``, ``detail``,
-        ``max_layer_bytes``, ``clip``, ``noise``).
+        ``convolutions``, ``max_layer_bytes``, ``clip``, ``noise``).
 
     Returns
     -------

@@ -47,7 +47,7 @@ class LayerStatistics:
         Second moments ``E[x x^T]`` of the layer's inputs, not centred, float32, as blocks of shape
         (blocks, n, n) over channels x kernel positions: one block for all (full), a block for
         every channel (block), or blocks of one (diagonal). For a convolution x is a patch. None
-        for a norm layer.
+        where they were not measured, and for norm layers.
     mean : Tensor or None
         ``E[x]``, shape (channels * kernel positions,).
     activation_mean, activation_variance : Tensor
@@ -78,6 +78,7 @@ def input_moments(
     *,
     samples: int | None = 2048,
     detail: Literal["full", "block", "diagonal"] = "full",
+    convolutions: bool = False,
     max_layer_bytes: int = 4_000_000,
     clip: float | None = None,
     noise: float = 0.0,
@@ -103,6 +104,9 @@ def input_moments(
         How many samples suffice. None: all.
     detail : {"full", "block", "diagonal"}
         At most this much of the second moments.
+    convolutions : bool
+        Whether to measure the inputs of convolutions too; `LeastSquares` needs them only where it
+        combines convolutions.
     max_layer_bytes : int
         Layers whose second moments are larger send less: blocks over channels, or the diagonal.
     clip : float, optional
@@ -140,8 +144,16 @@ def input_moments(
     torch.Size([1, 8, 8])
     """
     _check_arguments(detail, clip, noise)
+
+    def measures_inputs(module: nn.Module) -> bool:
+        return isinstance(module, (nn.Linear, *_CONVOLUTIONS) if convolutions else nn.Linear)
+
     layers: dict[nn.Module, _Accumulator] = {
-        module: _Accumulator(module, _detail_within(module, detail, max_layer_bytes), clip)
+        module: _Accumulator(
+            module,
+            _detail_within(module, detail, max_layer_bytes) if measures_inputs(module) else "none",
+            clip,
+        )
         for module in model.modules()
         if isinstance(module, (nn.Linear, _NORMS, *_CONVOLUTIONS))
     }
@@ -151,7 +163,7 @@ def input_moments(
     measured = {
         names[module]: accumulator.finish(seen, clip, noise, generator)
         for module, accumulator in layers.items()
-        if accumulator.rows
+        if accumulator.was_called
     }
     for name, layer in measured.items():
         if not all(bool(torch.isfinite(t).all()) for t in _tensors_of(layer).values()):
@@ -293,8 +305,6 @@ def _check_arguments(detail: str, clip: float | None, noise: float) -> None:
 
 def _detail_within(module: nn.Module, detail: str, max_bytes: int) -> str:
     """Return the greatest detail of a layer's second moments that stays below the limit."""
-    if isinstance(module, _NORMS):
-        return "none"
     channels, kernel = _input_shape(module)
     sizes = {"full": (1, channels * kernel), "block": (channels, kernel)}
     if getattr(module, "groups", 1) > 1:  # Input channels of different groups never meet.
@@ -318,7 +328,7 @@ class _Accumulator:
     """Running moments of one layer."""
 
     def __init__(self, module: nn.Module, detail: str, clip: float | None) -> None:
-        self.rows = 0
+        self._rows = 0
         self._module = module
         self._detail = detail
         self._clip = clip
@@ -328,16 +338,22 @@ class _Accumulator:
         self._output_mean: Tensor | None = None
         self._output_squares: Tensor | None = None  # About the mean.
 
+    @property
+    def was_called(self) -> bool:
+        """Whether there are any outputs."""
+        return self._output_rows > 0
+
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add one batch: sums in single precision, totals in double."""
         if isinstance(self._module, _NORMS):
             self._add_outputs(inputs, 1)
-            self.rows += inputs.numel() // inputs.shape[1]
+        else:
+            convolution = isinstance(self._module, _CONVOLUTIONS)
+            self._add_outputs(outputs, 1 if convolution else outputs.dim() - 1)
+        if self._detail == "none":
             return
-        channel_axis = 1 if isinstance(self._module, _CONVOLUTIONS) else outputs.dim() - 1
-        self._add_outputs(outputs, channel_axis)
         rows = self._clipped(_input_rows(self._module, inputs))
-        self.rows += len(rows)
+        self._rows += len(rows)
         self._mean = _plus(self._mean, rows.sum(0))
         self._second = _plus(self._second, self._products(rows))
 
@@ -381,8 +397,8 @@ class _Accumulator:
         """Return the moments, with noise where it is asked for."""
         assert self._output_mean is not None
         assert self._output_squares is not None
-        second = None if self._second is None else (self._second / self.rows).float().cpu()
-        mean = None if self._mean is None else (self._mean / self.rows).float().cpu()
+        second = None if self._second is None else (self._second / self._rows).float().cpu()
+        mean = None if self._mean is None else (self._mean / self._rows).float().cpu()
         activation_mean = self._output_mean.float().cpu()
         activation_variance = (self._output_squares / self._output_rows).float().cpu()
         if noise and clip is not None:
@@ -540,8 +556,10 @@ def _symmetric(name: str, packed: Tensor) -> Tensor:
 
 def _check_inputs(name: str, layer: LayerStatistics, weight: Tensor) -> None:
     """Check the moments of a layer's inputs against its weight."""
+    if layer.second is None and layer.mean is None:
+        return
     if layer.second is None or layer.mean is None:
-        raise FusionError(f"the statistics of layer '{name}' lack the moments of its inputs")
+        raise FusionError(f"the statistics of layer '{name}' lack some moments of its inputs")
     own, kernel = weight[0].numel(), math.prod(weight.shape[2:])
     columns = layer.mean.numel()
     groups = columns // own

@@ -38,11 +38,16 @@ def main() -> None:
         model, images = build(), torch.randn(2048, *shape)
         epoch = _epoch_seconds(model, images, arguments)
         batches = torch.split(images, STATISTICS_BATCH)
-        for detail in ("full", "block", "diagonal"):
+        for detail, convolutions in (("full", False), ("full", True), ("diagonal", True)):
             seconds = []
             for _ in range(arguments.repeats):
                 begin = time.perf_counter()
-                measured = input_moments(model, batches, detail=detail)
+                measured = input_moments(
+                    model,
+                    batches,
+                    detail=detail,  # type: ignore[arg-type]
+                    convolutions=convolutions,
+                )
                 seconds.append(time.perf_counter() - begin)
             kinds = Counter(s.detail for s in measured.values() if s.second is not None)
             taken = statistics.median(seconds)
@@ -50,7 +55,7 @@ def main() -> None:
                 [
                     name,
                     f"{_weight_bytes(model) / 1e6:.2f}",
-                    detail,
+                    f"{detail}, {'with' if convolutions else 'without'} convolutions",
                     f"{size_in_bytes(measured) / 1e6:.2f}",
                     ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
                     f"{taken:.2f}",

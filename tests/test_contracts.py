@@ -82,7 +82,7 @@ class Method:
 def measured(model: nn.Module, inputs: Tensor) -> Statistics | None:
     """Return a network's statistics; None where it cannot be run, which the method must refuse."""
     try:
-        return input_moments(model, [inputs])
+        return input_moments(model, [inputs], convolutions=True)
     except ff.FusionError:
         return None
 

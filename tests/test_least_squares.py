@@ -25,7 +25,7 @@ def moments_of(
     models: Sequence[nn.Module], inputs: Sequence[Tensor], detail: str = "full"
 ) -> list[Statistics | None]:
     return [
-        input_moments(model, [x], samples=None, detail=detail)  # type: ignore[arg-type]
+        input_moments(model, [x], samples=None, detail=detail, convolutions=True)  # type: ignore[arg-type]
         for model, x in zip(models, inputs, strict=True)
     ]
 
@@ -128,7 +128,7 @@ def test_combined_network_is_closer_to_every_client_on_its_own_inputs(kind: str)
 def test_full_moments_of_a_convolution_are_those_of_its_patches() -> None:
     layer = nn.Conv2d(3, 5, 3, stride=2, padding=1, dilation=2)
     x = torch.randn(4, 3, 8, 8)
-    measured = input_moments(layer, [x], samples=None)[""]
+    measured = input_moments(layer, [x], samples=None, convolutions=True)[""]
     patches = nn.functional.unfold(x, 3, dilation=2, padding=1, stride=2)
     rows = patches.transpose(1, 2).flatten(0, 1)
     assert measured.second is not None
@@ -242,7 +242,7 @@ def test_tied_tensors_stay_the_mean() -> None:
         (lambda s: {"0": _with(s["0"], second=s["0"].second * float("nan"))}, "'0.second'"),
         (lambda s: {"0": _with(s["0"], second=-s["0"].second)}, "negative"),
         (lambda s: {"0": _with(s["0"], activation_variance=torch.ones(3))}, "shape"),
-        (lambda s: {"0": _with(s["0"], mean=None)}, "lack"),
+        (lambda s: {"0": _with(s["0"], mean=None)}, "lack some"),
     ],
 )
 def test_impossible_statistics_are_refused(change: object, message: str) -> None:

@@ -39,7 +39,7 @@ def test_large_means_do_not_drown_variances() -> None:
 @pytest.mark.parametrize("architecture", SMALL, ids=lambda a: a.name)
 def test_packed_statistics_come_back_for_every_architecture(architecture: Architecture) -> None:
     model = architecture.model()
-    statistics = input_moments(model, [architecture.inputs(8)], samples=None)
+    statistics = input_moments(model, [architecture.inputs(8)], samples=None, convolutions=True)
     packed = pack(statistics)
     again = unpack(packed)
     check(again, model.state_dict())
@@ -57,11 +57,12 @@ def test_limit_on_bytes_reduces_the_detail() -> None:
     model, x = named("lenet").model(), named("lenet").inputs(4)
     # conv2 has 6 channels of 4 x 4 patches: 96 columns, 18,624 bytes; a block of 16 has 544.
     for limit, detail in ((18_624, "full"), (18_623, "block"), (6 * 544 - 1, "diagonal")):
-        measured = input_moments(model, [x], samples=None, max_layer_bytes=limit)
+        measured = input_moments(model, [x], convolutions=True, max_layer_bytes=limit)
         assert measured["conv2"].detail == detail
-    full = input_moments(model, [x], samples=None)["conv2"].second
+    full = input_moments(model, [x], convolutions=True)["conv2"].second
+    assert input_moments(model, [x])["conv2"].second is None
     for detail, n in (("block", 16), ("diagonal", 1)):
-        measured = input_moments(model, [x], samples=None, detail=detail)  # type: ignore[arg-type]
+        measured = input_moments(model, [x], convolutions=True, detail=detail)  # type: ignore[arg-type]
         assert full is not None
         torch.testing.assert_close(measured["conv2"].second, reduced(full, n))
 
@@ -118,7 +119,9 @@ def test_one_sample_changes_the_moments_by_no_more_than_the_stated_sensitivity()
     model, x = named("lenet").model(), 5 * named("lenet").inputs(16)
     other = torch.cat([-7 * x[:1], x[1:]])
     clip = 1.5
-    ours, theirs = (input_moments(model, [data], samples=None, clip=clip) for data in (x, other))
+    ours, theirs = (
+        input_moments(model, [data], convolutions=True, clip=clip) for data in (x, other)
+    )
     for name, layer in ours.items():
         assert layer.second is not None
         change = torch.dist(layer.second, theirs[name].second)  # type: ignore[arg-type]
