@@ -339,8 +339,10 @@ def _means(outcomes: dict[Cell, Outcome]) -> dict[str, list[float]]:
 
 def _draw(outcomes: dict[Cell, Outcome], title: str, path: Path) -> None:
     """Draw accuracy over rounds, a panel for every partition and start."""
-    panels = list(_settings(outcomes))
-    figure, axes = new_figure_grid(title, len(panels), columns=len({key[1] for key, _ in panels}))
+    # A row for every start.
+    panels = sorted(_settings(outcomes), key=lambda setting: -STARTS.index(setting[0][1]))
+    columns = len({partition for (partition, _), _ in panels})
+    figure, axes = new_figure_grid(title, len(panels), columns)
     for ((partition, start), group), panel in zip(panels, axes, strict=True):
         for name, curve in _means(group).items():
             rounds = range(1, len(curve) + 1)

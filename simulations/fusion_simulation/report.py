@@ -211,7 +211,7 @@ def new_figure(title: str) -> tuple[Figure, Axes]:
 def new_figure_grid(title: str, count: int, columns: int) -> tuple[Figure, list[Axes]]:
     """Return a figure with a title and a grid of axes that share their vertical scale."""
     rows = -(-count // columns)
-    figure = Figure(figsize=(4.5 * columns, 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     figure.suptitle(title)
