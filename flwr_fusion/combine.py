@@ -363,7 +363,7 @@ class _LayerSums:
         difference = [m - mean for m, mean in zip(mapped, self._mean, strict=True)]
         norms = [tensor.flatten(1).norm(dim=1) for tensor in (mapped[0], difference[0])]
         self._rows += weight * coverage * torch.stack([*norms, torch.ones_like(coverage)])
-        if statistics is None:
+        if statistics is None or statistics.second is None:
             self._silent = self._silent or [torch.zeros_like(t) for t in self._residuals]
             sums, residual = self._silent, difference
             self._silent_weight += weight
@@ -434,12 +434,10 @@ class _LayerSums:
             return None
         change = blocks.join(torch.cholesky_solve(residual.mT, factor).mT)
         layer = self._bounded([c * self._options.strength for c in change if c is not None])
+        layer = [t.to(mean.dtype) for t, mean in zip(layer, self._mean, strict=False)]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in layer):
             return None
-        return {
-            key: tensor.to(mean.dtype)
-            for key, mean, tensor in zip(self._keys, self._mean, layer, strict=False)
-        }
+        return dict(zip(self._keys, layer, strict=False))
 
     def _bounded(self, change: Sequence[Tensor]) -> list[Tensor]:
         """Return the mean layer plus its change, kept within the bound."""

@@ -38,6 +38,7 @@ from flwr_fusion.prepare import (
 )
 from flwr_fusion.repair import (
     FROM_CLIENTS,
+    NOTHING_KNOWN,
     RECOMPUTED,
     REPAIRS,
     RESCALED,
@@ -326,7 +327,8 @@ def ot_fusion(
     fused = with_state(target, state)
     networks = (models[k] for k in order)
     moved = not settled
-    repaired = _repair(fused, repair, clients, maps, known, networks, graph, calibration, moved)
+    sent = None if statistics is None else known
+    repaired = _repair(fused, repair, clients, maps, sent, networks, graph, calibration, moved)
     groups = _group_reports(clients, alignments)
     seconds = time.perf_counter() - started
     report = FusionReport("ot_fusion", base_name, groups, seconds, details, repaired)
@@ -434,7 +436,7 @@ def neuron_transplantation(
         state, _ = _combined(clients, maps, detached_state(target), "mean", unknown, ())
         network = with_state(target, state)
         moved = not all(m.is_identity for own in maps for m in own.values())
-        done = _repair(network, repair, clients, maps, unknown, networks, graph, calibration, moved)
+        done = _repair(network, repair, clients, maps, None, networks, graph, calibration, moved)
         repairs.append(done)
         return network, total, "fused"
 
@@ -513,7 +515,7 @@ def _checked_statistics(
         own = statistics[k]
         if own is not None:
             try:
-                check(own, detached_state(models[k]))
+                check(own, models[k])
             except FusionError as error:
                 raise FusionError(f"client {k}: {error}") from error
     return [statistics[k] for k in order]
@@ -558,15 +560,14 @@ def _repair(
     repair: str,
     clients: Sequence[Client],
     maps: Sequence[Maps],
-    statistics: Sequence[Statistics | None],
+    statistics: Sequence[Statistics | None] | None,
     networks: Iterable[nn.Module],
     graph: ChannelGraph,
     calibration: Any,
     moved: bool,
 ) -> str:
     """Repair a fused network in place; return what was done."""
-    known = any(own is not None for own in statistics)
-    chosen = choose_repair(repair, fused, calibration is not None, known, moved)
+    chosen = choose_repair(repair, fused, calibration is not None, statistics, moved)
     batches = _batches(calibration)
     if chosen == RECOMPUTED:
         recompute_batchnorm(fused, batches)
@@ -574,7 +575,7 @@ def _repair(
         statistics = [
             input_moments(network, batches, samples=None, detail="diagonal") for network in networks
         ]
-    if chosen not in (RESCALED, FROM_CLIENTS):
+    if chosen not in (RESCALED, FROM_CLIENTS) or statistics is None:
         return chosen
     sources = [
         (client.weight, own, client.correspondence, its_maps)
@@ -583,7 +584,7 @@ def _repair(
     ]
     goals = activation_goals(sources, detached_state(fused))
     if chosen == FROM_CLIENTS:
-        batchnorm_from_clients(fused, goals)
+        return chosen if batchnorm_from_clients(fused, goals) else NOTHING_KNOWN
     else:
         tied = tied_tensors(fused)
         layers = [name for name in _free_layers(graph) if key_of(name, "weight") not in tied]

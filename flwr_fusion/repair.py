@@ -22,6 +22,7 @@ from flwr_fusion.statistics import Statistics, key_of
 REPAIRS = ("auto", "none", "batchnorm", "rescale")
 RECOMPUTED = "BatchNorm recomputed on calibration data"
 FROM_CLIENTS = "BatchNorm from the clients' statistics"
+NOTHING_KNOWN = "none: no client sent statistics of BatchNorm layers"
 RESCALED = "channels rescaled to the clients' activations"
 BATCHNORM = nn.modules.batchnorm._BatchNorm
 # Below this share of its mean a channel's deviation is rounding.
@@ -48,7 +49,11 @@ class ActivationGoal:
 
 
 def choose_repair(
-    repair: str, model: nn.Module, calibration: bool, statistics: bool, moved: bool
+    repair: str,
+    model: nn.Module,
+    calibration: bool,
+    statistics: Sequence[Statistics | None] | None,
+    moved: bool,
 ) -> str:
     """Return what can be repaired.
 
@@ -58,15 +63,17 @@ def choose_repair(
         What is asked for.
     model : nn.Module
         The fused network.
-    calibration, statistics : bool
-        Whether there are calibration inputs, or statistics of clients.
+    calibration : bool
+        Whether there are calibration inputs.
+    statistics : sequence of (mapping or None), or None
+        The clients' statistics; None where none were asked for.
     moved : bool
         Whether channels of different index have been put together.
 
     Returns
     -------
     str
-        One of ``RECOMPUTED``, ``FROM_CLIENTS``, ``RESCALED`` and "none".
+        One of ``RECOMPUTED``, ``FROM_CLIENTS``, ``RESCALED``, ``NOTHING_KNOWN`` and "none".
 
     Raises
     ------
@@ -74,16 +81,18 @@ def choose_repair(
         If the network or the data lack what is asked for.
     """
     normalised = any(_tracks(module) for module in model.modules())
+    known = any(own is not None for own in statistics or ())
     if repair == "auto":
         if normalised:
-            return RECOMPUTED if calibration else FROM_CLIENTS if statistics else "none"
+            return RECOMPUTED if calibration else FROM_CLIENTS if known else "none"
         return RESCALED if calibration and moved else "none"
     if repair == "batchnorm":
         if not normalised:
             raise FusionError("repair='batchnorm': no BatchNorm layer tracks running statistics")
-        if not calibration and not statistics:
+        if not calibration and statistics is None:
             raise FusionError("repair='batchnorm' needs calibration= or statistics=")
-        return RECOMPUTED if calibration else FROM_CLIENTS
+        # In a federation it depends on the round whether clients have sent any.
+        return RECOMPUTED if calibration else FROM_CLIENTS if known else NOTHING_KNOWN
     if repair == "rescale":
         if normalised:
             raise FusionError(
@@ -111,19 +120,20 @@ def activation_goals(
     Returns
     -------
     dict of str to ActivationGoal
-        By layer, on the template's device. Layers that a client has no statistics of, and those
-        with channels that no client has, are left out.
+        By layer, on the template's device, over the clients that have statistics of it. Layers
+        with channels that none of them has are left out.
     """
-    layers = set.intersection(*(set(statistics) for _, statistics, _, _ in clients))
     goals = {}
-    for layer in sorted(layers):
+    for layer in dict.fromkeys(name for _, statistics, _, _ in clients for name in statistics):
         keys = (key_of(layer, kind) for kind in ("weight", "running_mean"))
         key = next((key for key in keys if key in template), None)
         if key is None:
             continue
         sums = torch.zeros(4, len(template[key]), dtype=torch.float64)
         for weight, statistics, correspondence, maps in clients:
-            own = statistics[layer]
+            own = statistics.get(layer)
+            if own is None:
+                continue
             mean, variance = (
                 map_channels(values.double(), 0, (key, 0), correspondence, maps)
                 for values in (own.activation_mean, own.activation_variance)
@@ -135,7 +145,7 @@ def activation_goals(
             sums[3] += share
         if bool((sums[3] <= 0).any()):
             continue
-        mean, square, deviation = (sums[:3] / sums[3]).float().to(template[key].device)
+        mean, square, deviation = (sums[:3] / sums[3]).to(template[key].device)
         goals[layer] = ActivationGoal(mean, (square - mean.square()).clamp(min=0), deviation)
     return goals
 
@@ -158,21 +168,25 @@ def recompute_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     layers = [module for module in model.modules() if _tracks(module)]
     moments = {module: _RunningMoments() for module in layers}
 
-    def normalise(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def normalise(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         assert isinstance(module, BATCHNORM)
-        rows = args[0].movedim(1, 0).flatten(1)
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        rows = inputs.movedim(1, 0).flatten(1)
+        if rows.shape[1] < 2:
+            raise FusionError("BatchNorm needs more than one value per channel: larger batches")
         moments[module].add(rows)
         # The layer normalises by what it now holds: this batch's own statistics.
         _set_running(module, *_moments(rows))
 
-    _run(model, batches, [module.register_forward_pre_hook(normalise) for module in layers])
+    handles = [module.register_forward_pre_hook(normalise, with_kwargs=True) for module in layers]
+    _run(model, batches, handles)
     for module, total in moments.items():
         if total.count:
             assert isinstance(module, BATCHNORM)
             _set_running(module, *total.finish())
 
 
-def batchnorm_from_clients(model: nn.Module, goals: Mapping[str, ActivationGoal]) -> None:
+def batchnorm_from_clients(model: nn.Module, goals: Mapping[str, ActivationGoal]) -> bool:
     """Replace the running statistics of a network by those of the mixture of all clients, in place.
 
     Parameters
@@ -181,10 +195,18 @@ def batchnorm_from_clients(model: nn.Module, goals: Mapping[str, ActivationGoal]
         The network.
     goals : mapping of str to ActivationGoal
         From `activation_goals`; a BatchNorm layer that is not in it keeps its statistics.
+
+    Returns
+    -------
+    bool
+        Whether any layer was repaired.
     """
+    done = False
     for name, module in model.named_modules():
         if name in goals and isinstance(module, BATCHNORM) and _tracks(module):
             _set_running(module, goals[name].mean, goals[name].variance)
+            done = True
+    return done
 
 
 def rescale_activations(
@@ -244,8 +266,10 @@ def _tracks(module: nn.Module) -> bool:
 def _set_running(module: BATCHNORM, mean: Tensor, variance: Tensor) -> None:
     assert module.running_mean is not None
     assert module.running_var is not None
-    module.running_mean.copy_(mean)
-    module.running_var.copy_(variance.clamp(min=0))
+    new = [mean.to(module.running_mean), variance.clamp(min=0).to(module.running_var)]
+    if all(bool(torch.isfinite(values).all()) for values in new):  # Half precision overflows.
+        module.running_mean.copy_(new[0])
+        module.running_var.copy_(new[1])
 
 
 def _run(model: nn.Module, batches: Iterable[Any], handles: Sequence[RemovableHandle]) -> None:

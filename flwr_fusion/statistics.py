@@ -35,6 +35,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = nn.modules.batchnorm._BatchNorm
 # More rows of one layer and batch tell little more: neighbouring patches are nearly the same.
 _ROWS_PER_SAMPLE = 16
+# By how much single precision may break |E[x y]|^2 <= E[x^2] E[y^2].
+_ROUNDING = 1.001
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +91,11 @@ def input_moments(
     Second moments and means say which directions of a layer's inputs occur, weighted by how often;
     the first layer's are moments of the data themselves: a client with very few samples, or
     samples that are all alike, reveals them. To send less, send the diagonal alone, or clip every
-    input vector and add noise: with sensitivity ``clip**2 / n`` for one of ``n`` samples, noise of
-    standard deviation ``noise * clip**2 / n`` on every second moment, and ``noise * clip / n`` on
-    every mean, is the Gaussian mechanism for each of the tensors.
+    input vector and add noise. Where the batch is the first axis and every sample gives a layer
+    equally many inputs, replacing one of ``n`` samples changes a layer's means by at most
+    ``2 clip / n`` and its second moments by at most ``sqrt(2) clip**2 / n`` (Euclidean); Gaussian
+    noise of ``noise`` times these is the Gaussian mechanism for each of the tensors. Sequences
+    whose batch is the second axis are outside this statement.
 
     Parameters
     ----------
@@ -148,16 +152,15 @@ def input_moments(
     def measures_inputs(module: nn.Module) -> bool:
         return isinstance(module, (nn.Linear, *_CONVOLUTIONS) if convolutions else nn.Linear)
 
+    names = {module: name for name, module in measurable_layers(model).items()}
     layers: dict[nn.Module, _Accumulator] = {
         module: _Accumulator(
             module,
             _detail_within(module, detail, max_layer_bytes) if measures_inputs(module) else "none",
             clip,
         )
-        for module in model.modules()
-        if isinstance(module, (nn.Linear, _NORMS, *_CONVOLUTIONS))
+        for module in names
     }
-    names = {module: name for name, module in model.named_modules()}
     with _observed(layers), evaluation_mode(model), torch.no_grad():
         seen = _run(model, _enough(batches, samples))
     measured = {
@@ -169,6 +172,29 @@ def input_moments(
         if not all(bool(torch.isfinite(t).all()) for t in _tensors_of(layer).values()):
             raise FusionError(f"the moments of layer '{name}' are not finite")
     return measured
+
+
+def measurable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that statistics can be of, by name.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A network.
+
+    Returns
+    -------
+    dict of str to nn.Module
+        Linear and convolution layers and BatchNorm that have a tensor of their own; transposed
+        convolutions and layers whose weight is computed from others are left out.
+    """
+    keys = model.state_dict().keys()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, _NORMS, *_CONVOLUTIONS))
+        and (key_of(name, "weight") in keys or key_of(name, "running_mean") in keys)
+    }
 
 
 def pack(statistics: Statistics) -> dict[str, Tensor]:
@@ -196,55 +222,65 @@ def pack(statistics: Statistics) -> dict[str, Tensor]:
     return packed
 
 
-def unpack(packed: Mapping[str, Tensor]) -> dict[str, LayerStatistics]:
-    """Return the statistics that `pack` packed; `check` says whether they fit a network.
+def unpack(packed: Mapping[str, Tensor], model: nn.Module) -> dict[str, LayerStatistics]:
+    """Return the statistics that `pack` packed, checked against the network they are of.
 
     Parameters
     ----------
     packed : mapping of str to Tensor
         What was received.
+    model : nn.Module
+        The network.
 
     Returns
     -------
     dict of str to LayerStatistics
-        The statistics.
+        Statistics that pass `check`.
 
     Raises
     ------
     FusionError
-        Naming a layer whose tensors are not those of `pack`.
+        Naming the layer whose statistics cannot be those of the network.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in packed.items():
         name, _, kind = key.rpartition(".")
         layers.setdefault(name, {})[kind] = tensor
-    return {name: _unpacked(name, tensors) for name, tensors in layers.items()}
+    known = measurable_layers(model)
+    statistics = {
+        name: _unpacked(name, tensors, known.get(name)) for name, tensors in layers.items()
+    }
+    check(statistics, model)
+    return statistics
 
 
-def check(statistics: Statistics, state: Mapping[str, Tensor]) -> None:
+def check(statistics: Statistics, model: nn.Module) -> None:
     """Refuse statistics that cannot be those of a network.
 
     Parameters
     ----------
     statistics : mapping of str to LayerStatistics
         From `input_moments` or `unpack`.
-    state : mapping of str to Tensor
-        State dict of the network.
+    model : nn.Module
+        The network.
 
     Raises
     ------
     FusionError
         Naming the layer whose statistics are unknown, of a wrong shape, not finite or impossible
-        (negative mean squares).
+        (negative mean squares, second moments that contradict the means or each other).
     """
+    known = measurable_layers(model)
     for name, layer in statistics.items():
-        outputs = state.get(key_of(name, "weight"), state.get(key_of(name, "running_mean")))
-        if outputs is None:
+        module = known.get(name)
+        if module is None:
             raise FusionError(f"the network has no layer '{name}' that statistics could be of")
-        if outputs.dim() > 1:
-            _check_inputs(name, layer, outputs)
+        if (layer.second is None) != (layer.mean is None):
+            raise FusionError(f"the statistics of layer '{name}' lack some moments of its inputs")
+        if layer.second is not None and layer.mean is not None:
+            _check_inputs(name, layer.second, layer.mean, module)
         for kind in ("activation_mean", "activation_variance"):
-            _check_numbers(f"{name}.{kind}", getattr(layer, kind), [(len(outputs),)])
+            _check_numbers(f"{name}.{kind}", getattr(layer, kind), [(_outputs(module),)])
         if bool((layer.activation_variance < 0).any()):
             raise FusionError(f"statistics '{name}.activation_variance' are negative")
 
@@ -345,6 +381,10 @@ class _Accumulator:
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add one batch: sums in single precision, totals in double."""
+        if not outputs.numel():
+            return  # A routed layer may see none of a batch.
+        if inputs.dim() == 1:
+            inputs, outputs = inputs.unsqueeze(0), outputs.unsqueeze(0)
         if isinstance(self._module, _NORMS):
             self._add_outputs(inputs, 1)
         else:
@@ -402,14 +442,16 @@ class _Accumulator:
         activation_mean = self._output_mean.float().cpu()
         activation_variance = (self._output_squares / self._output_rows).float().cpu()
         if noise and clip is not None:
-            deviation = noise * clip / samples
+            deviation, squared = 2 * noise * clip / samples, 2**0.5 * noise * clip**2 / samples
             raw = activation_variance + activation_mean.square()
             activation_mean = _with_noise(activation_mean, deviation, generator)
-            raw = _with_noise(raw, deviation * clip, generator)
+            raw = _with_noise(raw, squared, generator)
             activation_variance = (raw - activation_mean.square()).clamp(min=0)
             if second is not None and mean is not None:
-                mean = _with_noise(mean, deviation, generator)
-                second = _positive(_with_symmetric_noise(second, deviation * clip, generator))
+                second = _positive(_with_symmetric_noise(second, squared, generator))
+                # What noise has made impossible would be refused.
+                roots = second.diagonal(dim1=1, dim2=2).sqrt().flatten()
+                mean = _with_noise(mean, deviation, generator).clamp(-roots, roots)
         return LayerStatistics(second, mean, activation_mean, activation_variance)
 
 
@@ -466,10 +508,13 @@ def _spread(rows: Tensor, axis: int, most: int = _ROWS_PER_SAMPLE) -> Tensor:
 def _observed(layers: Mapping[nn.Module, _Accumulator]) -> Iterator[None]:
     """Show every layer's accumulator what goes in and out."""
 
-    def show(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        layers[module].add(args[0].detach(), output.detach())
+    def show(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> None:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        layers[module].add(inputs.detach(), output.detach())
 
-    handles = [module.register_forward_hook(show) for module in layers]
+    handles = [module.register_forward_hook(show, with_kwargs=True) for module in layers]
     try:
         yield
     finally:
@@ -528,25 +573,47 @@ def _tensors_of(layer: LayerStatistics) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpacked(name: str, tensors: Mapping[str, Tensor]) -> LayerStatistics:
+def _outputs(module: nn.Module) -> int:
+    """Return the number of a layer's activations that are measured."""
+    if isinstance(module, _NORMS):
+        return module.num_features
+    assert isinstance(module.weight, Tensor)
+    return len(module.weight)
+
+
+def _block_shapes(module: nn.Module) -> list[tuple[int, int]]:
+    """Return number and size of the blocks that a layer's second moments can have."""
+    channels, kernel = _input_shape(module)
+    sizes = [1, kernel]
+    if getattr(module, "groups", 1) == 1:
+        sizes.append(channels * kernel)
+    return [(channels * kernel // n, n) for n in sizes]
+
+
+def _unpacked(
+    name: str, tensors: Mapping[str, Tensor], module: nn.Module | None
+) -> LayerStatistics:
     outputs = {"activation_mean", "activation_variance"}
     if tensors.keys() not in (outputs, outputs | {"second", "mean"}):
         raise FusionError(f"layer '{name}' has no statistics of the kinds {sorted(tensors)}")
-    packed = tensors.get("second")
+    packed, second = tensors.get("second"), None
+    if packed is not None:
+        if module is None or isinstance(module, _NORMS):
+            raise FusionError(f"the network has no layer '{name}' whose inputs are measured")
+        # Before anything is allocated: a few bytes can claim any number of triangles.
+        triangles = {(count, n * (n + 1) // 2): n for count, n in _block_shapes(module)}
+        _check_numbers(f"{name}.second", packed, list(triangles))
+        second = _symmetric(packed, triangles[packed.shape[0], packed.shape[1]])
     return LayerStatistics(
-        None if packed is None else _symmetric(name, packed),
+        second,
         tensors.get("mean"),
         tensors["activation_mean"],
         tensors["activation_variance"],
     )
 
 
-def _symmetric(name: str, packed: Tensor) -> Tensor:
+def _symmetric(packed: Tensor, n: int) -> Tensor:
     """Return symmetric blocks from their upper triangles."""
-    length = packed.shape[-1] if packed.dim() == 2 else 0
-    n = (math.isqrt(8 * length + 1) - 1) // 2
-    if not n or n * (n + 1) // 2 != length:
-        raise FusionError(f"statistics '{name}.second' are no packed triangles")
     rows, columns = torch.triu_indices(n, n)
     blocks = packed.new_zeros(len(packed), n, n)
     blocks[:, rows, columns] = packed
@@ -554,25 +621,21 @@ def _symmetric(name: str, packed: Tensor) -> Tensor:
     return blocks
 
 
-def _check_inputs(name: str, layer: LayerStatistics, weight: Tensor) -> None:
-    """Check the moments of a layer's inputs against its weight."""
-    if layer.second is None and layer.mean is None:
-        return
-    if layer.second is None or layer.mean is None:
-        raise FusionError(f"the statistics of layer '{name}' lack some moments of its inputs")
-    own, kernel = weight[0].numel(), math.prod(weight.shape[2:])
-    columns = layer.mean.numel()
-    groups = columns // own
-    if not groups or columns != groups * own or len(weight) % groups:
-        raise FusionError(
-            f"statistics '{name}.mean' have {columns} values, the layer's weight has shape "
-            f"{tuple(weight.shape)}"
-        )
-    sizes = [1, kernel, *([columns] if groups == 1 else [])]
-    _check_numbers(f"{name}.mean", layer.mean, [(columns,)])
-    _check_numbers(f"{name}.second", layer.second, [(columns // n, n, n) for n in sizes])
-    if bool((layer.second.diagonal(dim1=1, dim2=2) < 0).any()):
+def _check_inputs(name: str, second: Tensor, mean: Tensor, module: nn.Module) -> None:
+    """Check the moments of a layer's inputs."""
+    if isinstance(module, _NORMS):
+        raise FusionError(f"the inputs of layer '{name}' have no second moments")
+    channels, kernel = _input_shape(module)
+    shapes = [(count, n, n) for count, n in _block_shapes(module)]
+    _check_numbers(f"{name}.mean", mean, [(channels * kernel,)])
+    _check_numbers(f"{name}.second", second, shapes)
+    squares = second.diagonal(dim1=1, dim2=2)
+    if bool((squares < 0).any()):
         raise FusionError(f"statistics '{name}.second' have negative mean squares")
+    roots = squares.sqrt() * _ROUNDING + 1e-6
+    products = roots.unsqueeze(1) * roots.unsqueeze(2)
+    if bool((mean.reshape(squares.shape).abs() > roots).any() or (second.abs() > products).any()):
+        raise FusionError(f"statistics '{name}.second' contradict the means or each other")
 
 
 def _check_numbers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -581,6 +644,6 @@ def _check_numbers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]])
             f"statistics '{name}' are {tensor.dtype} of shape {tuple(tensor.shape)}, not float32 "
             f"of shape {' or '.join(map(str, shapes))}"
         )
-    # Squares of larger values overflow single precision.
-    if not bool((tensor.abs() < 1e18).all()):
+    # Far above any network's, far below where single precision overflows.
+    if not bool((tensor.abs() < 1e15).all()):
         raise FusionError(f"statistics '{name}' have values that are not finite or huge")

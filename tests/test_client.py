@@ -205,7 +205,7 @@ def test_batches_of_any_kind(loader: Any, inputs: Any) -> None:
     reply = attach_statistics(reply_to_nothing(), digits_network(), loader, inputs=inputs)
     data = reply.content.config_records[STATISTICS_RECORD][STATISTICS_KEY]
     assert isinstance(data, bytes)
-    statistics = unpack(load(data))
+    statistics = unpack(load(data), digits_network())
     assert statistics["0"].detail == "full"
 
 

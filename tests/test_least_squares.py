@@ -182,6 +182,15 @@ def test_a_client_without_statistics_counts_with_average_inputs() -> None:
         torch.testing.assert_close(partly.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_a_client_that_measured_less_counts_with_average_inputs() -> None:
+    models = [named("lenet").model(seed) for seed in (0, 1)]
+    x = named("lenet").inputs(30)
+    known = [input_moments(models[0], [x], convolutions=True), input_moments(models[1], [x])]
+    options = ff.LeastSquares(convolutions=True)
+    fused = ff.average(models, combine=options, statistics=known)
+    assert "conv2" in fused.report.least_squares
+
+
 def test_dead_inputs_keep_the_mean() -> None:
     models = [nn.Linear(5, 3), nn.Linear(5, 3)]
     inputs = [torch.randn(30, 5), torch.randn(30, 5)]
@@ -239,6 +248,9 @@ def test_tied_tensors_stay_the_mean() -> None:
     [
         (lambda s: {**s, "9": s["0"]}, "no layer '9'"),
         (lambda s: {"0": s["2"]}, "'0.mean'"),
+        (lambda s: {"0": _with(s["0"], mean=torch.zeros(40))}, "'0.mean'"),
+        (lambda s: {"0": _with(s["0"], mean=100 * torch.ones(20))}, "contradict"),
+        (lambda s: {"0": _with(s["0"], second=_with_far_corner(s["0"].second))}, "contradict"),
         (lambda s: {"0": _with(s["0"], second=s["0"].second * float("nan"))}, "'0.second'"),
         (lambda s: {"0": _with(s["0"], second=-s["0"].second)}, "negative"),
         (lambda s: {"0": _with(s["0"], activation_variance=torch.ones(3))}, "shape"),
@@ -252,6 +264,12 @@ def test_impossible_statistics_are_refused(change: object, message: str) -> None
     assert callable(change)
     with pytest.raises(ff.FusionError, match=f"client 1.*{message}"):
         ff.average(models, combine="least-squares", statistics=[good[0], change(good[1])])
+
+
+def _with_far_corner(second: Tensor) -> Tensor:
+    changed = second.clone()
+    changed[:, 0, 1] = changed[:, 1, 0] = 1e3
+    return changed
 
 
 def _with(layer: LayerStatistics, **changes: Tensor | None) -> LayerStatistics:

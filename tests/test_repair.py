@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion.repair import FROM_CLIENTS, RECOMPUTED, RESCALED, recompute_batchnorm
-from flwr_fusion.statistics import input_moments
+from flwr_fusion.repair import (
+    FROM_CLIENTS,
+    NOTHING_KNOWN,
+    RECOMPUTED,
+    RESCALED,
+    recompute_batchnorm,
+)
+from flwr_fusion.statistics import Statistics, input_moments
+from flwr_fusion.strategy import OTFusion
 from tests.architectures import named, output, relative_error, sequential_mlp
 from tests.test_contracts import permuted_copy
 
@@ -94,6 +101,43 @@ def test_rescaled_channels_have_the_clients_mean_and_deviation(name: str) -> Non
         goal = 0.25 * of_clients[0][layer] + 0.75 * of_clients[1][layer]
         assert found == pytest.approx(goal, rel=1e-3)
         assert deviations(plain.model)[layer] < 0.97 * goal
+
+
+def test_small_variances_behind_large_means_survive() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        model[0].bias.fill_(500.0)  # type: ignore[operator]
+    x = 0.02 * torch.randn(400, 3)
+    measured = input_moments(model, [x], samples=None)
+    fused = ff.ot_fusion([model], example_inputs=x[:2], statistics=[measured]).model
+    expected = model[0].double()(x.double()).var(0, correction=0)
+    found = fused.state_dict()["1.running_var"].double()
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0)
+
+
+def test_clients_without_statistics_do_not_stop_the_repair() -> None:
+    x = named("small-vgg").inputs(100)
+    models = [trained_like("small-vgg", x, 0)] * 3
+    measured = input_moments(models[0], [x])
+    nobody: list[Statistics | None] = [None] * 3
+    empty: list[Statistics | None] = [{}] * 3
+    for others in (nobody[1:], empty[1:]):
+        fused = ff.ot_fusion(models, example_inputs=x[:2], statistics=[measured, *others])
+        assert fused.report.repair == FROM_CLIENTS
+    for nothing in (nobody, empty):
+        fused = ff.ot_fusion(models, example_inputs=x[:2], statistics=nothing, repair="batchnorm")
+        assert fused.report.repair == NOTHING_KNOWN
+
+
+def test_a_strategy_may_ask_for_statistics_that_come_later() -> None:
+    model = named("small-vgg").model()
+    OTFusion(model=model, example_inputs=named("small-vgg").inputs(2), repair="batchnorm")
+
+
+def test_single_samples_are_no_calibration() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ff.FusionError, match="larger batches"):
+        recompute_batchnorm(model, torch.split(torch.randn(5, 3), 1))
 
 
 def test_auto_leaves_alone_what_has_not_moved() -> None:

@@ -230,11 +230,10 @@ class FusionStrategy(FedAvg):
 
     def _statistics(self, updates: Sequence[Update]) -> list[Statistics | None]:
         """Return what the clients measured; None for a reply without usable statistics."""
-        template = self.model.state_dict()
         statistics: list[Statistics | None] = []
         for update in updates:
             try:
-                statistics.append(read_statistics(update.content, template))
+                statistics.append(read_statistics(update.content, self.model))
             except RejectedReply as reason:
                 log(WARNING, "aggregate_train: node %s: %s", update.node_id, reason)
                 statistics.append(None)

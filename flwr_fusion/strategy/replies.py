@@ -15,11 +15,11 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 
 from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD
 from flwr_fusion.errors import FusionError
-from flwr_fusion.statistics import LayerStatistics, check, unpack
+from flwr_fusion.statistics import LayerStatistics, unpack
 
 RecordT = TypeVar("RecordT", ArrayRecord, MetricRecord)
 
@@ -86,17 +86,15 @@ def read_update(
     return Update(message.metadata.src_node_id, weight, arrays, content)
 
 
-def read_statistics(
-    content: RecordDict, template: Mapping[str, Tensor]
-) -> dict[str, LayerStatistics] | None:
+def read_statistics(content: RecordDict, model: nn.Module) -> dict[str, LayerStatistics] | None:
     """Read the statistics that `flwr_fusion.client.attach_statistics` put on a reply.
 
     Parameters
     ----------
     content : RecordDict
         The reply.
-    template : mapping of str to Tensor
-        State dict that the client was asked to train.
+    model : nn.Module
+        The network that the client was asked to train.
 
     Returns
     -------
@@ -115,10 +113,11 @@ def read_statistics(
     if not isinstance(data, bytes):
         raise RejectedReply(f"its statistics hold no bytes '{STATISTICS_KEY}'")
     try:
-        statistics = unpack(load(data))
-        check(statistics, template)
+        statistics = unpack(load(data), model)
     except Exception as error:  # What safetensors and PyTorch raise on foreign bytes varies.
         raise RejectedReply(f"its statistics cannot be used: {error}") from error
+    if not statistics:
+        raise RejectedReply("its statistics are empty")
     return statistics
 
 
