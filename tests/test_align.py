@@ -400,6 +400,7 @@ def test_fusion_by_activations_uses_both_costs_or_activations_alone() -> None:
             align_by="activations",
             sweep=sweep,  # type: ignore[arg-type]
             calibration=inputs,
+            repair="none",
         ).model
         mean = RunningMean(states[0])
         mean.add(states[0], 0.75, pair, pair.identity())

@@ -624,7 +624,6 @@ def test_no_models_are_refused(method: Method) -> None:
         {"solver": "unbalanced", "marginal_relaxation": -1.0},
         {"regularisation": torch.nan},
         {"align_by": "activations"},
-        {"calibration": torch.zeros(4, 20)},
         {
             "align_by": "activations",
             "activation_cost": "cosine",

@@ -445,7 +445,6 @@ def test_no_replies_give_no_arrays() -> None:
         ({"combine": "foo"}, "foo"),
         ({"masses": "foo"}, "foo"),
         ({"align_by": "activations"}, "calibration"),
-        ({"calibration": SMALL}, "calibration"),
         ({"solver": "sinkhorn", "regularisation": -1.0}, "regularisation"),
         (
             {"align_by": "activations", "calibration": SMALL, "activation_cost": "foo"},
