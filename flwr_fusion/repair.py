@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from flwr_fusion.errors import FusionError
 from flwr_fusion.inputs import call, evaluation_mode, moved_to
 from flwr_fusion.maps import Correspondence, Maps, coverage_along, map_channels
-from flwr_fusion.statistics import Statistics, key_of
+from flwr_fusion.statistics import RunningMoments, Statistics, key_of
 
 REPAIRS = ("auto", "none", "batchnorm", "rescale")
 RECOMPUTED = "BatchNorm recomputed on calibration data"
@@ -166,7 +166,7 @@ def recompute_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         If there are no inputs, or the network cannot be run on them.
     """
     layers = [module for module in model.modules() if _tracks(module)]
-    moments = {module: _RunningMoments() for module in layers}
+    moments = {module: RunningMoments() for module in layers}
 
     def normalise(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         assert isinstance(module, BATCHNORM)
@@ -174,7 +174,7 @@ def recompute_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         rows = inputs.movedim(1, 0).flatten(1)
         if rows.shape[1] < 2:
             raise FusionError("BatchNorm needs more than one value per channel: larger batches")
-        moments[module].add(rows)
+        moments[module].add(rows, 0)
         # The layer normalises by what it now holds: this batch's own statistics.
         _set_running(module, *_moments(rows))
 
@@ -243,12 +243,12 @@ def rescale_activations(
     2023, section 3.
     """
     modules = {model.get_submodule(name): goals[name] for name in layers if name in goals}
-    moments = {module: _RunningMoments() for module in modules}
+    moments = {module: RunningMoments() for module in modules}
 
     def rescale(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else output.dim() - 1
         rows = output.movedim(axis, 0).flatten(1)
-        moments[module].add(rows)
+        moments[module].add(rows, 0)
         scale, shift = _affine(module, modules[module], *_moments(rows))
         shape = [-1 if a == axis else 1 for a in range(output.dim())]
         return output * scale.to(output).view(shape) + shift.to(output).view(shape)
@@ -291,29 +291,10 @@ def _run(model: nn.Module, batches: Iterable[Any], handles: Sequence[RemovableHa
         raise FusionError("calibration has no inputs: give a batch, or batches, of real inputs")
 
 
-@dataclass
-class _RunningMoments:
-    """Mean and variance per channel over batches."""
-
-    count: int = 0
-    sums: Tensor | None = None
-
-    def add(self, rows: Tensor) -> None:
-        """Add values of shape (channels, samples)."""
-        new = torch.stack([rows.double().sum(1), rows.double().square().sum(1)])
-        self.sums = new if self.sums is None else self.sums + new
-        self.count += rows.shape[1]
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Return mean and variance."""
-        assert self.sums is not None
-        mean, square = self.sums / self.count
-        return mean, (square - mean.square()).clamp(min=0)
-
-
 def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    alone = _RunningMoments()
-    alone.add(rows)
+    """Return mean and variance of values of shape (channels, samples)."""
+    alone = RunningMoments()
+    alone.add(rows, 0)
     return alone.finish()
 
 

@@ -164,7 +164,7 @@ def input_moments(
     with _observed(layers), evaluation_mode(model), torch.no_grad():
         seen = _run(model, _enough(batches, samples))
     measured = {
-        names[module]: accumulator.finish(seen, clip, noise, generator)
+        names[module]: accumulator.finish(seen, noise, generator)
         for module, accumulator in layers.items()
         if accumulator.was_called
     }
@@ -360,6 +360,38 @@ def _input_shape(module: nn.Module) -> tuple[int, int]:
     return module.in_channels, math.prod(module.kernel_size)
 
 
+class RunningMoments:
+    """Mean and variance per channel over batches, without differences of large numbers."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Tensor | None = None
+        self._squares: Tensor | None = None  # About the mean.
+
+    def add(self, values: Tensor, axis: int) -> None:
+        """Add values whose channels stand along an axis."""
+        others = [other for other in range(values.dim()) if other != axis]
+        precise = values.to(torch.promote_types(values.dtype, torch.float32))
+        variance, mean = torch.var_mean(precise, others, correction=0)
+        count = values.numel() // values.shape[axis]
+        mean, squares = mean.double(), variance.double() * count
+        if self._mean is not None and self._squares is not None:
+            # Chan et al. 1983.
+            total = self.count + count
+            gap = mean - self._mean
+            squares = squares + self._squares
+            squares += gap.square() * self.count * count / total
+            mean = self._mean + gap * count / total
+            count = total
+        self._mean, self._squares, self.count = mean, squares, count
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance, in double precision."""
+        assert self._mean is not None
+        assert self._squares is not None
+        return self._mean, self._squares / self.count
+
+
 class _Accumulator:
     """Running moments of one layer."""
 
@@ -370,14 +402,12 @@ class _Accumulator:
         self._clip = clip
         self._second: Tensor | None = None
         self._mean: Tensor | None = None
-        self._output_rows = 0
-        self._output_mean: Tensor | None = None
-        self._output_squares: Tensor | None = None  # About the mean.
+        self._outputs = RunningMoments()
 
     @property
     def was_called(self) -> bool:
         """Whether there are any outputs."""
-        return self._output_rows > 0
+        return self._outputs.count > 0
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add one batch: sums in single precision, totals in double."""
@@ -410,19 +440,7 @@ class _Accumulator:
     def _add_outputs(self, values: Tensor, axis: int) -> None:
         if self._clip is not None:
             values, axis = self._clipped(values.movedim(axis, -1).flatten(0, -2).float()), 1
-        others = [other for other in range(values.dim()) if other != axis]
-        variance, mean = torch.var_mean(values.float(), others, correction=0)
-        count = values.numel() // values.shape[axis]
-        mean, squares = mean.double(), variance.double() * count
-        if self._output_mean is not None and self._output_squares is not None:
-            # Chan et al. 1983: no difference of large numbers.
-            total = self._output_rows + count
-            gap = mean - self._output_mean
-            squares = squares + self._output_squares
-            squares += gap.square() * self._output_rows * count / total
-            mean = self._output_mean + gap * count / total
-            count = total
-        self._output_mean, self._output_squares, self._output_rows = mean, squares, count
+        self._outputs.add(values, axis)
 
     def _clipped(self, rows: Tensor) -> Tensor:
         if self._clip is None:
@@ -432,17 +450,15 @@ class _Accumulator:
         return rows * scale
 
     def finish(
-        self, samples: int, clip: float | None, noise: float, generator: torch.Generator | None
+        self, samples: int, noise: float, generator: torch.Generator | None
     ) -> LayerStatistics:
         """Return the moments, with noise where it is asked for."""
-        assert self._output_mean is not None
-        assert self._output_squares is not None
         second = None if self._second is None else (self._second / self._rows).float().cpu()
         mean = None if self._mean is None else (self._mean / self._rows).float().cpu()
-        activation_mean = self._output_mean.float().cpu()
-        activation_variance = (self._output_squares / self._output_rows).float().cpu()
-        if noise and clip is not None:
-            deviation, squared = 2 * noise * clip / samples, 2**0.5 * noise * clip**2 / samples
+        activation_mean, activation_variance = (t.float().cpu() for t in self._outputs.finish())
+        if noise and self._clip is not None:
+            deviation = 2 * noise * self._clip / samples
+            squared = 2**0.5 * noise * self._clip**2 / samples
             raw = activation_variance + activation_mean.square()
             activation_mean = _with_noise(activation_mean, deviation, generator)
             raw = _with_noise(raw, squared, generator)

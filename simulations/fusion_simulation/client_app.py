@@ -43,7 +43,7 @@ def train_client(message: Message, context: Context) -> Message:
         ),
         reply_to=message,
     )
-    if settings.strategy == "ot" and settings.combine == "least-squares":
+    if settings.combines_by_least_squares:
         attach_statistics(reply, model, torch.split(data.images, STATISTICS_BATCH))
     return reply
 

@@ -105,7 +105,7 @@ def compare(
     comparison = Comparison(strategy.client_models(build), test, settings.special_label)
     fused = None if settings.strategy == "fedavg" else load_arrays(build(), result.arrays)
     name = METHOD_NAMES[settings.strategy]
-    if settings.combine != "mean":
+    if settings.combines_by_least_squares:
         name += f", {settings.combine}"
     rows = comparison.rows(fused, name)
     sweep = comparison.sweep() if len(comparison.clients) == NODES_NEEDED else None

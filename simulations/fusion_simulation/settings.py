@@ -74,6 +74,11 @@ class Settings:
         settings._check()
         return settings
 
+    @property
+    def combines_by_least_squares(self) -> bool:
+        """Whether the server needs the clients' statistics."""
+        return self.strategy == "ot" and self.combine == "least-squares"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings under their run-config keys."""
         return {field.name.replace("_", "-"): getattr(self, field.name) for field in fields(self)}
