@@ -2,12 +2,16 @@
 
 from flwr_fusion import statistics
 from flwr_fusion.channels import ChannelGraph, ChannelGroup, Place
+from flwr_fusion.cla import cla_fusion
 from flwr_fusion.combine import LeastSquares
+from flwr_fusion.depth.layers import StageMatch, match_layers
+from flwr_fusion.depth.structure import DepthStructure
 from flwr_fusion.errors import FusionError
 from flwr_fusion.fuse import (
     FusionReport,
     FusionResult,
     GroupReport,
+    LayerReport,
     average,
     neuron_transplantation,
     ot_fusion,
@@ -16,13 +20,18 @@ from flwr_fusion.fuse import (
 __all__ = [
     "ChannelGraph",
     "ChannelGroup",
+    "DepthStructure",
     "FusionError",
     "FusionReport",
     "FusionResult",
     "GroupReport",
+    "LayerReport",
     "LeastSquares",
     "Place",
+    "StageMatch",
     "average",
+    "cla_fusion",
+    "match_layers",
     "neuron_transplantation",
     "ot_fusion",
     "statistics",

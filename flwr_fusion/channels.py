@@ -8,8 +8,7 @@ scales, running statistics, all branches of a residual sum. Groups are found by 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import arguments, moved_to
+from flwr_fusion.inputs import moved_to
+from flwr_fusion.probe import output_vector, prepared_copy, random_state
 from flwr_fusion.tracing import ChannelGroup, Place, owner_of, trace_groups
 
 __all__ = ["ChannelGraph", "ChannelGroup", "Place", "verified_graph"]
@@ -69,7 +69,7 @@ class ChannelGraph:
         FusionError
             If the network cannot be run on the example inputs or not be traced.
         """
-        traced = _prepared_copy(model)
+        traced = prepared_copy(model)
         inputs = moved_to(traced, example_inputs)
         groups, called_layers = trace_groups(traced, inputs)
         shapes = {name: tensor.shape for name, tensor in traced.state_dict().items()}
@@ -88,14 +88,14 @@ class ChannelGraph:
         """
         generator = torch.Generator().manual_seed(seed)
         model = self._model
-        state = _random_state(model, generator)
+        state = random_state(model, generator)
         free = [group for group in self.groups if not group.fixed]
         permutations = {g.name: torch.randperm(g.size, generator=generator) for g in free}
-        expected = _output_vector(model, state, self._example_inputs)
+        expected = output_vector(model, state, self._example_inputs)
 
         def changes(chosen: dict[str, Tensor]) -> bool:
             permuted = self.permute(state, chosen)
-            output = _output_vector(model, permuted, self._example_inputs)
+            output = output_vector(model, permuted, self._example_inputs)
             return not float((output - expected).norm()) <= 1e-3 * float(expected.norm())
 
         if not changes(permutations):
@@ -190,60 +190,3 @@ def verified_graph(model: nn.Module, example_inputs: Any) -> ChannelGraph:
 
 
 _VERIFIED: WeakKeyDictionary[nn.Module, tuple[Any, ChannelGraph]] = WeakKeyDictionary()
-
-
-def _prepared_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode and at least float32 whose parameters take gradients."""
-    traced = copy.deepcopy(model).eval()
-    if not any(p.dtype == torch.float64 for p in traced.parameters()):
-        traced = traced.float()
-    for parameter in traced.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    return traced
-
-
-def _random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return a state dict with generic values of a sensible scale everywhere."""
-
-    def normal(tensor: Tensor) -> Tensor:
-        return torch.randn(tensor.shape, generator=generator)
-
-    def around_one(tensor: Tensor) -> Tensor:
-        return 0.5 + torch.rand(tensor.shape, generator=generator)
-
-    state = model.state_dict(keep_vars=True)
-    drawn: dict[int, Tensor] = {}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    result = {}
-    for name, tensor in state.items():
-        scale = name in parameters and name.endswith("weight") and tensor.dim() <= 1
-        draw: Callable[[Tensor], Tensor] | None = None
-        if scale or name.endswith("running_var"):
-            draw = around_one
-        elif name in parameters or name.endswith("running_mean"):
-            draw = normal
-        if id(tensor) in drawn:  # Tied tensors stay equal.
-            result[name] = drawn[id(tensor)]
-            continue
-        value = tensor.detach().clone()
-        if draw is not None and tensor.is_floating_point():
-            value = draw(tensor).to(tensor)
-            if tensor.dim() > 1:
-                value *= (2 / max(1, tensor[0].numel())) ** 0.5
-        result[name] = drawn[id(tensor)] = value
-    return result
-
-
-def _output_vector(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
-    with torch.no_grad():
-        output = torch.func.functional_call(
-            model, dict(state), *arguments(inputs), tie_weights=False
-        )
-    tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    vector = torch.cat([t.flatten().double() for t in tensors])
-    if not torch.isfinite(vector).all():
-        raise FusionError(
-            f"{type(model).__name__} gives non-finite outputs at random weights: "
-            "its channel groups cannot be checked"
-        )
-    return vector

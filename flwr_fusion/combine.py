@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -41,6 +41,7 @@ class RunningMean:
         weight: float,
         correspondence: Correspondence | None = None,
         maps: Maps | None = None,
+        absent: Collection[str] = (),
     ) -> None:
         """Add one client; a negative weight takes it out again.
 
@@ -52,8 +53,12 @@ class RunningMean:
             Its weight relative to the other clients'.
         correspondence, maps : optional
             How its channels go into the fused network's; default: as they stand.
+        absent : collection of str
+            Tensors in whose mean it takes no part.
         """
         for name, like in self._template.items():
+            if name in absent:
+                continue
             value = state[name].detach().to(like.device)
             coverage = torch.ones(())
             if correspondence is not None and maps is not None:
@@ -90,23 +95,30 @@ class RunningMean:
         Parameters
         ----------
         uncovered : mapping of str to Tensor
-            State dict whose values fill channels that no client has; nothing reads them.
+            State dict whose values fill channels and tensors that no client has.
 
         Returns
         -------
         dict of str to Tensor
             A state dict of the fused architecture.
         """
-        return {
-            name: self._divided(name, self._sums[name].clone(), uncovered) for name in self._sums
-        }
+        return self._divided(lambda name: self._sums[name].clone(), uncovered)
 
     def finish(self, uncovered: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean as `mean` does, in the memory of the sums, which are given up."""
-        names = list(self._sums)
-        return {name: self._divided(name, self._sums.pop(name), uncovered) for name in names}
+        return self._divided(lambda name: self._sums.pop(name), uncovered)
 
-    def _divided(self, name: str, total: Tensor, uncovered: Mapping[str, Tensor]) -> Tensor:
+    def _divided(
+        self, take: Callable[[str], Tensor], uncovered: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return {
+            name: self._quotient(name, take(name), uncovered)
+            if name in self._sums
+            else uncovered[name].to(like.device, like.dtype, copy=True)
+            for name, like in self._template.items()
+        }
+
+    def _quotient(self, name: str, total: Tensor, uncovered: Mapping[str, Tensor]) -> Tensor:
         weight, like = self._weights[name], self._template[name]
         total.div_(weight)
         empty = weight.abs() < 1e-12

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flwr_fusion.channels import ChannelGraph, ChannelGroup, verified_graph
 from flwr_fusion.combine import LeastSquares, RunningLeastSquares, RunningMean
+from flwr_fusion.depth.layers import StageMatch
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import Maps, Unaligned
 from flwr_fusion.matching.align import (
@@ -82,6 +83,22 @@ class GroupReport:
 
 
 @dataclass(frozen=True)
+class LayerReport:
+    """Which layers or blocks of clients of another depth correspond to the fused network's.
+
+    Parameters
+    ----------
+    clients : tuple of int
+        The clients, all of one architecture.
+    stages : tuple of StageMatch
+        The corresponding units, stage by stage, with their costs.
+    """
+
+    clients: tuple[int, ...]
+    stages: tuple[StageMatch, ...]
+
+
+@dataclass(frozen=True)
 class FusionReport:
     """What a fusion did.
 
@@ -100,6 +117,8 @@ class FusionReport:
         "diagonal"); all others are combined by their mean.
     repair : str
         What was repaired after the fusion, or why nothing was.
+    layers : tuple of LayerReport
+        Which layers correspond, for clients of another depth.
     """
 
     method: str
@@ -108,6 +127,7 @@ class FusionReport:
     seconds: float
     least_squares: dict[str, str] = field(default_factory=dict)
     repair: str = "none"
+    layers: tuple[LayerReport, ...] = ()
 
     @property
     def share_moved(self) -> float:
@@ -289,6 +309,51 @@ def ot_fusion(
     >>> [group.name for group in result.report.groups]
     ['0']
     """
+    return fuse_by_transport(
+        models,
+        weights,
+        {},
+        example_inputs=example_inputs,
+        target=target,
+        reference=reference,
+        align_by=align_by,
+        sweep=sweep,
+        solver=solver,
+        regularisation=regularisation,
+        marginal_relaxation=marginal_relaxation,
+        masses=masses,
+        calibration=calibration,
+        activation_cost=activation_cost,
+        combine=combine,
+        statistics=statistics,
+        repair=repair,
+    )
+
+
+def fuse_by_transport(
+    models: Sequence[nn.Module],
+    weights: Sequence[float] | None,
+    absent: Mapping[int, frozenset[str]],
+    *,
+    example_inputs: Any,
+    target: nn.Module | None,
+    reference: nn.Module | None,
+    align_by: str,
+    sweep: Literal["joint", "greedy"],
+    solver: Literal["exact", "sinkhorn", "unbalanced"],
+    regularisation: float,
+    marginal_relaxation: float,
+    masses: Literal["uniform", "importance"],
+    calibration: Any,
+    activation_cost: str,
+    combine: str | LeastSquares,
+    statistics: Sequence[Statistics | None] | None,
+    repair: str,
+) -> FusionResult:
+    """Fuse networks as `ot_fusion` says, some of which may have been brought to another depth.
+
+    ``absent`` holds the clients brought to another depth, with their tensors that take no part.
+    """
     started = time.perf_counter()
     check_option("align_by", align_by, ALIGN_BY)
     check_option("activation_cost", activation_cost, ACTIVATION_COSTS)
@@ -302,7 +367,7 @@ def ot_fusion(
     target = largest(models, order) if target is None else target
     graph = verified_graph(target, example_inputs)
     named = {k: f"client {k}" for k in order}
-    clients = clients_of(models, shares, named, target, graph, example_inputs)
+    clients = clients_of(models, shares, named, target, graph, example_inputs, absent)
     known = _checked_statistics(statistics, combine, models, order)
     base, base_name, base_client = reference_of(clients, order, target, reference)
     base_model = with_state(target, base) if align_by == "activations" else None
@@ -427,7 +492,7 @@ def neuron_transplantation(
         networks = [network for network, _, _ in chosen]
         relative = [share / total for _, share, _ in chosen]
         named = {n: name for n, (_, _, name) in enumerate(chosen)}
-        clients = clients_of(networks, relative, named, target, graph, example_inputs)
+        clients = clients_of(networks, relative, named, target, graph, example_inputs, {})
         scorer = _scorer(importance, networks, clients) if callable(importance) else importance
         maps = choose_channels(
             clients, Transplantation(scorer, weighted, order, duplicates, donated)
@@ -532,7 +597,7 @@ def _combined(
     """Return the combined state dict, and the layers combined by least squares."""
     mean = RunningMean(template)
     for client, own in zip(clients, maps, strict=True):
-        mean.add(client.state(), client.weight, client.correspondence, own)
+        client.join(mean, own)
     state = mean.finish(uncovered=template)
     if combine == "mean":
         return state, {}
@@ -551,7 +616,8 @@ def _check_rereadable(calibration: Any) -> None:
         )
 
 
-def _batches(calibration: Any) -> Any:
+def batches_of(calibration: Any) -> Any:
+    """Return calibration inputs as an iterable of batches."""
     return [calibration] if isinstance(calibration, Tensor) else calibration
 
 
@@ -568,7 +634,7 @@ def _repair(
 ) -> str:
     """Repair a fused network in place; return what was done."""
     chosen = choose_repair(repair, fused, calibration is not None, statistics, moved)
-    batches = _batches(calibration)
+    batches = batches_of(calibration)
     if chosen == RECOMPUTED:
         recompute_batchnorm(fused, batches)
     elif chosen == RESCALED:

@@ -140,20 +140,24 @@ def clients_of(
     target: nn.Module,
     graph: ChannelGraph,
     example_inputs: Any,
+    absent: Mapping[int, frozenset[str]],
 ) -> list[Client]:
-    """Return the named clients in their order, with their correspondence to the target."""
-    known: dict[Any, Correspondence] = {_architecture(target): Correspondence(graph, graph)}
+    """Return the named clients in their order, with their correspondence to the target.
+
+    ``absent`` says for those that were brought to another depth which tensors they have not.
+    """
+    known: dict[Any, Correspondence] = {architecture_of(target): Correspondence(graph, graph)}
     device = next(target.parameters()).device
     clients = []
     for k, name in named.items():
         model = models[k]  # A strategy builds it anew at every access.
-        key = _architecture(model)
+        key = architecture_of(model)
         try:
             if key not in known:
                 squared_norm(detached_state(target), "the target")
                 known[key] = Correspondence(graph, verified_graph(model, example_inputs))
                 _check_same_modules(model, target)
-            elif key == _architecture(target):
+            elif key == architecture_of(target):
                 _check_same_function(model, target, example_inputs)
         except FusionError as error:
             raise FusionError(f"{name} cannot be fused into the target: {error}") from error
@@ -161,7 +165,7 @@ def clients_of(
         def state(k: int = k) -> dict[str, Tensor]:
             return {name: tensor.to(device) for name, tensor in detached_state(models[k]).items()}
 
-        clients.append(Client(state, shares[k], known[key]))
+        clients.append(Client(state, shares[k], known[key], absent.get(k)))
     return clients
 
 
@@ -191,7 +195,8 @@ def _check_same_function(model: nn.Module, target: nn.Module, example_inputs: An
         )
 
 
-def _architecture(model: nn.Module) -> tuple[Any, ...]:
+def architecture_of(model: nn.Module) -> tuple[Any, ...]:
+    """Return a key that networks of one type and of equal shapes share."""
     shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
     return (type(model), shapes)
 
@@ -212,12 +217,17 @@ def reference_of(
         if _resembles(clients[0].state(), given):
             return given, "the given reference", None
     shapes = {name: tensor.shape for name, tensor in target_state.items()}
-    same = [n for n, client in enumerate(clients) if client.correspondence.client.shapes == shapes]
-    chosen = same[0] if same else 0
-    name = f"client {order[chosen]}"
-    if same:
-        return dict(clients[chosen].state()), name, chosen
-    return _placed(clients[chosen], target_state), name, None
+    # Other widths are the worst to align to; layers that do nothing, or were merged, come next.
+    ranked = [
+        (client.correspondence.client.shapes != shapes, client.absent is not None, n)
+        for n, client in enumerate(clients)
+    ]
+    of_other_widths, _, chosen = min(ranked)
+    client, name = clients[chosen], f"client {order[chosen]}"
+    if of_other_widths:
+        return _placed(client, target_state), name, None
+    lacking = {key: target_state[key] for key in client.absent or ()}
+    return dict(client.state()) | lacking, name, chosen
 
 
 def _resembles(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
@@ -244,5 +254,5 @@ def _placed(client: Client, target_state: Mapping[str, Tensor]) -> dict[str, Ten
             strongest = norms.topk(group.fused_size).indices.sort().values.cpu()
             maps[group.name] = Selection(strongest, group.client_size)
     mean = RunningMean(target_state)
-    mean.add(state, 1.0, client.correspondence, maps)
+    client.join(mean, maps)
     return mean.mean(uncovered=target_state)

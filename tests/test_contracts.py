@@ -112,6 +112,7 @@ METHODS = [
         {"combine": ff.LeastSquares(convolutions=True), "repair": "none"},
         needs_statistics=True,
     ),
+    Method("cla", ff.cla_fusion, {}),
     Method("transplant", ff.neuron_transplantation, {}, in_place=False),
     # A large regularisation mixes even the channels of equal networks.
     Method(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flwr_fusion.combine import RunningMean
-from flwr_fusion.maps import Correspondence
+from flwr_fusion.maps import Correspondence, Maps
 from flwr_fusion.matching.align import Alignment, Matching, align_by_weights
 
 _MAX_PASSES = 20
@@ -27,11 +27,21 @@ class Client:
         Its share of the total weight.
     correspondence : Correspondence
         Its tensor positions and the fused network's.
+    absent : frozenset of str, optional
+        For a network brought to another depth: tensors that it has not, in whose mean it takes no
+        part. None for a network that came in the fused network's layers.
     """
 
     state: Callable[[], Mapping[str, Tensor]]
     weight: float
     correspondence: Correspondence
+    absent: frozenset[str] | None = None
+
+    def join(self, mean: RunningMean, maps: Maps, sign: int = 1) -> None:
+        """Add the client to a mean, or with sign -1 take it out again."""
+        mean.add(
+            self.state(), sign * self.weight, self.correspondence, maps, self.absent or frozenset()
+        )
 
 
 def refine_as_barycentre(
@@ -63,15 +73,15 @@ def refine_as_barycentre(
     refined = list(alignments)
     mean = RunningMean(reference)
     for client, alignment in zip(clients, refined, strict=True):
-        mean.add(client.state(), client.weight, client.correspondence, alignment.maps)
+        client.join(mean, alignment.maps)
     for _ in range(_MAX_PASSES):
         moved = False
         for k, client in enumerate(clients):
             state, maps = client.state(), refined[k].maps
-            mean.add(state, -client.weight, client.correspondence, maps)
+            client.join(mean, maps, sign=-1)
             others = mean.mean(uncovered=reference)
             refined[k] = align_by_weights(others, state, client.correspondence, matching, maps)
-            mean.add(state, client.weight, client.correspondence, refined[k].maps)
+            client.join(mean, refined[k].maps)
             moved = moved or any(refined[k].maps[name] is not maps[name] for name in maps)
         if not moved:
             break

@@ -1,0 +1,374 @@
+"""Cross-layer alignment: fusion of networks of different depth."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from flwr_fusion.channels import verified_graph
+from flwr_fusion.depth.activity import MERGES, activity_from_statistics, measured_activity
+from flwr_fusion.depth.balance import DepthAligned, depth_aligned
+from flwr_fusion.depth.layers import LAYER_COSTS, StageMatch, StructuredNetwork, match_stages
+from flwr_fusion.depth.moments import statistics_in_layers_of
+from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
+from flwr_fusion.depth.structure import DepthStructure, Unit
+from flwr_fusion.errors import FusionError
+from flwr_fusion.fuse import FusionResult, LayerReport, batches_of, fuse_by_transport, ot_fusion
+from flwr_fusion.prepare import (
+    architecture_of,
+    check_option,
+    largest,
+    participants,
+    shares_of,
+    with_state,
+)
+from flwr_fusion.probe import output_vector, random_inputs, random_state
+from flwr_fusion.statistics import Statistics, check
+
+BALANCES = ("add", "merge")
+_EXACT = 1e-4
+
+
+def cla_fusion(
+    models: Sequence[nn.Module],
+    weights: Sequence[float] | None = None,
+    *,
+    example_inputs: Any,
+    target: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    layer_cost: Literal["auto", "cka", "width", "wasserstein"] = "auto",
+    balance: Literal["add", "merge"] = "add",
+    merge: Literal["auto", "sum", "majority", "average", "linear"] = "auto",
+    first_to_first: bool = True,
+    last_to_last: bool = True,
+    structure: Callable[[nn.Module], DepthStructure] | None = None,
+    calibration: Any = None,
+    statistics: Sequence[Statistics | None] | None = None,
+    **options: Any,
+) -> FusionResult:
+    """Fuse networks of different depth: match their layers, balance depths, then fuse channels.
+
+    Parameters
+    ----------
+    models : sequence of nn.Module
+        Networks of one family (chains of layers, or residual networks of one block type), of any
+        depths, widths and starts. Not modified.
+    weights : sequence of float, optional
+        Relative weights, non-negative, not all zero. Default: equal.
+    example_inputs : Tensor, tuple or dict
+        What all networks are called with; one or two samples.
+    target : nn.Module, optional
+        Network whose architecture the result has: deeper, shallower, wider or narrower. Layers
+        are added to networks that are shallower, and merged or left out in those that are deeper.
+    reference : nn.Module, optional
+        As for `ot_fusion`: a network of the target's architecture to align channels to.
+    layer_cost : {"auto", "cka", "width", "wasserstein"}
+        Cost of matching two layers: 1 - linear CKA of their pre-activations on `calibration`, the
+        squared difference of their widths, or the 1-Wasserstein distance between their channels'
+        pre-activations. "auto": CKA where there is `calibration`, else width.
+    balance : {"add", "merge"}
+        Without `target`: fuse into the layers of the deepest network, each as wide as the widest
+        client's, or into the shallowest network (among equals the largest).
+    merge : {"auto", "sum", "majority", "average", "linear"}
+        Diagonal D in the merged layer ``W_2 D W_1``, for rectified layers: 1 for channels whose
+        pre-activations have a positive sum, for those that are positive more often than not, the
+        share of positive ones, or 1 for all. From `calibration`, else from `statistics` as if
+        pre-activations were normal. "auto": "sum" with either of them, else "linear".
+    first_to_first, last_to_last : bool
+        Whether first layers (and last ones) of a stage must be matched to each other.
+    structure : callable, optional
+        Returns the `DepthStructure` of a network. Default: `DepthStructure.trace`.
+    calibration : Tensor or iterable of batches, optional
+        A few hundred inputs.
+    statistics : sequence of (mapping or None), optional
+        For each network its `flwr_fusion.statistics.input_moments`.
+    **options
+        All other options of `ot_fusion`.
+
+    Returns
+    -------
+    FusionResult
+        The fused network; ``report.layers`` says which layers correspond, and at what cost.
+
+    Raises
+    ------
+    FusionError
+        If networks cannot be matched, naming both and the stage; otherwise as `ot_fusion`.
+
+    References
+    ----------
+    Nguyen et al., "On Cross-Layer Alignment for Model Fusion of Heterogeneous Neural Networks",
+    2021, section 3. Biases, BatchNorm, more than two networks, and leaving the inside of added
+    blocks out of the mean are not in the paper.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import flwr_fusion as ff
+    >>> shallow = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> deep = nn.Sequential(
+    ...     nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)
+    ... )
+    >>> result = ff.cla_fusion([shallow, deep], example_inputs=torch.zeros(1, 4))
+    >>> [stage.pairs for stage in result.report.layers[0].stages]
+    [((0, 0),), ((0, 0),)]
+    """
+    started = time.perf_counter()
+    check_option("layer_cost", layer_cost, LAYER_COSTS)
+    check_option("balance", balance, BALANCES)
+    check_option("merge", merge, ("auto", *MERGES, "linear"))
+    order = participants(models, shares_of(models, weights))
+    aligner = _DepthAligner(
+        models,
+        _checked_statistics(models, order, statistics),
+        _target(models, order, balance) if target is None else target,
+        example_inputs,
+        structure or (lambda model: DepthStructure.trace(model, example_inputs)),
+        calibration,
+        merge,
+    )
+    constraints = {"first_to_first": first_to_first, "last_to_last": last_to_last}
+    aligner.match(order, reference, layer_cost, constraints)
+    if target is None:
+        target = aligner.as_wide_as_the_widest(order) if balance == "add" else aligner.target_model
+    result = fuse_by_transport(
+        _Aligned(models, aligner),
+        weights,
+        aligner.absent,
+        example_inputs=example_inputs,
+        target=target,
+        reference=reference,
+        calibration=calibration,
+        statistics=aligner.statistics(),
+        **_transport_options(options),
+    )
+    seconds = time.perf_counter() - started
+    report = replace(result.report, method="cla_fusion", layers=aligner.reports(), seconds=seconds)
+    return replace(result, report=report)
+
+
+def _target(models: Sequence[nn.Module], order: Sequence[int], balance: str) -> nn.Module:
+    """Return the deepest network, or the shallowest; among equals the one with most parameters."""
+    sign = 1 if balance == "add" else -1
+
+    def rank(k: int) -> tuple[int, int]:
+        parameters = list(models[k].parameters())
+        layers = sum(parameter.dim() > 1 for parameter in parameters)
+        return sign * layers, sum(parameter.numel() for parameter in parameters)
+
+    return models[max(order, key=rank)]
+
+
+def _checked_statistics(
+    models: Sequence[nn.Module],
+    order: Sequence[int],
+    statistics: Sequence[Statistics | None] | None,
+) -> Sequence[Statistics | None] | None:
+    if statistics is None:
+        return None
+    if len(statistics) != len(models):
+        raise FusionError(f"there are {len(models)} models but {len(statistics)} statistics")
+    for k in order:
+        try:
+            check(statistics[k] or {}, models[k])
+        except FusionError as error:
+            raise FusionError(f"client {k}: {error}") from error
+    return statistics
+
+
+def _transport_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of `ot_fusion` that `cla_fusion` has not itself."""
+    own = inspect.signature(cla_fusion).parameters
+    defaults: dict[str, Any] = {
+        name: parameter.default
+        for name, parameter in inspect.signature(ot_fusion).parameters.items()
+        if name not in own
+    }
+    unknown = sorted(options.keys() - defaults.keys())
+    if unknown:
+        raise FusionError(f"unknown options {unknown}; known: {', '.join(sorted(defaults))}")
+    return {**defaults, **options}
+
+
+class _Aligned(Sequence[nn.Module]):
+    """The networks in the target's layers, built one at a time."""
+
+    def __init__(self, models: Sequence[nn.Module], aligner: _DepthAligner) -> None:
+        self._models = models
+        self._aligner = aligner
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[nn.Module]: ...
+    def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        return self._aligner.aligned(index).model
+
+
+@dataclass
+class _DepthAligner:
+    """Brings the clients of other depths into the target's layers."""
+
+    models: Sequence[nn.Module]
+    known: Sequence[Statistics | None] | None
+    target_model: nn.Module
+    example_inputs: Any
+    structure: Callable[[nn.Module], DepthStructure]
+    calibration: Any
+    merge: str
+    absent: dict[int, frozenset[str]] = field(default_factory=dict)
+    _clients: dict[int, StructuredNetwork] = field(default_factory=dict)
+    _matches: dict[int, tuple[StageMatch, ...]] = field(default_factory=dict)
+    _activities: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def match(
+        self,
+        order: Sequence[int],
+        reference: nn.Module | None,
+        layer_cost: str,
+        constraints: Mapping[str, bool],
+    ) -> None:
+        """Match the layers of every architecture that differs from the target's in depth.
+
+        The heaviest client of an architecture decides for all of it, compared with the heaviest
+        client of the target's architecture, else with the reference, else with the target.
+        """
+        keys = self.target_model.state_dict().keys()
+        others = [k for k in order if self.models[k].state_dict().keys() != keys]
+        if not others:
+            return
+        same = [k for k in order if k not in others]
+        anchor = self.models[same[0]] if same else reference or self.target_model
+        self.graph = verified_graph(self.target_model, self.example_inputs)
+        structure = self._structure_of(self.target_model, "the target")
+        self.target = StructuredNetwork(self.target_model, structure, "the target")
+        compared = StructuredNetwork(anchor, structure, "the target")
+        first: dict[Any, int] = {}
+        for k in others:
+            representative = first.setdefault(architecture_of(self.models[k]), k)
+            if representative == k:
+                network = StructuredNetwork(
+                    self.models[k], self._structure_of(self.models[k], f"client {k}"), f"client {k}"
+                )
+                matches = match_stages(
+                    network, compared, layer_cost, self.calibration, **constraints
+                )
+            else:
+                network = replace(
+                    self._clients[representative], model=self.models[k], name=f"client {k}"
+                )
+                matches = self._matches[representative]
+            self._clients[k], self._matches[k] = network, matches
+            if representative == k:
+                self._check_exact(k)
+            self.absent[k] = self.aligned(k).absent
+
+    def aligned(self, k: int) -> DepthAligned:
+        """Return a client in the target's layers."""
+        if k not in self._clients:
+            return DepthAligned(self.models[k], frozenset())
+        return self._aligned(self._clients[k], k, lambda unit: self._activity(k, unit))
+
+    def as_wide_as_the_widest(self, order: Sequence[int]) -> nn.Module:
+        """Return the target's layers, every channel group as large as the largest client's."""
+        if not self._clients:
+            return largest(self.models, order)
+        widths = {group.name: 0 for group in self.graph.groups}
+        for k in order:
+            own = group_widths(self.graph, self.aligned(k).model.state_dict())
+            widths = {name: max(width, own[name]) for name, width in widths.items()}
+        state = {
+            name: tensor.new_zeros(resized_shape(name, self.graph, widths))
+            for name, tensor in self.target_model.state_dict().items()
+        }
+        return with_own_widths(self.target_model, state)
+
+    def statistics(self) -> list[Statistics | None] | None:
+        """Return the clients' statistics by the target's layers."""
+        if self.known is None:
+            return None
+        return [
+            statistics_in_layers_of(self.target, self._clients[k], self._matches[k], own)
+            if own is not None and k in self._clients
+            else own
+            for k, own in enumerate(self.known)
+        ]
+
+    def reports(self) -> tuple[LayerReport, ...]:
+        """Return which layers correspond, for each architecture of another depth."""
+        clients: dict[tuple[StageMatch, ...], list[int]] = {}
+        for k, matches in self._matches.items():
+            clients.setdefault(matches, []).append(k)
+        return tuple(LayerReport(tuple(sorted(own)), stages) for stages, own in clients.items())
+
+    def _structure_of(self, model: nn.Module, name: str) -> DepthStructure:
+        try:
+            return self.structure(model)
+        except FusionError as error:
+            raise FusionError(f"{name}: {error}") from error
+
+    def _aligned(
+        self, network: StructuredNetwork, k: int, activity: Callable[[Unit], Tensor]
+    ) -> DepthAligned:
+        try:
+            return depth_aligned(network, self.target, self.graph, self._matches[k], activity)
+        except FusionError as error:
+            raise FusionError(
+                f"{network.title} cannot be brought to the depth of {self.target.title}: {error}"
+            ) from error
+
+    def _activity(self, k: int, unit: Unit) -> Tensor:
+        """Return the diagonal of D for a layer that is merged away."""
+        key = (k, unit.name)
+        if key not in self._activities:
+            self._activities[key] = self._new_activity(k, unit)
+        return self._activities[key]
+
+    def _new_activity(self, k: int, unit: Unit) -> Tensor:
+        model = self.models[k]
+        merge = "sum" if self.merge == "auto" else self.merge
+        if merge != "linear" and self.calibration is not None:
+            return measured_activity(model, unit, batches_of(self.calibration), merge)
+        own = self.known[k] if self.known is not None else None
+        if merge != "linear" and own is not None:
+            known = activity_from_statistics(model, unit, own, merge)
+            if known is not None:
+                return known
+        if self.merge not in ("auto", "linear"):
+            raise FusionError(
+                f"merge={merge!r} needs calibration= or statistics= with layer '{unit.layer}'"
+            )
+        return torch.ones(len(model.get_submodule(unit.layer).weight))  # type: ignore[arg-type]
+
+    def _check_exact(self, k: int) -> None:
+        """Refuse to add layers where that changes the function of the client's architecture."""
+        if any(len(m.client_units) > len(m.target_units) for m in self._matches[k]):
+            return
+        network = self._clients[k]
+        generator = torch.Generator().manual_seed(0)
+        drawn = with_state(network.model, random_state(network.model, generator)).eval()
+        deeper = self._aligned(
+            replace(network, model=drawn), k, lambda unit: torch.ones(())
+        ).model.eval()
+        inputs = random_inputs(drawn, self.example_inputs, generator)
+        expected = output_vector(drawn, drawn.state_dict(), inputs)
+        output = output_vector(deeper, deeper.state_dict(), inputs)
+        if not float((output - expected).norm()) <= _EXACT * float(expected.norm()):
+            raise FusionError(
+                f"{network.title} cannot be brought to the depth of {self.target.title}: layers "
+                "that should do nothing change its function. Its activation applied twice must be "
+                "the activation applied once (ReLU is, tanh and GELU are not), and the inputs of "
+                "the first layer are not rectified; merge layers instead, into a shallower target"
+            )

@@ -1,0 +1,1 @@
+"""Networks of different depth: which layers correspond, and how depths are balanced."""

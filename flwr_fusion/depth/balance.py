@@ -1,0 +1,363 @@
+"""Balancing depths: a network in the layers of a deeper or a shallower architecture.
+
+No module is added or taken away: a depth-aligned network is the other architecture with the
+network's own widths, filled with its tensors, with layers that do nothing, and with merged layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flwr_fusion.channels import ChannelGraph
+from flwr_fusion.depth.layers import StageMatch, StructuredNetwork
+from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
+from flwr_fusion.depth.structure import Unit
+from flwr_fusion.errors import FusionError
+from flwr_fusion.statistics import key_of
+
+_BATCHNORMS = nn.modules.batchnorm._BatchNorm
+_CONVOLVE = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}
+
+Activity = Callable[[Unit], Tensor]
+"""Returns for each channel of a unit how much of its pre-activation its activation lets pass."""
+
+
+@dataclass(frozen=True)
+class DepthAligned:
+    """A network in the layers of another architecture.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The other architecture with the network's own widths.
+    absent : frozenset of str
+        Keys of its state dict of which the network has nothing: the inside of residual blocks
+        that were added and do nothing.
+    """
+
+    model: nn.Module
+    absent: frozenset[str]
+
+
+def depth_aligned(
+    client: StructuredNetwork,
+    target: StructuredNetwork,
+    graph: ChannelGraph,
+    matches: Sequence[StageMatch],
+    activity: Activity,
+) -> DepthAligned:
+    """Bring a network into the layers of another architecture, keeping its own widths.
+
+    Where the target is deeper, layers that do nothing are added: an identity matrix or Dirac
+    kernel, an identity BatchNorm, a residual block whose branch is zero. That is exact where an
+    activation applied twice is the activation applied once. Where it is shallower, a layer is
+    merged into the next one and a residual block left out. (Nguyen et al., section 3.2.)
+
+    Parameters
+    ----------
+    client : StructuredNetwork
+        The network; not modified.
+    target : StructuredNetwork
+        A network of the other architecture.
+    graph : ChannelGraph
+        Channel groups of the target.
+    matches : sequence of StageMatch
+        Which units correspond.
+    activity : callable
+        For a layer that is merged away the diagonal of ``D`` in ``W_2 D W_1``.
+
+    Returns
+    -------
+    DepthAligned
+        The network in the target's layers.
+
+    Raises
+    ------
+    FusionError
+        If a unit can neither be added nor merged; it names the unit.
+    """
+    state = _corresponding_tensors(client, target, matches)
+    _merge_layers(client, target, matches, state, activity)
+    absent = _add_units(target, matches, graph, state)
+    return DepthAligned(with_own_widths(target.model, state), frozenset(absent))
+
+
+def _corresponding_tensors(
+    client: StructuredNetwork, target: StructuredNetwork, matches: Sequence[StageMatch]
+) -> dict[str, Tensor]:
+    """Return the client's tensors under the keys of the target's corresponding units."""
+    ours, theirs = client.model.state_dict(), target.model.state_dict()
+    pairs = [
+        (_owned(ours, a), _owned(theirs, b), a, b)
+        for a, b in zip(client.structure.rest, target.structure.rest, strict=True)
+    ]
+    pairs += [
+        (a.tensors(ours), b.tensors(theirs), a.name, b.name)
+        for a, b in _pairs(client, target, matches)
+    ]
+    state: dict[str, Tensor] = {}
+    for named, expected, name, counterpart in pairs:
+        if named.keys() != expected.keys():
+            raise FusionError(
+                f"'{name}' has the tensors {sorted(named)}, its counterpart '{counterpart}' "
+                f"{sorted(expected)}"
+            )
+        state |= {expected[relative]: ours[key].detach() for relative, key in named.items()}
+    return state
+
+
+def _owned(keys: Mapping[str, Tensor], module: str) -> dict[str, str]:
+    split = {key: key.rpartition(".") for key in keys}
+    return {name: key for key, (owner, _, name) in split.items() if owner == module}
+
+
+def _pairs(
+    client: StructuredNetwork, target: StructuredNetwork, matches: Sequence[StageMatch]
+) -> Iterator[tuple[Unit, Unit]]:
+    """Yield the client's unit and the target's, for all pairs."""
+    stages = zip(matches, client.structure.stages, target.structure.stages, strict=True)
+    for match, ours, theirs in stages:
+        yield from ((ours.units[a], theirs.units[b]) for a, b in match.pairs)
+
+
+def _merge_layers(
+    client: StructuredNetwork,
+    target: StructuredNetwork,
+    matches: Sequence[StageMatch],
+    state: dict[str, Tensor],
+    activity: Activity,
+) -> None:
+    """Merge the client's layers without a counterpart into the next layer that has one."""
+    counterparts = dict(_pairs(client, target, matches))
+    waiting: list[Unit] = []
+    for stage in client.structure.stages:
+        for unit in stage.units:
+            _check_can_follow(waiting, unit)
+            if unit not in counterparts:
+                waiting += [] if _is_left_out(unit) else [unit]
+            elif waiting:
+                merged = _merged_layer([*waiting, unit], client.model, activity)
+                _place(merged, counterparts[unit], unit, target.model, state)
+                waiting = []
+
+
+def _is_left_out(unit: Unit) -> bool:
+    if unit.is_block and not unit.switches:
+        raise FusionError(f"block '{unit.name}' changes the shape: it cannot be left out")
+    return unit.is_block
+
+
+def _check_can_follow(waiting: Sequence[Unit], unit: Unit) -> None:
+    if waiting and (waiting[-1].kind, waiting[-1].outputs[1:]) != (unit.kind, unit.outputs[1:]):
+        raise FusionError(
+            f"layer '{waiting[-1].name}' has no counterpart and cannot be merged into "
+            f"'{unit.name}', which is of another type or size"
+        )
+
+
+def _merged_layer(
+    units: Sequence[Unit], model: nn.Module, activity: Activity
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of layers in one: ``W_2 D W_1`` and ``b_2 + W_2 D b_1``."""
+    weight, bias = _affine(units[0], model)
+    for number, unit in enumerate(units[1:], 2):
+        passed = activity(units[number - 2]).to(weight)
+        # The norm of the last layer stays a norm of its own.
+        second, second_bias = _affine(unit, model, with_norm=number < len(units))
+        weight = weight * passed.view(-1, *[1] * (weight.dim() - 1))
+        bias = (
+            second_bias + second.flatten(2).sum(2) @ (passed * bias)
+            if second.dim() > 2
+            else (second_bias + second @ (passed * bias))
+        )
+        weight = _composed(second, weight)
+    return weight, bias
+
+
+def _affine(unit: Unit, model: nn.Module, with_norm: bool = True) -> tuple[Tensor, Tensor]:
+    """Return a layer's weight and bias in double precision, its BatchNorm folded in."""
+    layer = model.get_submodule(unit.layer)
+    weight: Tensor = layer.weight.detach().double()  # type: ignore[operator]
+    if getattr(layer, "groups", 1) > 1 or getattr(layer, "transposed", False):
+        raise FusionError(f"layer '{unit.name}' cannot be merged: it is grouped or transposed")
+    own = layer.bias
+    bias = weight.new_zeros(len(weight)) if own is None else own.detach().double()  # type: ignore[operator]
+    for name in unit.modules[1:] if with_norm else ():
+        norm = model.get_submodule(name)
+        if not isinstance(norm, _BATCHNORMS) or norm.running_var is None:
+            raise FusionError(
+                f"layer '{unit.name}' cannot be merged: its {type(norm).__name__} cannot be folded"
+            )
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight.detach().double()
+        assert norm.running_mean is not None
+        bias = (bias - norm.running_mean.double()) * scale
+        bias = bias if norm.bias is None else bias + norm.bias.detach().double()
+        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    return weight, bias
+
+
+def _composed(second: Tensor, first: Tensor) -> Tensor:
+    """Return the kernel of two layers in sequence, cut to the second's size around its centre."""
+    if second.dim() == 2:
+        return second @ first
+    kernel = second.shape[2:]
+    padding = [size - 1 for size in kernel]
+    full = _CONVOLVE[second.dim()](
+        first.transpose(0, 1), second.flip(*range(2, second.dim())), padding=padding
+    ).transpose(0, 1)
+    for axis, size in enumerate(kernel, 2):
+        full = full.narrow(axis, (full.shape[axis] - size) // 2, size)
+    return full
+
+
+def _place(
+    merged: tuple[Tensor, Tensor],
+    counterpart: Unit,
+    unit: Unit,
+    target: nn.Module,
+    state: dict[str, Tensor],
+) -> None:
+    """Put a merged layer into its counterpart; a BatchNorm can take the place of a bias."""
+    weight, bias = merged
+    key = key_of(counterpart.layer, "weight")
+    state[key] = weight.to(state[key])
+    key = key_of(counterpart.layer, "bias")
+    if key in state:
+        state[key] = bias.to(state[key])
+        return
+    for name in counterpart.modules[1:]:
+        key = key_of(name, "running_mean")
+        if isinstance(target.get_submodule(name), _BATCHNORMS) and key in state:
+            state[key] = state[key] - bias.to(state[key])
+            return
+    if bool(bias.any()):
+        raise FusionError(f"layer '{unit.name}' has no bias to take that of the merged layers")
+
+
+def _add_units(
+    target: StructuredNetwork,
+    matches: Sequence[StageMatch],
+    graph: ChannelGraph,
+    state: dict[str, Tensor],
+) -> set[str]:
+    """Add the target's units without a counterpart; return the keys of which nothing is known."""
+    absent: set[str] = set()
+    widths = group_widths(graph, state)
+    for match, stage in zip(matches, target.structure.stages, strict=True):
+        present = {b for _, b in match.pairs}
+        if len(match.client_units) >= len(match.target_units):
+            _check_all_present(stage.units, present)
+            continue
+        for number, unit in enumerate(stage.units):
+            if number in present:
+                continue
+            if unit.is_block:
+                absent |= _add_block(unit, target.model, graph, widths, state)
+            elif number:
+                _add_layer(unit, stage.units[number - 1], target.model, state)
+            else:
+                following = stage.units[min(present)]
+                size = state[key_of(following.layer, "weight")].shape[1]
+                _add_layer(unit, None, target.model, state, size)
+    return absent
+
+
+def _check_all_present(units: Sequence[Unit], present: set[int]) -> None:
+    missing = [unit.name for number, unit in enumerate(units) if number not in present]
+    if missing:
+        raise FusionError(f"the target's {missing} have no counterpart")
+
+
+def _add_block(
+    unit: Unit,
+    target: nn.Module,
+    graph: ChannelGraph,
+    widths: Mapping[str, int],
+    state: dict[str, Tensor],
+) -> set[str]:
+    """Add a residual block whose branch is zero; return its keys that the client lacks."""
+    if not unit.switches:
+        raise FusionError(f"block '{unit.name}' changes the shape: it cannot be added")
+    like = target.state_dict()
+    keys = set(unit.tensors(like).values())
+    for key in keys:
+        # All zero, so that the inside of the block says nothing when channels are compared.
+        state[key] = like[key].new_zeros(resized_shape(key, graph, widths))
+    return keys - set(unit.switches)
+
+
+def _add_layer(
+    unit: Unit,
+    before: Unit | None,
+    target: nn.Module,
+    state: dict[str, Tensor],
+    channels: int | None = None,
+) -> None:
+    """Add a layer, with its BatchNorm, that gives back its inputs."""
+    if before is not None:
+        channels = len(state[key_of(before.layer, "weight")])
+    like = target.state_dict()
+    key = key_of(unit.layer, "weight")
+    kernel = like[key].shape[2:]
+    groups = getattr(target.get_submodule(unit.layer), "groups", 1)
+    if groups > 1:
+        raise FusionError(f"layer '{unit.name}' is grouped: one that does nothing cannot be added")
+    assert channels is not None
+    weight = like[key].new_zeros(channels, channels, *kernel)
+    state[key] = nn.init.dirac_(weight) if kernel else nn.init.eye_(weight)
+    if key_of(unit.layer, "bias") in like:
+        state[key_of(unit.layer, "bias")] = weight.new_zeros(channels)
+    for name in unit.modules[1:]:
+        norm = target.get_submodule(name)
+        if not isinstance(norm, _BATCHNORMS) or norm.running_var is None:
+            raise FusionError(
+                f"layer '{unit.name}' has a {type(norm).__name__}: one that does nothing cannot "
+                "be added"
+            )
+        state |= _identity_batchnorm(name, norm, before, state, weight.new_zeros(channels))
+
+
+def _identity_batchnorm(
+    name: str,
+    norm: nn.modules.batchnorm._BatchNorm,
+    before: Unit | None,
+    state: Mapping[str, Tensor],
+    zeros: Tensor,
+) -> dict[str, Tensor]:
+    """Return a BatchNorm that changes nothing, in evaluation mode and, nearly, in training.
+
+    Its statistics are those of rectified normal variables with the mean and deviation that the
+    BatchNorm of the layer before gives them.
+    """
+    mean, variance = zeros, zeros + 1 - norm.eps
+    scale, shift = (_value(state, before, kind) for kind in ("weight", "bias"))
+    if norm.affine and scale is not None and shift is not None:
+        mean, variance = _rectified_moments(shift, scale.abs())
+    tensors = {"running_mean": mean, "running_var": variance}
+    if norm.affine:
+        tensors |= {"weight": (variance + norm.eps).sqrt(), "bias": mean}
+    if norm.num_batches_tracked is not None:
+        tensors["num_batches_tracked"] = norm.num_batches_tracked.clone()
+    return {key_of(name, kind): tensor for kind, tensor in tensors.items()}
+
+
+def _value(state: Mapping[str, Tensor], unit: Unit | None, kind: str) -> Tensor | None:
+    """Return a tensor of a unit's norm."""
+    keys = [key_of(name, kind) for name in unit.modules[1:]] if unit is not None else []
+    return next((state[key] for key in keys if key in state), None)
+
+
+def _rectified_moments(mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of ``max(z, 0)`` for normal z."""
+    ratio = mean / deviation.clamp(min=1e-12)
+    below = 0.5 * (1 + torch.erf(ratio / math.sqrt(2)))
+    density = torch.exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)
+    first = mean * below + deviation * density
+    second = (mean.square() + deviation.square()) * below + mean * deviation * density
+    return first, (second - first.square()).clamp(min=0)

@@ -1,0 +1,345 @@
+"""Cross-layer alignment: which units of two networks of different depth correspond."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ot
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from flwr_fusion.depth.structure import DepthStructure, Stage, Unit
+from flwr_fusion.errors import FusionError
+from flwr_fusion.inputs import call, evaluation_mode, moved_to
+
+LAYER_COSTS = ("auto", "cka", "width", "wasserstein")
+
+
+def match_layers(
+    cost: Tensor | Sequence[Sequence[float]],
+    *,
+    first_to_first: bool = True,
+    last_to_last: bool = True,
+) -> tuple[int, ...]:
+    """Match every layer of a shallow network to one of a deep network at the least total cost.
+
+    A dynamic program in O(m n): with ``F[i, j]`` the least cost of matching the shallow network's
+    first j layers within the deep network's first i,
+    ``F[i, j] = min(F[i - 1, j], F[i - 1, j - 1] + C[i, j])``. The matching is strictly increasing.
+    (Nguyen et al., section 3.1, algorithm 1.)
+
+    Parameters
+    ----------
+    cost : Tensor or nested sequence
+        Shape (m, n), m >= n: cost of matching row i, a layer of the deep network, and column j, a
+        layer of the shallow one. Infinite where they must not be matched.
+    first_to_first, last_to_last : bool
+        Whether the first layers must be matched to each other, and the last ones.
+
+    Returns
+    -------
+    tuple of int
+        For each column its row, from 0; strictly increasing. Among equal costs the earliest rows.
+
+    Raises
+    ------
+    FusionError
+        If the cost is not such a matrix, has a NaN, or no matching keeps the constraints.
+
+    Examples
+    --------
+    >>> import flwr_fusion as ff
+    >>> deep, shallow = (5, 4, 3, 1), (3, 2, 1)
+    >>> ff.match_layers([[(a - b) ** 2 for b in shallow] for a in deep])
+    (0, 2, 3)
+    """
+    matrix = torch.as_tensor(cost, dtype=torch.float64)
+    if matrix.dim() != 2 or 0 in matrix.shape or matrix.shape[0] < matrix.shape[1]:
+        raise FusionError(
+            f"the layers' cost has shape {tuple(matrix.shape)}: it must be (m, n), m >= n, "
+            "with a row for every layer of the deeper network"
+        )
+    if bool(torch.isnan(matrix).any()) or bool((matrix == -math.inf).any()):
+        raise FusionError("the layers' cost has NaN or minus infinity: check the networks' weights")
+    allowed = matrix.clone()
+    if first_to_first:
+        allowed[1:, 0] = math.inf
+    if last_to_last:
+        allowed[:-1, -1] = math.inf
+    return _cheapest_increasing(allowed.tolist())
+
+
+def _cheapest_increasing(cost: list[list[float]]) -> tuple[int, ...]:
+    rows, columns = len(cost), len(cost[0])
+    # For column j, row i: least cost of columns 0..j with j at a row <= i, and that row.
+    best: list[list[tuple[float, int]]] = []
+    for j in range(columns):
+        column: list[tuple[float, int]] = []
+        for i in range(rows):
+            before = 0.0 if j == 0 else (best[j - 1][i - 1][0] if i else math.inf)
+            here = (before + cost[i][j], i)
+            column.append(min(column[-1], here, key=lambda found: found[0]) if column else here)
+        best.append(column)
+    if math.isinf(best[-1][-1][0]):
+        raise FusionError(
+            f"{columns} layers cannot be matched to {rows} in strictly increasing order within the "
+            "constraints (first to first, last to last, layers of one kind): lift a constraint"
+        )
+    chosen: list[int] = []
+    limit = rows - 1
+    for column in reversed(best):
+        chosen.append(column[limit][1])
+        limit = chosen[-1] - 1
+    return tuple(reversed(chosen))
+
+
+@dataclass(frozen=True)
+class StructuredNetwork:
+    """A network with its depth structure and its name in messages."""
+
+    model: nn.Module
+    structure: DepthStructure
+    name: str
+
+    @property
+    def title(self) -> str:
+        """Name, type and depths, for messages."""
+        depths = ", ".join(str(len(stage.units)) for stage in self.structure.stages)
+        return f"{self.name} ({type(self.model).__name__} with stages of {depths} units)"
+
+
+@dataclass(frozen=True)
+class StageMatch:
+    """Which units of one stage correspond in a client and in the target.
+
+    Parameters
+    ----------
+    client_units, target_units : tuple of str
+        Names of the units, in forward order.
+    pairs : tuple of (int, int)
+        Client unit and target unit, both increasing.
+    cost : tuple of tuple of float
+        The cost matrix: a row for each unit of the deeper side, a column for each of the other.
+        Empty where both are equally deep: then every unit corresponds to its counterpart.
+    """
+
+    client_units: tuple[str, ...]
+    target_units: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    cost: tuple[tuple[float, ...], ...] = ()
+
+
+def match_stages(
+    client: StructuredNetwork,
+    target: StructuredNetwork,
+    layer_cost: str,
+    calibration: Any,
+    *,
+    first_to_first: bool = True,
+    last_to_last: bool = True,
+) -> tuple[StageMatch, ...]:
+    """Match the units of two networks stage by stage.
+
+    Parameters
+    ----------
+    client, target : StructuredNetwork
+        The two networks, of any depths.
+    layer_cost : {"auto", "cka", "width", "wasserstein"}
+        Cost between units: 1 - linear CKA of their pre-activations on `calibration` (Kornblith
+        et al. 2019), squared difference of their numbers of channels, or 1-Wasserstein distance
+        between their channels' pre-activations. "auto": CKA with calibration, else width.
+    calibration : Tensor or iterable of inputs, optional
+        A few hundred inputs.
+    first_to_first, last_to_last : bool
+        Constraints of `match_layers` within every stage. A stage of one unit is matched to the
+        first unit of a deeper target's, to the last of a deeper client's.
+
+    Returns
+    -------
+    tuple of StageMatch
+        One for each stage.
+
+    Raises
+    ------
+    FusionError
+        If the networks have other stages, or a stage cannot be matched; it names both networks
+        and the stage.
+    """
+    _check_comparable(client, target)
+    if layer_cost == "auto":
+        layer_cost = "width" if calibration is None else "cka"
+    if layer_cost != "width" and calibration is None:
+        raise FusionError(f"layer_cost={layer_cost!r} needs calibration=")
+    kept = {"first_to_first": first_to_first, "last_to_last": last_to_last}
+    stages = zip(client.structure.stages, target.structure.stages, strict=True)
+    matches = []
+    for number, (ours, theirs) in enumerate(stages):
+        try:
+            cost = _stage_cost(ours, theirs, client.model, target.model, layer_cost, calibration)
+            matches.append(_match_stage(ours, theirs, cost, kept))
+        except FusionError as error:
+            raise FusionError(
+                f"{client.title} and {target.title} cannot be matched in stage {number + 1} "
+                f"({ours.name} and {theirs.name}): {error}"
+            ) from error
+    return tuple(matches)
+
+
+def _match_stage(client: Stage, target: Stage, cost: Tensor, kept: dict[str, bool]) -> StageMatch:
+    """Match one stage; cost has a row for each client unit, a column for each target unit."""
+    ours = tuple(unit.name for unit in client.units)
+    theirs = tuple(unit.name for unit in target.units)
+    client_is_deeper = len(ours) > len(theirs)
+    deep_first = cost if client_is_deeper else cost.T
+    if min(cost.shape) == 1 < max(cost.shape):
+        # Layers are added behind the one that is there, and merged into the last one.
+        kept = {"first_to_first": not client_is_deeper, "last_to_last": client_is_deeper}
+    rows = match_layers(deep_first, **kept)
+    pairs = tuple((row, n) if client_is_deeper else (n, row) for n, row in enumerate(rows))
+    shown = tuple(map(tuple, deep_first.tolist())) if len(ours) != len(theirs) else ()
+    return StageMatch(ours, theirs, pairs, shown)
+
+
+def _check_comparable(client: StructuredNetwork, target: StructuredNetwork) -> None:
+    pair = f"{client.title} and {target.title} do not have the same stages"
+    ours, theirs = client.structure, target.structure
+    for number, (a, b) in enumerate(zip(ours.stages, theirs.stages, strict=False)):
+        if a.units[0].kind != b.units[0].kind:
+            raise FusionError(
+                f"{pair}: stage {number + 1} of the first ({a.name}) has units of type "
+                f"{a.units[0].kind}, of the second ({b.name}) {b.units[0].kind}"
+            )
+    if len(ours.stages) != len(theirs.stages):
+        more = max(ours.stages, theirs.stages, key=len)
+        missing = more[min(len(ours.stages), len(theirs.stages))]
+        raise FusionError(f"{pair}: stage {missing.name} has no counterpart")
+    if len(ours.rest) != len(theirs.rest):
+        raise FusionError(
+            f"{client.title} and {target.title} cannot be matched: outside the stages one has the "
+            f"modules {list(ours.rest)}, the other {list(theirs.rest)}"
+        )
+
+
+def _stage_cost(
+    client: Stage,
+    target: Stage,
+    client_model: nn.Module,
+    target_model: nn.Module,
+    layer_cost: str,
+    calibration: Any,
+) -> Tensor:
+    """Return the cost of matching each client unit with each target unit of a stage."""
+    possible = _possible(client, target, client_model, target_model)
+    if len(client.units) == len(target.units):
+        cost = 1.0 - torch.eye(len(client.units), dtype=torch.float64)
+    elif layer_cost == "width":
+        widths = [
+            torch.tensor([float(_width(unit, model)) for unit in stage.units]).double()
+            for stage, model in ((client, client_model), (target, target_model))
+        ]
+        cost = (widths[0][:, None] - widths[1][None, :]).square()
+    else:
+        represent, distance = _COMPARISONS[layer_cost]
+        batch = _joined(calibration)
+        ours = _representations(client_model, client.units, batch, represent)
+        theirs = _representations(target_model, target.units, batch, represent)
+        rows = [[distance(a, b) for b in theirs] for a in ours]
+        cost = torch.tensor(rows, dtype=torch.float64)
+        if not bool(torch.isfinite(cost).all()):
+            raise FusionError("the pre-activations on the calibration inputs are not finite")
+    return torch.where(possible, cost, math.inf)
+
+
+def _possible(
+    client: Stage, target: Stage, client_model: nn.Module, target_model: nn.Module
+) -> Tensor:
+    ours, theirs = client_model.state_dict(), target_model.state_dict()
+    return torch.tensor(
+        [[_form(a, ours) == _form(b, theirs) for b in target.units] for a in client.units]
+    )
+
+
+def _form(unit: Unit, state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return what must agree between corresponding units: tensors, their axes, kernel sizes."""
+    return {
+        name: (state[key].dim(), *state[key].shape[2:]) for name, key in unit.tensors(state).items()
+    }
+
+
+def _width(unit: Unit, model: nn.Module) -> int:
+    layer = model.get_submodule(unit.layer)
+    width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return int(width)  # type: ignore[arg-type]
+
+
+def _representations(
+    model: nn.Module, units: Sequence[Unit], batch: Any, represent: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Return what represents each unit: a function of its layer's output on a batch."""
+    found: dict[str, Tensor] = {}
+    names = {model.get_submodule(unit.layer): unit.layer for unit in units}
+
+    def record(module: nn.Module, _args: Any, output: Tensor) -> None:
+        axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
+        found[names[module]] = represent(output.detach().movedim(axis, 1).double())
+
+    handles = [layer.register_forward_hook(record) for layer in names]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            call(model, moved_to(model, batch))
+    except Exception as error:
+        raise FusionError(f"a network cannot be run on the calibration: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[unit.layer].cpu() for unit in units]
+
+
+def _joined(calibration: Any) -> Any:
+    """Return all calibration inputs as one batch: CKA compares samples with each other."""
+    if isinstance(calibration, Tensor):
+        return calibration
+    batches = list(calibration)
+    if not batches:
+        raise FusionError("calibration has no inputs: give a batch, or batches, of real inputs")
+    return tree_map(lambda *parts: torch.cat(parts), batches[0], *batches[1:])
+
+
+def _gram(activations: Tensor) -> Tensor:
+    """Return centred inner products between samples, shape (samples, samples), of norm 1."""
+    rows = activations.flatten(1)
+    rows = rows - rows.mean(0)
+    gram = rows @ rows.T
+    norm = gram.norm().clamp(min=1e-300)
+    return torch.div(gram, norm)
+
+
+def _cka_distance(ours: Tensor, theirs: Tensor) -> float:
+    """Return 1 - linear CKA (Kornblith et al. 2019, section 3) of two normed Gram matrices."""
+    return 1.0 - float((ours * theirs).sum())
+
+
+def _channels(activations: Tensor) -> Tensor:
+    """Return the channels as points: (channels, samples * positions)."""
+    return activations.movedim(1, 0).flatten(1)
+
+
+def _wasserstein_distance(ours: Tensor, theirs: Tensor) -> float:
+    """Return the 1-Wasserstein distance of two sets of channels, root mean square per sample."""
+    if ours.shape[1] != theirs.shape[1]:
+        raise FusionError(
+            f"their outputs have {ours.shape[1]} and {theirs.shape[1]} positions on the calibration"
+        )
+    distances = torch.cdist(ours, theirs) / math.sqrt(ours.shape[1])
+    # Empty masses are uniform ones.
+    return float(ot.emd2([], [], distances.numpy(), numItermax=10_000_000))
+
+
+_COMPARISONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], float]]] = {
+    "cka": (_gram, _cka_distance),
+    "wasserstein": (_channels, _wasserstein_distance),
+}

@@ -1,0 +1,112 @@
+"""An architecture with other widths: sizes of tensors and of the modules that own them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from flwr_fusion.channels import ChannelGraph, ChannelGroup
+from flwr_fusion.statistics import key_of
+
+
+def group_widths(graph: ChannelGraph, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return how many channels each group has in a network of other widths.
+
+    Parameters
+    ----------
+    graph : ChannelGraph
+        Groups of an architecture.
+    state : mapping of str to Tensor
+        Some tensors of the same architecture with other widths.
+
+    Returns
+    -------
+    dict of str to int
+        By the group's name; the architecture's own size where no tensor tells.
+    """
+    return {group.name: _width(group, graph, state) for group in graph.groups}
+
+
+def _width(group: ChannelGroup, graph: ChannelGraph, state: Mapping[str, Tensor]) -> int:
+    for place in group.places:
+        whole = place.positions.numel() == graph.shapes[place.tensor][place.axis]
+        if whole and place.tensor in state:
+            return state[place.tensor].shape[place.axis] // place.block
+    return group.size
+
+
+def resized_shape(name: str, graph: ChannelGraph, widths: Mapping[str, int]) -> list[int]:
+    """Return the shape of a tensor in a network of other widths.
+
+    Parameters
+    ----------
+    name : str
+        Its key in the state dict.
+    graph : ChannelGraph
+        Groups of the architecture.
+    widths : mapping of str to int
+        The wanted width of every group.
+
+    Returns
+    -------
+    list of int
+        The shape.
+    """
+    shape = list(graph.shapes[name])
+    for group in graph.groups:
+        for place in group.places:
+            if place.tensor == name:
+                shape[place.axis] += (widths[group.name] - group.size) * place.block
+    return shape
+
+
+def with_own_widths(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a network with tensors of other widths.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture; not modified.
+    state : mapping of str to Tensor
+        Values for all keys of its state dict, of whatever shapes.
+
+    Returns
+    -------
+    nn.Module
+        The copy, its modules' sizes set to fit the tensors.
+    """
+    network = copy.deepcopy(model)
+    replaced: dict[int, nn.Parameter] = {}
+    for name, module in network.named_modules():
+        for kind, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            value = state[key_of(name, kind)].to(parameter).clone()
+            fresh = nn.Parameter(value, parameter.requires_grad)
+            # Tied parameters stay one.
+            module._parameters[kind] = replaced.setdefault(id(parameter), fresh)
+        for kind, buffer in module._buffers.items():
+            if buffer is not None and key_of(name, kind) in state:
+                module._buffers[kind] = state[key_of(name, kind)].to(buffer).clone()
+        _set_sizes(module)
+    return network
+
+
+def _set_sizes(module: nn.Module) -> None:
+    """Set the sizes that a module keeps beside its tensors."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+        depthwise = module.groups == module.in_channels == module.out_channels > 1
+        module.out_channels = module.weight.shape[0]
+        module.groups = module.out_channels if depthwise else module.groups
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        sized = module.weight if module.affine else module.running_mean
+        module.num_features = module.num_features if sized is None else len(sized)
+    elif isinstance(module, nn.GroupNorm) and module.affine:
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+        module.normalized_shape = tuple(module.weight.shape)

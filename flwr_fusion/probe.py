@@ -1,0 +1,83 @@
+"""Probing what a network computes: copies to trace, generic weights, outputs as one vector."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from flwr_fusion.errors import FusionError
+from flwr_fusion.inputs import arguments, moved_to
+
+
+def prepared_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode and at least float32 whose parameters take gradients."""
+    traced = copy.deepcopy(model).eval()
+    if not any(p.dtype == torch.float64 for p in traced.parameters()):
+        traced = traced.float()
+    for parameter in traced.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return traced
+
+
+def random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return a state dict with generic values of a sensible scale everywhere."""
+
+    def normal(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator)
+
+    def around_one(tensor: Tensor) -> Tensor:
+        return 0.5 + torch.rand(tensor.shape, generator=generator)
+
+    state = model.state_dict(keep_vars=True)
+    drawn: dict[int, Tensor] = {}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    result = {}
+    for name, tensor in state.items():
+        scale = name in parameters and name.endswith("weight") and tensor.dim() <= 1
+        draw: Callable[[Tensor], Tensor] | None = None
+        if scale or name.endswith("running_var"):
+            draw = around_one
+        elif name in parameters or name.endswith("running_mean"):
+            draw = normal
+        if id(tensor) in drawn:  # Tied tensors stay equal.
+            result[name] = drawn[id(tensor)]
+            continue
+        value = tensor.detach().clone()
+        if draw is not None and tensor.is_floating_point():
+            value = draw(tensor).to(tensor)
+            if tensor.dim() > 1:
+                value *= (2 / max(1, tensor[0].numel())) ** 0.5
+        result[name] = drawn[id(tensor)] = value
+    return result
+
+
+def output_vector(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
+    """Return all floating-point outputs of a network with other values, in one vector."""
+    with torch.no_grad():
+        output = torch.func.functional_call(
+            model, dict(state), *arguments(inputs), tie_weights=False
+        )
+    tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    vector = torch.cat([t.flatten().double() for t in tensors])
+    if not torch.isfinite(vector).all():
+        raise FusionError(
+            f"{type(model).__name__} gives non-finite outputs at random weights: "
+            "its channel groups cannot be checked"
+        )
+    return vector
+
+
+def random_inputs(model: nn.Module, example_inputs: Any, generator: torch.Generator) -> Any:
+    """Return normal variables in the shape of the example inputs; integers stay as they are."""
+
+    def draw(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return torch.randn(x.shape, generator=generator).to(x)
+
+    return tree_map(draw, moved_to(model, example_inputs))
