@@ -16,6 +16,7 @@ from flwr_fusion.fuse import (
     neuron_transplantation,
     ot_fusion,
 )
+from flwr_fusion.start import common_start
 
 __all__ = [
     "ChannelGraph",
@@ -31,6 +32,7 @@ __all__ = [
     "StageMatch",
     "average",
     "cla_fusion",
+    "common_start",
     "match_layers",
     "neuron_transplantation",
     "ot_fusion",

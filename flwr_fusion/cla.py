@@ -70,8 +70,9 @@ def cla_fusion(
         As for `ot_fusion`: a network of the target's architecture to align channels to.
     layer_cost : {"auto", "cka", "width", "wasserstein"}
         Cost of matching two layers: 1 - linear CKA of their pre-activations on `calibration`, the
-        squared difference of their widths, or the 1-Wasserstein distance between their channels'
-        pre-activations. "auto": CKA where there is `calibration`, else width.
+        squared difference of their widths relative to the widest layer, or the 1-Wasserstein
+        distance between their channels' pre-activations. "auto": CKA where there is
+        `calibration`, else width.
     balance : {"add", "merge"}
         Without `target`: fuse into the layers of the deepest network, each as wide as the widest
         client's, or into the shallowest network (among equals the largest).
@@ -125,17 +126,18 @@ def cla_fusion(
     check_option("balance", balance, BALANCES)
     check_option("merge", merge, ("auto", *MERGES, "linear"))
     order = participants(models, shares_of(models, weights))
-    aligner = _DepthAligner(
+    aligner = DepthAligner(
         models,
-        _checked_statistics(models, order, statistics),
         _target(models, order, balance) if target is None else target,
         example_inputs,
-        structure or (lambda model: DepthStructure.trace(model, example_inputs)),
+        _checked_statistics(models, order, statistics),
+        structure,
         calibration,
         merge,
     )
-    constraints = {"first_to_first": first_to_first, "last_to_last": last_to_last}
-    aligner.match(order, reference, layer_cost, constraints)
+    aligner.match(
+        order, reference, layer_cost, first_to_first=first_to_first, last_to_last=last_to_last
+    )
     if target is None:
         target = aligner.as_wide_as_the_widest(order) if balance == "add" else aligner.target_model
     result = fuse_by_transport(
@@ -200,7 +202,7 @@ def _transport_options(options: Mapping[str, Any]) -> dict[str, Any]:
 class _Aligned(Sequence[nn.Module]):
     """The networks in the target's layers, built one at a time."""
 
-    def __init__(self, models: Sequence[nn.Module], aligner: _DepthAligner) -> None:
+    def __init__(self, models: Sequence[nn.Module], aligner: DepthAligner) -> None:
         self._models = models
         self._aligner = aligner
 
@@ -218,16 +220,16 @@ class _Aligned(Sequence[nn.Module]):
 
 
 @dataclass
-class _DepthAligner:
+class DepthAligner:
     """Brings the clients of other depths into the target's layers."""
 
     models: Sequence[nn.Module]
-    known: Sequence[Statistics | None] | None
     target_model: nn.Module
     example_inputs: Any
-    structure: Callable[[nn.Module], DepthStructure]
-    calibration: Any
-    merge: str
+    known: Sequence[Statistics | None] | None = None
+    structure: Callable[[nn.Module], DepthStructure] | None = None
+    calibration: Any = None
+    merge: str = "auto"
     absent: dict[int, frozenset[str]] = field(default_factory=dict)
     _clients: dict[int, StructuredNetwork] = field(default_factory=dict)
     _matches: dict[int, tuple[StageMatch, ...]] = field(default_factory=dict)
@@ -238,7 +240,7 @@ class _DepthAligner:
         order: Sequence[int],
         reference: nn.Module | None,
         layer_cost: str,
-        constraints: Mapping[str, bool],
+        **constraints: bool,
     ) -> None:
         """Match the layers of every architecture that differs from the target's in depth.
 
@@ -315,7 +317,9 @@ class _DepthAligner:
 
     def _structure_of(self, model: nn.Module, name: str) -> DepthStructure:
         try:
-            return self.structure(model)
+            if self.structure is not None:
+                return self.structure(model)
+            return DepthStructure.trace(model, self.example_inputs)
         except FusionError as error:
             raise FusionError(f"{name}: {error}") from error
 

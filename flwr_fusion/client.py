@@ -7,7 +7,7 @@ from logging import INFO
 from operator import length_hint
 from typing import Any
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common import log
 from safetensors.torch import save
 from torch import nn
@@ -15,10 +15,12 @@ from torch import nn
 from flwr_fusion.errors import FusionError
 from flwr_fusion.statistics import input_moments, pack
 
-__all__ = ["attach_statistics"]
+__all__ = ["attach_statistics", "declare_architecture"]
 
 STATISTICS_RECORD = "statistics"
 STATISTICS_KEY = "safetensors"
+ARCHITECTURE_RECORD = "architecture"
+ARCHITECTURE_KEY = "name"
 
 
 def attach_statistics(
@@ -79,6 +81,43 @@ def attach_statistics(
     }
     log(INFO, "statistics: %.2f MB; moments reduced in %s", len(data) / 1e6, reduced or "no layer")
     return reply
+
+
+def declare_architecture(message: Message, name: str) -> Message:
+    """Answer the server's question which architecture this node runs.
+
+    `flwr_fusion.strategy.CLAFusion` asks every node once, by a query message, before it is sent a
+    model.
+
+    Parameters
+    ----------
+    message : Message
+        The query.
+    name : str
+        One of the names in the strategy's ``architectures``.
+
+    Returns
+    -------
+    Message
+        The reply.
+
+    Raises
+    ------
+    FusionError
+        If the name is no text.
+
+    Examples
+    --------
+    In a ClientApp::
+
+        @app.query()
+        def query(message, context):
+            return declare_architecture(message, "shallow")
+    """
+    if not isinstance(name, str) or not name:
+        raise FusionError(f"an architecture is declared by its name, not by {name!r}")
+    content = RecordDict({ARCHITECTURE_RECORD: ConfigRecord({ARCHITECTURE_KEY: name})})
+    return Message(content=content, reply_to=message)
 
 
 def _first(batch: Any) -> Any:

@@ -58,16 +58,21 @@ def random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tens
 
 def output_vector(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
     """Return all floating-point outputs of a network with other values, in one vector."""
-    with torch.no_grad():
-        output = torch.func.functional_call(
-            model, dict(state), *arguments(inputs), tie_weights=False
-        )
+    try:
+        with torch.no_grad():
+            output = torch.func.functional_call(
+                model, dict(state), *arguments(inputs), tie_weights=False
+            )
+    except Exception as error:
+        raise FusionError(
+            f"{type(model).__name__} cannot be run with tensors of other sizes: {error}"
+        ) from error
     tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
     vector = torch.cat([t.flatten().double() for t in tensors])
     if not torch.isfinite(vector).all():
         raise FusionError(
             f"{type(model).__name__} gives non-finite outputs at random weights: "
-            "its channel groups cannot be checked"
+            "what is done to its channels and layers cannot be checked"
         )
     return vector
 

@@ -378,6 +378,11 @@ def owner_of(tensor: str) -> str:
     return tensor.rpartition(".")[0] or tensor
 
 
+def module_of(tensor: str) -> str:
+    """Return the name of the module that owns a tensor; "" is the network itself."""
+    return tensor.rpartition(".")[0]
+
+
 def _out_axis(layer: nn.Module) -> int:
     """Return the axis of a layer's weight that indexes its outputs."""
     if isinstance(layer, nn.modules.conv._ConvNd):

@@ -19,6 +19,7 @@ from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_width
 from flwr_fusion.depth.structure import Unit
 from flwr_fusion.errors import FusionError
 from flwr_fusion.statistics import key_of
+from flwr_fusion.tracing import module_of
 
 _BATCHNORMS = nn.modules.batchnorm._BatchNorm
 _CONVOLVE = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}
@@ -112,8 +113,7 @@ def _corresponding_tensors(
 
 
 def _owned(keys: Mapping[str, Tensor], module: str) -> dict[str, str]:
-    split = {key: key.rpartition(".") for key in keys}
-    return {name: key for key, (owner, _, name) in split.items() if owner == module}
+    return {key.rpartition(".")[2]: key for key in keys if module_of(key) == module}
 
 
 def _pairs(

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from flwr_fusion.depth.structure import DepthStructure, Stage, Unit
 from flwr_fusion.errors import FusionError
 from flwr_fusion.inputs import call, evaluation_mode, moved_to
+from flwr_fusion.tracing import module_of
 
 LAYER_COSTS = ("auto", "cka", "width", "wasserstein")
 
@@ -150,13 +151,14 @@ def match_stages(
         The two networks, of any depths.
     layer_cost : {"auto", "cka", "width", "wasserstein"}
         Cost between units: 1 - linear CKA of their pre-activations on `calibration` (Kornblith
-        et al. 2019), squared difference of their numbers of channels, or 1-Wasserstein distance
-        between their channels' pre-activations. "auto": CKA with calibration, else width.
+        et al. 2019), squared difference of their widths relative to the stage's widest, or
+        1-Wasserstein distance between their channels' pre-activations. "auto": CKA with
+        calibration, else width.
     calibration : Tensor or iterable of inputs, optional
         A few hundred inputs.
     first_to_first, last_to_last : bool
-        Constraints of `match_layers` within every stage. A stage of one unit is matched to the
-        first unit of a deeper target's, to the last of a deeper client's.
+        Constraints of `match_layers` within every stage. The only unit of a stage is matched to
+        the first of a deeper one, but a client's layers are merged into their last.
 
     Returns
     -------
@@ -196,8 +198,10 @@ def _match_stage(client: Stage, target: Stage, cost: Tensor, kept: dict[str, boo
     client_is_deeper = len(ours) > len(theirs)
     deep_first = cost if client_is_deeper else cost.T
     if min(cost.shape) == 1 < max(cost.shape):
-        # Layers are added behind the one that is there, and merged into the last one.
-        kept = {"first_to_first": not client_is_deeper, "last_to_last": client_is_deeper}
+        # Layers are added behind the one that is there, and merged into the last one; of blocks
+        # the first may change the shape.
+        merged = client_is_deeper and not client.units[0].is_block
+        kept = {"first_to_first": not merged, "last_to_last": merged}
     rows = match_layers(deep_first, **kept)
     pairs = tuple((row, n) if client_is_deeper else (n, row) for n, row in enumerate(rows))
     shown = tuple(map(tuple, deep_first.tolist())) if len(ours) != len(theirs) else ()
@@ -218,9 +222,13 @@ def _check_comparable(client: StructuredNetwork, target: StructuredNetwork) -> N
         missing = more[min(len(ours.stages), len(theirs.stages))]
         raise FusionError(f"{pair}: stage {missing.name} has no counterpart")
     if len(ours.rest) != len(theirs.rest):
+        outside = [
+            {key for key in network.model.state_dict() if module_of(key) in network.structure.rest}
+            for network in (client, target)
+        ]
         raise FusionError(
-            f"{client.title} and {target.title} cannot be matched: outside the stages one has the "
-            f"modules {list(ours.rest)}, the other {list(theirs.rest)}"
+            f"{client.title} and {target.title} cannot be matched: outside the stages the first "
+            f"has the tensors {sorted(outside[0])[:10]}, the second {sorted(outside[1])[:10]}"
         )
 
 
@@ -233,41 +241,62 @@ def _stage_cost(
     calibration: Any,
 ) -> Tensor:
     """Return the cost of matching each client unit with each target unit of a stage."""
-    possible = _possible(client, target, client_model, target_model)
+    forms = [
+        [_Form.of(unit, model.state_dict()) for unit in stage.units]
+        for stage, model in ((client, client_model), (target, target_model))
+    ]
     if len(client.units) == len(target.units):
+        for ours, theirs in zip(*forms, strict=True):
+            _check_same_form(ours, theirs)
         cost = 1.0 - torch.eye(len(client.units), dtype=torch.float64)
     elif layer_cost == "width":
         widths = [
             torch.tensor([float(_width(unit, model)) for unit in stage.units]).double()
             for stage, model in ((client, client_model), (target, target_model))
         ]
+        # Relative to the widest, so that the same network at half the width is as close.
+        widths = [own / own.max() for own in widths]
         cost = (widths[0][:, None] - widths[1][None, :]).square()
     else:
         represent, distance = _COMPARISONS[layer_cost]
         batch = _joined(calibration)
-        ours = _representations(client_model, client.units, batch, represent)
-        theirs = _representations(target_model, target.units, batch, represent)
-        rows = [[distance(a, b) for b in theirs] for a in ours]
+        shown = _representations(client_model, client.units, batch, represent)
+        compared = _representations(target_model, target.units, batch, represent)
+        rows = [[distance(a, b) for b in compared] for a in shown]
         cost = torch.tensor(rows, dtype=torch.float64)
         if not bool(torch.isfinite(cost).all()):
             raise FusionError("the pre-activations on the calibration inputs are not finite")
-    return torch.where(possible, cost, math.inf)
+    return torch.where(_possible(*forms), cost, math.inf)
 
 
-def _possible(
-    client: Stage, target: Stage, client_model: nn.Module, target_model: nn.Module
-) -> Tensor:
-    ours, theirs = client_model.state_dict(), target_model.state_dict()
-    return torch.tensor(
-        [[_form(a, ours) == _form(b, theirs) for b in target.units] for a in client.units]
-    )
+def _possible(ours: Sequence[_Form], theirs: Sequence[_Form]) -> Tensor:
+    return torch.tensor([[a.tensors == b.tensors for b in theirs] for a in ours])
 
 
-def _form(unit: Unit, state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return what must agree between corresponding units: tensors, their axes, kernel sizes."""
-    return {
-        name: (state[key].dim(), *state[key].shape[2:]) for name, key in unit.tensors(state).items()
-    }
+@dataclass(frozen=True)
+class _Form:
+    """What must agree between corresponding units: tensors, their axes, kernel sizes."""
+
+    tensors: dict[str, tuple[int, ...]]
+    keys: dict[str, str]
+
+    @classmethod
+    def of(cls, unit: Unit, state: dict[str, Tensor]) -> _Form:
+        """Return the form of a unit."""
+        keys = unit.tensors(state)
+        shapes = {name: state[key].shape for name, key in keys.items()}
+        return cls({name: (len(shape), *shape[2:]) for name, shape in shapes.items()}, keys)
+
+
+def _check_same_form(ours: _Form, theirs: _Form) -> None:
+    """Refuse units that can only correspond to each other, and do not."""
+    names = sorted(ours.keys.keys() | theirs.keys.keys())
+    keys = theirs.keys | ours.keys
+    differing = [keys[n] for n in names if ours.tensors.get(n) != theirs.tensors.get(n)]
+    if differing:
+        raise FusionError(
+            f"only one has the tensors {differing[:5]}, or their kernels are of another size"
+        )
 
 
 def _width(unit: Unit, model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from flwr_fusion.channels import verified_graph
 from flwr_fusion.errors import FusionError
 from flwr_fusion.inputs import call, moved_to
 from flwr_fusion.probe import prepared_copy
-from flwr_fusion.tracing import owner_of
+from flwr_fusion.tracing import module_of, owner_of
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -369,7 +369,7 @@ def _no_structure(model: nn.Module) -> FusionError:
 def _rest(model: nn.Module, stages: Iterable[Stage], calls: _Calls) -> tuple[str, ...]:
     """Return the modules outside all units that own tensors, in the order of their calls."""
     inside = tuple(f"{m}." for stage in stages for unit in stage.units for m in unit.modules)
-    owners = dict.fromkeys(_owner(key) for key in model.state_dict())
+    owners = dict.fromkeys(module_of(key) for key in model.state_dict())
     order = {name: number for number, name in enumerate(calls.by_name)}
     return tuple(
         sorted(
@@ -378,10 +378,6 @@ def _rest(model: nn.Module, stages: Iterable[Stage], calls: _Calls) -> tuple[str
             key=lambda name: max(order.get(part, -1) for part in _with_parents(name)),
         )
     )
-
-
-def _owner(key: str) -> str:
-    return key.rpartition(".")[0]
 
 
 def _with_parents(name: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from logging import ERROR, INFO, WARNING
 from typing import Any, overload
 
@@ -96,7 +97,7 @@ class FusionStrategy(FedAvg):
         self._free = len(groups) - self._fixed
         if not self._free:
             log(WARNING, "no channels of %s can be matched: fusion is plain averaging", type(model))
-        self._fuse(method, self.options, [model], [1.0], None, [None])
+        self._fuse(method, self.options, [model], [1.0], [None], model, None)
 
     def summary(self) -> None:
         """Log the fusion method and its options, then FedAvg's configuration."""
@@ -148,7 +149,7 @@ class FusionStrategy(FedAvg):
         if not updates:
             log(ERROR, "aggregate_train: no good reply in round %s; the model stays", server_round)
             return None, MetricRecord({"rejected": rejected})
-        models = _ReceivedModels(self.model, updates)
+        models = _ReceivedModels([self._model_of(u.node_id) for u in updates], updates)
         weights = [update.weight for update in updates]
         method, options = self.method_of_round(server_round)
         statistics = self._statistics(updates) if _takes(method, "statistics") else []
@@ -159,38 +160,47 @@ class FusionStrategy(FedAvg):
                 statistics.count(None),
                 len(statistics),
             )
-        result = self._fuse(method, options, models, weights, self._sent_model(), statistics)
-        self.reports[server_round] = result.report
+        arrays, report = self._fuse_updates(
+            server_round, partial(self._fuse, method, options, models, weights, statistics)
+        )
+        self.reports[server_round] = report
         contents = [update.content for update in updates]
         metrics = self._aggregated(self.train_metrics_aggr_fn, contents)
         metrics["rejected"] = rejected
-        metrics["share-moved"] = result.report.share_moved
+        metrics["share-moved"] = report.share_moved
         if any(own is not None for own in statistics):
             metrics["with-statistics"] = sum(own is not None for own in statistics)
-        return arrays_of(result.model.state_dict()), metrics
+        return arrays, metrics
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Aggregate the metrics of all evaluation replies that carry a usable weight."""
+        return self._evaluated(self._good_evaluations(replies))
+
+    def _good_evaluations(self, replies: Iterable[Message]) -> list[Message]:
         valid, _ = self._check_and_log_replies(list(replies), is_train=False, validate=False)
         good = []
         for message in valid:
             try:
                 read_weight(message.content, self.weighted_by_key)
-                good.append(message.content)
+                good.append(message)
             except RejectedReply as reason:
                 _log_rejection("aggregate_evaluate", message, reason)
-        return self._aggregated(self.evaluate_metrics_aggr_fn, good) if good else None
+        return good
+
+    def _evaluated(self, messages: Sequence[Message]) -> MetricRecord | None:
+        contents = [message.content for message in messages]
+        return self._aggregated(self.evaluate_metrics_aggr_fn, contents) if contents else None
 
     def _good_updates(self, messages: Sequence[Message]) -> list[Update]:
-        template = self.model.state_dict()
         ambiguous = nodes_with_several_replies(messages)
         updates = []
         for message in messages:
             try:
                 if message.metadata.src_node_id in ambiguous:
                     raise RejectedReply("the node sent a second reply: which one counts is unknown")
+                template = self._model_of(message.metadata.src_node_id).state_dict()
                 updates.append(
                     read_update(message, template, self.arrayrecord_key, self.weighted_by_key)
                 )
@@ -207,10 +217,17 @@ class FusionStrategy(FedAvg):
             log(WARNING, "the clients' metrics do not fit together: %r", error)
             return MetricRecord()
 
-    def _sent_model(self) -> nn.Module | None:
-        if self._sent is None:
-            return None
-        return _loaded(self.model, self._sent)
+    def _model_of(self, node_id: int) -> nn.Module:
+        """Return a network of the architecture that a node trains."""
+        return self.model
+
+    def _fuse_updates(
+        self, server_round: int, fuse: Callable[[nn.Module, nn.Module | None], FusionResult]
+    ) -> tuple[ArrayRecord, FusionReport]:
+        """Return the next global model; ``fuse`` takes the target and the model sent out."""
+        sent = None if self._sent is None else loaded(self.model, self._sent)
+        result = fuse(self.model, sent)
+        return arrays_of(result.model.state_dict()), result.report
 
     def method_of_round(self, server_round: int) -> tuple[FusionMethod, Mapping[str, Any]]:
         """Return the method that fuses a round, with its options.
@@ -233,7 +250,8 @@ class FusionStrategy(FedAvg):
         statistics: list[Statistics | None] = []
         for update in updates:
             try:
-                statistics.append(read_statistics(update.content, self.model))
+                model = self._model_of(update.node_id)
+                statistics.append(read_statistics(update.content, model))
             except RejectedReply as reason:
                 log(WARNING, "aggregate_train: node %s: %s", update.node_id, reason)
                 statistics.append(None)
@@ -245,13 +263,14 @@ class FusionStrategy(FedAvg):
         options: Mapping[str, Any],
         models: Sequence[nn.Module],
         weights: Sequence[float],
-        reference: nn.Module | None,
         statistics: Sequence[Statistics | None],
+        target: nn.Module,
+        reference: nn.Module | None,
     ) -> FusionResult:
         context = {
             "statistics": statistics,
             "example_inputs": self.example_inputs,
-            "target": self.model,
+            "target": target,
             "reference": reference,
         }
         taken = {name: value for name, value in context.items() if _takes(method, name)}
@@ -261,8 +280,8 @@ class FusionStrategy(FedAvg):
 class _ReceivedModels(Sequence[nn.Module]):
     """The clients' networks, built one at a time from what was received."""
 
-    def __init__(self, model: nn.Module, updates: Sequence[Update]) -> None:
-        self._model = model
+    def __init__(self, models: Sequence[nn.Module], updates: Sequence[Update]) -> None:
+        self._models = models
         self._updates = updates
 
     def __len__(self) -> int:
@@ -274,11 +293,12 @@ class _ReceivedModels(Sequence[nn.Module]):
     def __getitem__(self, index: slice) -> list[nn.Module]: ...
     def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
         if isinstance(index, slice):
-            return [_loaded(self._model, update.arrays) for update in self._updates[index]]
-        return _loaded(self._model, self._updates[index].arrays)
+            return [self[k] for k in range(*index.indices(len(self)))]
+        return loaded(self._models[index], self._updates[index].arrays)
 
 
-def _loaded(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
+def loaded(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
+    """Return a network of a model's architecture with the values of checked arrays."""
     return with_state(model, state_of(arrays, model.state_dict()))
 
 

@@ -1,0 +1,217 @@
+"""One start for architectures of different depth and width, so that their channels correspond."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flwr_fusion.channels import ChannelGraph, ChannelGroup, verified_graph
+from flwr_fusion.cla import DepthAligner
+from flwr_fusion.depth.balance import DepthAligned
+from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
+from flwr_fusion.errors import FusionError
+from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
+from flwr_fusion.prepare import detached_state, with_state
+from flwr_fusion.probe import output_vector, random_inputs, random_state
+from flwr_fusion.tracing import owner_of
+
+_EXACT = 1e-4
+
+
+def common_start(
+    architectures: Mapping[str, nn.Module], *, example_inputs: Any, noise: float = 0.3
+) -> dict[str, nn.Module]:
+    """Give networks of different depth and width one start: all compute nearly the same function.
+
+    The shallowest network at the smallest widths is the core. Every architecture starts as the
+    core with layers that do nothing added and every channel repeated (Chen et al. 2016), plus
+    `noise` times its own weights, less what the core would see of them, so that repeated channels
+    can grow apart. Trained from there, a channel of one network has its counterparts in all
+    others, which fusion in later rounds needs: networks that start apart have none.
+
+    Parameters
+    ----------
+    architectures : mapping of str to nn.Module
+        Freshly initialised networks by name. Not modified.
+    example_inputs : Tensor, tuple or dict
+        What all of them are called with.
+    noise : float
+        Share of an architecture's own weights, non-negative; 0: repeated channels stay equal for
+        ever, and a wide network learns no more than the core.
+
+    Returns
+    -------
+    dict of str to nn.Module
+        New networks by the same names.
+
+    Raises
+    ------
+    FusionError
+        If the networks are of different families, or cannot be widened or deepened exactly.
+
+    References
+    ----------
+    Chen, Goodfellow & Shlens, "Net2Net", ICLR 2016, sections 2.2 and 2.3; the noise that the core
+    does not see and the scale of repeated channels are not in the paper.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import flwr_fusion as ff
+    >>> wide = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> narrow = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> x = torch.randn(5, 4)
+    >>> start = ff.common_start({"wide": wide, "narrow": narrow}, example_inputs=x, noise=0)
+    >>> bool(torch.allclose(start["wide"](x), start["narrow"](x), atol=1e-6))
+    True
+    """
+    if not architectures:
+        raise FusionError("there are no architectures")
+    if not 0 <= noise < float("inf"):
+        raise FusionError(f"noise must be finite and not negative, not {noise!r}")
+    core = _core(list(architectures.values()), example_inputs)
+    result = {}
+    for name, model in architectures.items():
+        try:
+            result[name] = _grown(core, model, example_inputs, noise)
+        except FusionError as error:
+            raise FusionError(f"architecture '{name}': {error}") from error
+    return result
+
+
+def _core(models: list[nn.Module], example_inputs: Any) -> nn.Module:
+    """Return the shallowest network, every channel group as small as the smallest network's."""
+
+    def size(model: nn.Module) -> tuple[int, int]:
+        parameters = list(model.parameters())
+        return sum(p.dim() > 1 for p in parameters), sum(p.numel() for p in parameters)
+
+    shallowest = min(models, key=size)
+    graph = verified_graph(shallowest, example_inputs)
+    widths = {group.name: group.size for group in graph.groups}
+    for model in models:
+        state = _in_layers_of(shallowest, model, example_inputs).model.state_dict()
+        own = group_widths(graph, state)
+        widths = {name: min(width, own[name]) for name, width in widths.items()}
+    state = {
+        name: _first(tensor, resized_shape(name, graph, widths))
+        for name, tensor in detached_state(shallowest).items()
+    }
+    return with_own_widths(shallowest, state)
+
+
+def _first(tensor: Tensor, shape: list[int]) -> Tensor:
+    """Return a tensor's first channels, at the scale of a layer with fewer inputs."""
+    part = tensor[tuple(slice(size) for size in shape)].clone()
+    if tensor.dim() > 1 and tensor.is_floating_point():
+        part *= (tensor[0].numel() / part[0].numel()) ** 0.5
+    return part
+
+
+def _in_layers_of(target: nn.Module, model: nn.Module, example_inputs: Any) -> DepthAligned:
+    aligner = DepthAligner([model], target, example_inputs)
+    aligner.match([0], None, "width")
+    return aligner.aligned(0)
+
+
+def _grown(core: nn.Module, model: nn.Module, example_inputs: Any, noise: float) -> nn.Module:
+    """Return a network that computes the core's function in its own architecture, plus noise."""
+    growth = _Growth(core, model, example_inputs)
+    own, state = detached_state(model), growth.grow(core)
+    quiet = growth.absent | {name for name, tensor in state.items() if not bool(tensor.any())}
+    noisy = {
+        name: tensor
+        + noise * (own[name] - _seen_by_core(own[name], name, growth.graph, growth.maps))
+        for name, tensor in state.items()
+        # The last tensors of blocks that do nothing are zero and stay so.
+        if name not in quiet and tensor.dim() > 1 and tensor.is_floating_point()
+    }
+    return with_state(model, {**state, **noisy})
+
+
+class _Growth:
+    """How the core's channels and layers become those of an architecture."""
+
+    def __init__(self, core: nn.Module, model: nn.Module, example_inputs: Any) -> None:
+        self.model, self.example_inputs = model, example_inputs
+        deep = _in_layers_of(model, core, example_inputs)
+        self.absent = deep.absent
+        self.graph = verified_graph(model, example_inputs)
+        self.correspondence = Correspondence(self.graph, verified_graph(deep.model, example_inputs))
+        self.maps = {
+            g.name: Selection(torch.arange(g.fused_size) % g.client_size, g.client_size)
+            for g in self.correspondence.free_groups
+        }
+        # At weights drawn at random: a head that starts at zero would hide any change.
+        generator = torch.Generator().manual_seed(0)
+        drawn = with_state(core, random_state(core, generator)).eval()
+        inputs = random_inputs(core, example_inputs, generator)
+        expected = output_vector(drawn, drawn.state_dict(), inputs)
+        evaluated = copy.deepcopy(model).eval()
+        for self._scaled in (True, False):
+            difference = output_vector(evaluated, self.grow(drawn), inputs) - expected
+            if float(difference.norm()) <= _EXACT * float(expected.norm()):
+                return
+        raise FusionError("repeating channels or adding layers that do nothing changes its output")
+
+    def grow(self, core: nn.Module) -> dict[str, Tensor]:
+        """Return the state dict of the core's function in the architecture."""
+        own = detached_state(self.model)
+        state = detached_state(_in_layers_of(self.model, core, self.example_inputs).model)
+        repeated = {
+            name: map_tensor(state[name], name, self.correspondence, self.maps).clone()
+            for name in own
+        }
+        repeated |= {name: own[name] for name in self.absent}
+        # Scaling a channel needs activations that scale with it, as ReLU does.
+        return _evenly_scaled(repeated, self.graph, self.maps) if self._scaled else repeated
+
+
+def _evenly_scaled(
+    state: Mapping[str, Tensor], graph: ChannelGraph, maps: Maps
+) -> dict[str, Tensor]:
+    """Scale repeated channels so that weights have the size that learning rates are made for.
+
+    A channel that stands at c places is divided by sqrt(c) where it is written, and the weights
+    that read it are multiplied: with plain copies they would be c times as small.
+    """
+    scaled = dict(state)
+    for group in graph.groups:
+        if group.fixed or not _is_written_by_layers_only(group, graph):
+            continue
+        copies = len(maps[group.name].coverage()) / maps[group.name].client_size
+        for place in group.places:
+            tensor = scaled[place.tensor].clone()
+            rows = tensor.movedim(place.axis, 0)
+            index = place.positions.flatten().to(tensor.device)
+            rows[index] *= copies**-0.5 if place.writes else copies**0.5
+            scaled[place.tensor] = tensor
+    return scaled
+
+
+def _is_written_by_layers_only(group: ChannelGroup, graph: ChannelGraph) -> bool:
+    """Whether no norm and no bare parameter fixes the scale of a group's channels."""
+    return all(owner_of(p.tensor) in graph.called_layers for p in group.places if p.writes)
+
+
+def _seen_by_core(tensor: Tensor, name: str, graph: ChannelGraph, maps: Maps) -> Tensor:
+    """Return a tensor with all copies of a channel replaced by their mean, along every axis."""
+    for group in graph.groups:
+        if group.fixed:
+            continue
+        copy_of = maps[group.name]
+        assert isinstance(copy_of, Selection)
+        merge = copy_of.merge().T
+        mean = (merge / merge.sum(1, keepdim=True)).T @ merge
+        for place in group.places:
+            if place.tensor == name:
+                tensor = tensor.clone()
+                rows = tensor.movedim(place.axis, 0)
+                index = place.positions.to(tensor.device)
+                rows[index] = torch.tensordot(mean.to(tensor), rows[index], dims=1)
+    return tensor
