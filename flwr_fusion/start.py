@@ -13,6 +13,7 @@ from flwr_fusion.channels import ChannelGraph, ChannelGroup, verified_graph
 from flwr_fusion.cla import DepthAligner
 from flwr_fusion.depth.balance import DepthAligned
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
+from flwr_fusion.depth.structure import LAYERS
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
 from flwr_fusion.prepare import detached_state, with_state
@@ -95,14 +96,36 @@ def _core(models: list[nn.Module], example_inputs: Any) -> nn.Module:
     graph = verified_graph(shallowest, example_inputs)
     widths = {group.name: group.size for group in graph.groups}
     for model in models:
-        state = _in_layers_of(shallowest, model, example_inputs).model.state_dict()
-        own = group_widths(graph, state)
+        own = group_widths(
+            graph, _in_layers_of(shallowest, model, example_inputs).model.state_dict()
+        )
+        for layer, room in _room_behind(shallowest, model, example_inputs).items():
+            for group in graph.groups:
+                if any(p.writes and owner_of(p.tensor) == layer for p in group.places):
+                    own[group.name] = min(own[group.name], room)
         widths = {name: min(width, own[name]) for name, width in widths.items()}
     state = {
         name: _first(tensor, resized_shape(name, graph, widths))
         for name, tensor in detached_state(shallowest).items()
     }
     return with_own_widths(shallowest, state)
+
+
+def _room_behind(core: nn.Module, model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """Return for layers of the core the least width of the layers that are added behind them."""
+    room: dict[str, int] = {}
+    for match in (
+        stage for r in _matched(model, core, example_inputs).reports() for stage in r.stages
+    ):
+        counterparts = dict(match.pairs)
+        for number, name in enumerate(match.client_units):
+            if number not in counterparts or not isinstance(core.get_submodule(name), LAYERS):
+                continue
+            added = match.target_units[counterparts[number] + 1 : counterparts.get(number + 1)]
+            widths = [len(model.get_submodule(unit).weight) for unit in added]  # type: ignore[arg-type]
+            if widths:
+                room[name] = min(widths)
+    return room
 
 
 def _first(tensor: Tensor, shape: list[int]) -> Tensor:
@@ -114,9 +137,13 @@ def _first(tensor: Tensor, shape: list[int]) -> Tensor:
 
 
 def _in_layers_of(target: nn.Module, model: nn.Module, example_inputs: Any) -> DepthAligned:
+    return _matched(target, model, example_inputs).aligned(0)
+
+
+def _matched(target: nn.Module, model: nn.Module, example_inputs: Any) -> DepthAligner:
     aligner = DepthAligner([model], target, example_inputs)
     aligner.match([0], None, "width")
-    return aligner.aligned(0)
+    return aligner
 
 
 def _grown(core: nn.Module, model: nn.Module, example_inputs: Any, noise: float) -> nn.Module:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from benchmark import (
     ONE_SHOT,
     STATISTICS_BATCH,
@@ -115,7 +116,7 @@ def depth_methods(
         ff.cla_fusion, example_inputs=calibration[:2], calibration=calibration, repair="none"
     )
     statistics = [
-        input_moments(model, own.images.split(STATISTICS_BATCH))
+        input_moments(model, torch.split(own.images, STATISTICS_BATCH))
         for model, own in zip(models, shares, strict=True)
     ]
     methods: dict[str, Fuse] = {}

@@ -130,17 +130,17 @@ def test_unknown_keys_are_refused_with_the_allowed_ones() -> None:
 
 def test_architecture() -> None:
     assert architecture("mlp") == ("mlp", (400, 200, 100))
+    assert architecture("mlp-4") == ("mlp", (400, 200, 100, 50))
     assert architecture("mlp-64-32") == ("mlp", (64, 32))
     assert architecture("lenet") == ("lenet", ())
     assert architecture("resnet-8") == ("resnet", (8, 1))
     assert architecture("resnet-20-4") == ("resnet", (20, 4))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [*STRATEGIES, "cla"])
 def test_every_strategy_can_be_built(name: str) -> None:
-    strategy = build_strategy(
-        settings_of(strategy=name), build_model("mlp-8", "digits", 0), torch.zeros(2, 1, 8, 8)
-    )
+    models = {"mlp-8": build_model("mlp-8", "digits", 0)}
+    strategy = build_strategy(settings_of(strategy=name), models, torch.zeros(2, 1, 8, 8))
     assert strategy.fraction_evaluate == 0
 
 
@@ -301,7 +301,7 @@ def test_comparison_has_a_row_for_every_way() -> None:
     sweep = comparison.sweep()
     assert sweep.weights == pytest.approx([n / 10 for n in range(11)])
     # At the ends every way is one client alone.
-    for values in (sweep.average, sweep.ot_fusion, sweep.ensemble):
+    for values in sweep.accuracies.values():
         assert values[0] == pytest.approx(rows[1].accuracy)
         assert values[-1] == pytest.approx(rows[0].accuracy)
 
@@ -310,7 +310,7 @@ def small_report(rounds: int) -> Report:
     return Report(
         replace(settings_of(), num_server_rounds=rounds),
         [Row("Client A", "100 images", 0.5, 1.0), Row("Client B", "300 images", 0.75, 0.0)],
-        Sweep((0.0, 0.5, 1.0), (0.5, 0.2, 0.7), (0.5, 0.6, 0.7), (0.5, 0.8, 0.7)),
+        Sweep((0.0, 0.5, 1.0), {"FedAvg": (0.5, 0.2, 0.7), "OT fusion": (0.5, 0.6, 0.7)}),
         [RoundAccuracy(k, 0.1 * k, 0.0) for k in range(rounds + 1)],
         {"federation": 1.5},
     )
@@ -335,7 +335,8 @@ def test_report_is_written(rounds: int, tmp_path: Path, capsys: pytest.CaptureFi
     assert metrics["config"] == settings_of(num_server_rounds=rounds).to_dict()
     assert [entry["server_round"] for entry in metrics["rounds"]] == list(range(rounds + 1))
     assert metrics["table"][1]["accuracy"] == 0.75
-    assert metrics["sweep-over-weight-of-client-A"]["ot_fusion"] == [0.5, 0.6, 0.7]
+    swept = metrics["sweep-over-weight-of-client-A"]["accuracies"]
+    assert swept["OT fusion"] == [0.5, 0.6, 0.7]
     assert "| Client B | 300 images | 75.00 | 0.00 |" in (tmp_path / "table.md").read_text()
 
 

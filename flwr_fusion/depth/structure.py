@@ -17,7 +17,7 @@ from flwr_fusion.inputs import call, moved_to
 from flwr_fusion.probe import prepared_copy
 from flwr_fusion.tracing import module_of, owner_of
 
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class _Calls:
         return [
             name
             for name in self.by_name
-            if name.startswith(f"{module}.") and isinstance(self.modules[name], _LAYERS)
+            if name.startswith(f"{module}.") and isinstance(self.modules[name], LAYERS)
         ]
 
     def _run(self, example_inputs: Any) -> Any:
@@ -316,7 +316,7 @@ def _chain(model: nn.Module, example_inputs: Any, calls: _Calls) -> list[Unit]:
     units: list[Unit] = []
     for number, group in enumerate(groups):
         owners = [owner_of(p.tensor) for p in group.places if p.writes]
-        layers = {name for name in owners if isinstance(calls.modules[name], _LAYERS)}
+        layers = {name for name in owners if isinstance(calls.modules[name], LAYERS)}
         readers = {owner_of(p.tensor) for p in group.places if not p.writes}
         following = groups[number + 1 : number + 2]
         written_next = {owner_of(p.tensor) for g in following for p in g.places if p.writes}
@@ -339,14 +339,14 @@ def _layer_unit(layer: str, owners: Iterable[str], calls: _Calls) -> Unit:
 def _given_unit(name: str, model: nn.Module, example_inputs: Any, calls: _Calls) -> Unit:
     if name not in calls.by_name:
         raise FusionError(f"{type(model).__name__} calls no module '{name}'")
-    if not isinstance(calls.modules[name], _LAYERS):
+    if not isinstance(calls.modules[name], LAYERS):
         if not calls.layers_of(name):
             raise FusionError(f"module '{name}' of {type(model).__name__} has no layers")
         return _block(name, _switches(name, calls), calls)
     for group in verified_graph(model, example_inputs).groups:
         owners = [owner_of(p.tensor) for p in group.places if p.writes]
         if name in owners:
-            others = [o for o in owners if isinstance(calls.modules[o], _LAYERS) and o != name]
+            others = [o for o in owners if isinstance(calls.modules[o], LAYERS) and o != name]
             return _layer_unit(name, owners if not others else [name], calls)
     raise _no_structure(model)
 

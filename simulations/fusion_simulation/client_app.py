@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flwr_fusion.client import attach_statistics
+from flwr_fusion.client import attach_statistics, declare_architecture
 from fusion_simulation.data import load_partition
 from fusion_simulation.settings import Settings
 from fusion_simulation.task import Recipe, build_model, train
@@ -48,6 +48,13 @@ def train_client(message: Message, context: Context) -> Message:
     return reply
 
 
+@app.query()
+def tell_architecture(message: Message, context: Context) -> Message:
+    """Answer which model this client runs."""
+    settings = Settings.from_run_config(context.run_config)
+    return declare_architecture(message, settings.model_of(_partition(context)[0]))
+
+
 def _recipe(settings: Settings, message: Message) -> Recipe:
     # FedProx sends the weight of its term; other strategies send none.
     proximal_mu = float(message.content.config_records["config"].get("proximal-mu", 0.0))  # type: ignore[arg-type]
@@ -67,7 +74,7 @@ def _partition(context: Context) -> tuple[int, int]:
 
 def _start(message: Message, settings: Settings, partition_id: int, server_round: int) -> nn.Module:
     own_seed = SEED_STRIDE * settings.seed + partition_id + 1
-    model = build_model(settings.models, settings.dataset, own_seed)
+    model = build_model(settings.model_of(partition_id), settings.dataset, own_seed)
     if settings.shared_start or server_round > 1:
         model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     return model

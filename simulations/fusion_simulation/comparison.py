@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -45,14 +46,17 @@ class Row:
 OT_FUSION = "OT fusion"
 
 
+AVERAGE = "FedAvg"
+ENSEMBLE = "Ensemble"
+Fuse = Callable[[Sequence[nn.Module], Sequence[float]], ff.FusionResult]
+
+
 @dataclass(frozen=True)
 class Sweep:
-    """Test accuracy of two clients put together, for a range of weights of the first."""
+    """Test accuracy of two clients put together by each method, over the weight of the first."""
 
     weights: tuple[float, ...]
-    average: tuple[float, ...]
-    ot_fusion: tuple[float, ...]
-    ensemble: tuple[float, ...]
+    accuracies: dict[str, tuple[float, ...]]
 
 
 class Comparison:
@@ -66,61 +70,65 @@ class Comparison:
         Test images, normalised.
     special_label : int
         The label whose accuracy is reported on its own.
+    methods : dict of str to callable, optional
+        The ways of fusing the models, by name. Default: FedAvg and OT fusion.
     """
 
     def __init__(
-        self, clients: Sequence[ClientModel], test: LabelledImages, special_label: int
+        self,
+        clients: Sequence[ClientModel],
+        test: LabelledImages,
+        special_label: int,
+        methods: Mapping[str, Fuse] | None = None,
     ) -> None:
         self.clients = clients
         self.test = test
         self.special_label = special_label
+        ot_fusion = partial(ff.ot_fusion, example_inputs=test.images[:2])
+        self.methods = methods or {AVERAGE: ff.average, OT_FUSION: ot_fusion}
         self._models = [client.model for client in clients]
         self._members = [class_probabilities(model, test.images) for model in self._models]
 
-    def rows(self, fused: nn.Module | None = None, fused_name: str = OT_FUSION) -> list[Row]:
-        """Compare the clients, their average, their fusion and their ensemble.
+    def rows(self, fused: Mapping[str, nn.Module] | None = None) -> list[Row]:
+        """Compare the clients, their fusions and their ensemble.
 
         Parameters
         ----------
-        fused : torch.nn.Module, optional
-            The strategy's fused model; default: the OT fusion of the clients.
-        fused_name : str
-            Name of its method.
+        fused : mapping of str to torch.nn.Module, optional
+            The strategy's own models by the name of their method. With weights by sample count
+            they take the place of all methods but FedAvg.
 
         Returns
         -------
         list of Row
-            One row per client, then FedAvg, fusion and ensemble with weights by sample count, and
-            FedAvg, OT fusion and ensemble with equal weights.
+            One row per client, then every method and the ensemble, with weights by sample count
+            and with equal weights.
         """
         counts = [float(client.examples) for client in self.clients]
+        equal = [1.0] * len(counts)
         rows = [
             self._row(client.name, f"{client.examples} images", member)
             for client, member in zip(self.clients, self._members, strict=True)
         ]
-        rows += self._combined_rows("by images", counts, fused, fused_name)
-        return rows + self._combined_rows("equal", [1.0] * len(counts), None, OT_FUSION)
+        for label, weights, own in (("by images", counts, fused), ("equal", equal, None)):
+            rows += [
+                self._row(name, label, self._fused(fuse, weights))
+                for name, fuse in self.methods.items()
+                if own is None or name == AVERAGE
+            ]
+            rows += [
+                self._row(name, label, class_probabilities(model, self.test.images))
+                for name, model in (own or {}).items()
+            ]
+            rows.append(self._row(ENSEMBLE, label, self._ensemble(weights)))
+        return rows
 
     def sweep(self) -> Sweep:
         """Vary the weight of the first of two clients from 0 to 1."""
-        return Sweep(
-            SWEEP_WEIGHTS,
-            self._swept(self._averaged),
-            self._swept(self._fused),
-            self._swept(self._ensemble),
-        )
-
-    def _combined_rows(
-        self, label: str, weights: list[float], fused: nn.Module | None, fused_name: str
-    ) -> list[Row]:
-        probabilities = (
-            self._fused(weights) if fused is None else class_probabilities(fused, self.test.images)
-        )
-        return [
-            self._row("FedAvg", label, self._averaged(weights)),
-            self._row(fused_name, label, probabilities),
-            self._row("Ensemble", label, self._ensemble(weights)),
-        ]
+        swept = {
+            name: self._swept(partial(self._fused, fuse)) for name, fuse in self.methods.items()
+        }
+        return Sweep(SWEEP_WEIGHTS, {**swept, ENSEMBLE: self._swept(self._ensemble)})
 
     def _row(self, name: str, weights: str, probabilities: Tensor) -> Row:
         labels = self.test.labels
@@ -136,13 +144,8 @@ class Comparison:
             accuracy(combine((weight, 1 - weight)), self.test.labels) for weight in SWEEP_WEIGHTS
         )
 
-    def _averaged(self, weights: Sequence[float]) -> Tensor:
-        return class_probabilities(ff.average(self._models, weights).model, self.test.images)
-
-    def _fused(self, weights: Sequence[float]) -> Tensor:
-        example_inputs = self.test.images[:2]
-        result = ff.ot_fusion(self._models, weights, example_inputs=example_inputs)
-        return class_probabilities(result.model, self.test.images)
+    def _fused(self, fuse: Fuse, weights: Sequence[float]) -> Tensor:
+        return class_probabilities(fuse(self._models, weights).model, self.test.images)
 
     def _ensemble(self, weights: Sequence[float]) -> Tensor:
         return ensemble_probabilities(self._members, weights)

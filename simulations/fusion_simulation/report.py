@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-from fusion_simulation.comparison import Row, Sweep
+from flwr_fusion import StageMatch
+from fusion_simulation.comparison import AVERAGE, ENSEMBLE, Row, Sweep
 from fusion_simulation.settings import Settings
 
 # Fits a terminal of 100 columns after Flower has put its prefix before the line.
@@ -23,6 +25,12 @@ CONSOLE_WIDTH = 88
 COLUMNS = ("Model", "Weights", "Test accuracy %")
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#777777", "#222222"
+OWN_COLOURS = {AVERAGE: (BLUE, "s", "-"), ENSEMBLE: (GREEN, "", "--")}
+METHOD_COLOURS = tuple(
+    (colour, marker, "-")
+    for marker in ("o", "^")
+    for colour in (ORANGE, "#CC79A7", "#56B4E9", "#E69F00", BLACK)
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class RoundAccuracy:
     server_round: int
     accuracy: float
     special_label_accuracy: float
+    by_architecture: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Report:
         Accuracy of the global model after every round, from round 0.
     seconds : dict of str to float
         Time of the parts of the run.
+    layers : dict of str to StageMatch
+        Which layers of networks of different depth corresponded.
     """
 
     settings: Settings
@@ -57,6 +68,7 @@ class Report:
     sweep: Sweep | None
     rounds: list[RoundAccuracy]
     seconds: dict[str, float]
+    layers: dict[str, StageMatch] = field(default_factory=dict)
 
     def show(self) -> None:
         """Print the table."""
@@ -86,6 +98,9 @@ class Report:
         if self.settings.num_server_rounds > 1:
             paths["plot over rounds"] = folder / "rounds.png"
             save_figure(self._rounds_figure(), paths["plot over rounds"])
+        if self.layers:
+            paths["plot of matched layers"] = folder / "layers.png"
+            save_figure(draw_layers(self.layers), paths["plot of matched layers"])
         for name, path in paths.items():
             print(f"{name}: {path}", flush=True)
 
@@ -133,22 +148,21 @@ class Report:
             "table": [asdict(row) for row in self.rows],
             "sweep-over-weight-of-client-A": None if self.sweep is None else asdict(self.sweep),
             "seconds": self.seconds,
+            "layers": {name: asdict(stage) for name, stage in self.layers.items()},
         }
 
     def _sweep_figure(self, sweep: Sweep) -> Figure:
         figure, axes = new_figure(self.title)
-        for values, label, colour, marker, style in (
-            (sweep.ot_fusion, "OT fusion", ORANGE, "o", "-"),
-            (sweep.average, "FedAvg", BLUE, "s", "-"),
-            (sweep.ensemble, "ensemble", GREEN, "", "--"),
-        ):
+        fused = iter(METHOD_COLOURS)
+        for name, values in sweep.accuracies.items():
+            colour, marker, style = OWN_COLOURS.get(name) or next(fused)
             axes.plot(
                 sweep.weights,
                 [100 * value for value in values],
                 color=colour,
                 marker=marker,
                 linestyle=style,
-                label=label,
+                label=name,
             )
         for row, colour in zip(self.rows[:2], (BLACK, GREY), strict=True):
             axes.axhline(100 * row.accuracy, color=colour, linestyle=":", label=f"{row.name} alone")
@@ -160,6 +174,11 @@ class Report:
     def _rounds_figure(self) -> Figure:
         figure, axes = new_figure(self.title)
         rounds = [entry.server_round for entry in self.rounds]
+        if self.rounds[0].by_architecture:
+            for name in self.rounds[0].by_architecture:
+                values = [100 * entry.by_architecture[name] for entry in self.rounds]
+                axes.plot(rounds, values, marker=".", label=name)
+            return _finished(figure, axes)
         every_label = [100 * entry.accuracy for entry in self.rounds]
         one_label = [100 * entry.special_label_accuracy for entry in self.rounds]
         axes.plot(rounds, every_label, color=ORANGE, marker="o", label="all labels")
@@ -171,10 +190,42 @@ class Report:
             linestyle="--",
             label=f"label {self.settings.special_label}",
         )
-        axes.set_xlabel("round (0: before training)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        finish_axes(axes)
-        return figure
+        return _finished(figure, axes)
+
+
+def _finished(figure: Figure, axes: Axes) -> Figure:
+    axes.set_xlabel("round (0: before training)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish_axes(axes)
+    return figure
+
+
+def draw_layers(layers: Mapping[str, StageMatch]) -> Figure:
+    """Return a figure of the costs between layers, with the path that was chosen.
+
+    Parameters
+    ----------
+    layers : mapping of str to StageMatch
+        Matched stages of a deeper target, by a title.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A panel for each stage: rows are layers of the deep network.
+    """
+    columns = min(4, len(layers))
+    figure, panels = new_figure_grid("cost of matching layers", len(layers), columns, False)
+    for (title, stage), axes in zip(layers.items(), panels, strict=True):
+        image = axes.imshow(stage.cost, cmap="Greys", aspect="auto")
+        figure.colorbar(image, ax=axes)
+        path = sorted(stage.pairs)
+        axes.plot(*zip(*path, strict=True), color=ORANGE, marker="o", markersize=9)
+        axes.set_xticks(range(len(stage.client_units)), stage.client_units, fontsize=7)
+        axes.set_yticks(range(len(stage.target_units)), stage.target_units, fontsize=7)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("layer of the shallow network", fontsize=8)
+        axes.set_ylabel("layer of the deep network", fontsize=8)
+    return figure
 
 
 def output_folder(output_dir: str) -> Path:
@@ -208,12 +259,14 @@ def new_figure(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def new_figure_grid(title: str, count: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """Return a figure with a title and a grid of axes that share their vertical scale."""
+def new_figure_grid(
+    title: str, count: int, columns: int, share_scale: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a title and a grid of axes, which can share their vertical scale."""
     rows = -(-count // columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=share_scale)
     figure.suptitle(title)
     return figure, list(grid.flat)[:count]
 

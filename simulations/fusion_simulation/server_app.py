@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
+import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
-from torch import nn
+from torch import Tensor, nn
 
-from fusion_simulation.comparison import OT_FUSION, Comparison
+import flwr_fusion as ff
+from flwr_fusion.strategy import CLAFusion
+from fusion_simulation.comparison import OT_FUSION, Comparison, Fuse
 from fusion_simulation.data import LabelledImages, check_label_skill, load_split
 from fusion_simulation.report import Report, RoundAccuracy, output_folder
 from fusion_simulation.settings import Settings
@@ -19,13 +23,16 @@ from fusion_simulation.strategies import RecordReplies, build_strategy
 from fusion_simulation.task import accuracy, build_model, class_probabilities
 
 NODES_NEEDED = 2
+IN_ARCHITECTURE = "accuracy-"
 SECONDS_TO_CONNECT = 60.0
 METHOD_NAMES = {
     "fedavg": OT_FUSION,
     "fedprox": "FedProx",
     "ot": OT_FUSION,
     "nt": "Neuron Transplantation",
+    "cla": "CLA fusion to",
 }
+Build = Callable[[str], nn.Module]
 
 app = ServerApp()
 
@@ -37,20 +44,29 @@ def run(grid: Grid, context: Context) -> None:
     test = load_split(
         settings.dataset, train=False, data_dir=settings.data_dir, download=settings.download
     )
-    build = partial(build_model, settings.models, settings.dataset, settings.seed)
-    strategy = build_strategy(settings, build(), test.images[:2])
+    build = partial(build_model, dataset=settings.dataset, seed=settings.seed)
+    models = {name: build(name) for name in settings.architectures}
+    calibration = calibration_images(settings)
+    strategy = build_strategy(settings, models, test.images[:2], calibration)
     folder = output_folder(settings.output_dir)
     check_nodes(grid, settings)
 
     begin = time.perf_counter()
+    first = next(iter(models.values()))
+    # Clients of several architectures start from what their strategy has made for all of them.
+    arrays = None if isinstance(strategy, CLAFusion) else ArrayRecord(first.state_dict())
     result = strategy.start(
         grid,
-        initial_arrays=ArrayRecord(build().state_dict()),
+        initial_arrays=arrays,  # type: ignore[arg-type]
         num_rounds=settings.num_server_rounds,
-        evaluate_fn=evaluator(build, test, settings.special_label),
+        evaluate_fn=evaluator(strategy, first, test, settings.special_label),
     )
     seconds = {"federation": time.perf_counter() - begin}
-    report = compare(settings, strategy, result, build, test, seconds)
+    cla = isinstance(strategy, CLAFusion)
+    methods = cla_methods(settings, models, test, calibration) if cla else None
+    report = compare(settings, strategy, result, build, test, methods, seconds)
+    if isinstance(strategy, CLAFusion):
+        report = replace(report, layers=matched_layers(strategy, settings.num_server_rounds))
     report.show()
     report.save(folder)
 
@@ -69,21 +85,68 @@ def check_nodes(grid: Grid, settings: Settings) -> None:
         check_label_skill(nodes)
 
 
+def calibration_images(settings: Settings) -> Tensor | None:
+    """Return the images that the server compares layers with, if it may."""
+    if settings.strategy != "cla" or not settings.calibration:
+        return None
+    data = load_split(
+        settings.dataset, train=True, data_dir=settings.data_dir, download=settings.download
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    return data.images[torch.randperm(len(data), generator=generator)[: settings.calibration]]
+
+
 def evaluator(
-    build: Callable[[], nn.Module], test: LabelledImages, special_label: int
+    strategy: RecordReplies, model: nn.Module, test: LabelledImages, special_label: int
 ) -> Callable[[int, ArrayRecord], MetricRecord]:
-    """Return the function that evaluates the global model after every round."""
+    """Return the function that evaluates the global model, in all architectures, every round."""
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        probabilities = class_probabilities(load_arrays(build(), arrays), test.images)
-        return MetricRecord(
-            {
-                "accuracy": accuracy(probabilities, test.labels),
-                "special-label-accuracy": accuracy(probabilities, test.labels, special_label),
-            }
-        )
+        probabilities = class_probabilities(load_arrays(model, arrays), test.images)
+        metrics = {
+            "accuracy": accuracy(probabilities, test.labels),
+            "special-label-accuracy": accuracy(probabilities, test.labels, special_label),
+        }
+        if isinstance(strategy, CLAFusion):
+            for name, other in strategy.global_models().items():
+                probabilities = class_probabilities(other, test.images)
+                metrics[f"{IN_ARCHITECTURE}{name}"] = accuracy(probabilities, test.labels)
+        return MetricRecord(metrics)  # type: ignore[arg-type]
 
     return evaluate
+
+
+def cla_methods(
+    settings: Settings,
+    models: Mapping[str, nn.Module],
+    test: LabelledImages,
+    calibration: Tensor | None,
+) -> dict[str, Fuse]:
+    """Return the fusion of the clients into each architecture, by name."""
+    return {
+        f"{METHOD_NAMES['cla']} {name}": partial(
+            ff.cla_fusion,
+            example_inputs=test.images[:2],
+            target=model,
+            calibration=calibration,
+            repair=settings.repair,
+        )
+        for name, model in models.items()
+    }
+
+
+def matched_layers(strategy: CLAFusion, server_round: int) -> dict[str, ff.StageMatch]:
+    """Return the layers that corresponded in the last round, for each pair of architectures."""
+    assert isinstance(strategy, RecordReplies)
+    names = [strategy.node_architectures.get(r.metadata.src_node_id, "") for r in strategy.replies]
+    return {
+        f"{names[layers.clients[0]]} in {target}": stage
+        for target, report in strategy.architecture_reports[server_round].items()
+        for layers in report.layers
+        for stage in layers.stages
+        # Each pair once, seen from the deeper network.
+        if stage.cost and len(stage.target_units) > len(stage.client_units)
+    }
 
 
 def load_arrays(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
@@ -96,24 +159,36 @@ def compare(
     settings: Settings,
     strategy: RecordReplies,
     result: Result,
-    build: Callable[[], nn.Module],
+    build: Build,
     test: LabelledImages,
+    methods: Mapping[str, Fuse] | None,
     seconds: dict[str, float],
 ) -> Report:
     """Evaluate the last round's clients in every combination, and collect the report."""
     begin = time.perf_counter()
-    comparison = Comparison(strategy.client_models(build), test, settings.special_label)
-    fused = None if settings.strategy == "fedavg" else load_arrays(build(), result.arrays)
-    name = METHOD_NAMES[settings.strategy]
-    if settings.combines_by_least_squares:
-        name += f", {settings.combine}"
-    rows = comparison.rows(fused, name)
+    clients = strategy.client_models(lambda partition_id: build(settings.model_of(partition_id)))
+    comparison = Comparison(clients, test, settings.special_label, methods)
+    rows = comparison.rows(fused_models(settings, strategy, result, build))
     sweep = comparison.sweep() if len(comparison.clients) == NODES_NEEDED else None
     seconds |= {
         "aggregation-last-round": strategy.aggregation_seconds[-1],
         "comparison": time.perf_counter() - begin,
     }
     return Report(settings, rows, sweep, round_accuracies(result), seconds)
+
+
+def fused_models(
+    settings: Settings, strategy: RecordReplies, result: Result, build: Build
+) -> dict[str, nn.Module] | None:
+    """Return the strategy's own models by the name of their method; None for FedAvg."""
+    if settings.strategy == "fedavg":
+        return None
+    method = METHOD_NAMES[settings.strategy]
+    rule = f", {settings.combine}" if settings.combines_by_least_squares else ""
+    if isinstance(strategy, CLAFusion):
+        models = strategy.global_models()
+        return {f"{method} {name}{rule}": model for name, model in models.items()}
+    return {method + rule: load_arrays(build(settings.models), result.arrays)}
 
 
 def round_accuracies(result: Result) -> list[RoundAccuracy]:
@@ -123,6 +198,11 @@ def round_accuracies(result: Result) -> list[RoundAccuracy]:
             server_round,
             float(metrics["accuracy"]),  # type: ignore[arg-type]
             float(metrics["special-label-accuracy"]),  # type: ignore[arg-type]
+            {
+                key.removeprefix(IN_ARCHITECTURE): float(value)  # type: ignore[arg-type]
+                for key, value in metrics.items()
+                if key.startswith(IN_ARCHITECTURE)
+            },
         )
         for server_round, metrics in sorted(result.evaluate_metrics_serverapp.items())
     ]

@@ -13,7 +13,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "partition": ("label-skill", "dirichlet", "iid"),
 }
 LABELS = 10
-MLP_WIDTHS = (400, 200, 100)
+MLP_WIDTHS = (400, 200, 100, 50, 25)
+MLP_DEPTH = 3
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Settings:
     special_label: int
     shared_start: bool
     models: str
+    calibration: int
     local_epochs: int
     learning_rate: float
     momentum: float
@@ -77,7 +79,17 @@ class Settings:
     @property
     def combines_by_least_squares(self) -> bool:
         """Whether the server needs the clients' statistics."""
-        return self.strategy == "ot" and self.combine == "least-squares"
+        return self.strategy in ("ot", "cla") and self.combine == "least-squares"
+
+    @property
+    def architectures(self) -> list[str]:
+        """The different models of the clients."""
+        return list(dict.fromkeys(self.models.split(",")))
+
+    def model_of(self, partition_id: int) -> str:
+        """Return the model of a client: those that ``models`` lists, in turn."""
+        listed = self.models.split(",")
+        return listed[partition_id % len(listed)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings under their run-config keys."""
@@ -86,7 +98,13 @@ class Settings:
     def _check(self) -> None:
         for key, allowed in CHOICES.items():
             check_choice(key, getattr(self, key), allowed)
-        architecture(self.models)
+        for model in self.architectures:
+            architecture(model)
+        if len(self.architectures) > 1 and self.strategy != "cla":
+            raise ValueError(
+                f"models={self.models!r} names several models, which strategy={self.strategy!r} "
+                "cannot put together; use strategy='cla', or one model"
+            )
         check_choice("special-label", str(self.special_label), [str(n) for n in range(LABELS)])
         self._check_numbers()
         self._check_folders()
@@ -95,7 +113,7 @@ class Settings:
         for key in ("alpha", "learning_rate", "local_epochs", "batch_size", "num_server_rounds"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key.replace('_', '-')} must be greater than 0")
-        for key in ("combine_rounds", "proximal_mu"):
+        for key in ("combine_rounds", "proximal_mu", "calibration"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key.replace('_', '-')} must not be negative")
         if not 0 <= self.momentum < 1:
@@ -124,8 +142,9 @@ def architecture(models: str) -> tuple[str, tuple[int, ...]]:
     Parameters
     ----------
     models : str
-        ``mlp``, ``lenet``, hidden widths such as ``mlp-64-32``, or the depth and the width factor
-        of a residual network, such as ``resnet-8`` or ``resnet-20-4``.
+        ``mlp``, or ``mlp-N`` with N from 1 to 5 of the hidden widths 400, 200, 100, 50, 25;
+        hidden widths such as ``mlp-64-32``; ``lenet``; or the depth and the width factor of a
+        residual network, such as ``resnet-8`` or ``resnet-20-4``.
 
     Returns
     -------
@@ -136,14 +155,18 @@ def architecture(models: str) -> tuple[str, tuple[int, ...]]:
     sizes = tuple(int(part) for part in parts if part.isdecimal() and int(part) > 0)
     if len(sizes) == len(parts):
         if kind == "mlp":
-            return kind, sizes or MLP_WIDTHS
+            depth = sizes or (MLP_DEPTH,)
+            if len(depth) == 1 and depth[0] <= len(MLP_WIDTHS):
+                return kind, MLP_WIDTHS[: depth[0]]
+            return kind, sizes
         if kind == "lenet" and not sizes:
             return kind, sizes
         if kind == "resnet" and len(sizes) in (1, 2) and sizes[0] % 6 == 2 and sizes[0] > 2:
             return kind, (sizes[0], *(sizes[1:] or (1,)))
     raise ValueError(
-        f"models={models!r} is not known; allowed: mlp, lenet, mlp with its hidden widths, such as "
-        "mlp-64-32, or resnet with its depth (8, 14, 20, ...) and width factor, such as resnet-20-4"
+        f"models={models!r} is not known; allowed: mlp, lenet, mlp with a number of hidden layers "
+        "up to 5, such as mlp-4, or with its hidden widths, such as mlp-64-32, or resnet with its "
+        "depth (8, 14, 20, ...) and width factor, such as resnet-20-4"
     )
 
 

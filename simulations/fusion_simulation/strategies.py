@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg, FedProx
 from torch import Tensor, nn
 
-from flwr_fusion.strategy import NeuronTransplantation, OTFusion
+from flwr_fusion.strategy import CLAFusion, NeuronTransplantation, OTFusion
 from fusion_simulation.comparison import ClientModel
 from fusion_simulation.settings import Settings
 
@@ -42,13 +42,13 @@ class RecordReplies(FedAvg):
         self.aggregation_seconds.append(time.perf_counter() - begin)
         return aggregated
 
-    def client_models(self, build: Callable[[], nn.Module]) -> list[ClientModel]:
+    def client_models(self, build: Callable[[int], nn.Module]) -> list[ClientModel]:
         """Return the models of the latest replies, in the order of their partitions.
 
         Parameters
         ----------
         build : callable
-            Returns a new model, into which a client's weights are loaded.
+            Returns a new model for a partition, into which the client's weights are loaded.
 
         Returns
         -------
@@ -56,7 +56,7 @@ class RecordReplies(FedAvg):
             The clients' models.
         """
         return sorted(
-            (_client_model(reply, build()) for reply in self.replies),
+            (_client_model(reply, build) for reply in self.replies),
             key=lambda client: client.partition_id,
         )
 
@@ -77,26 +77,45 @@ class RecordingNeuronTransplantation(RecordReplies, NeuronTransplantation):
     """NeuronTransplantation that keeps the latest replies."""
 
 
-def build_strategy(settings: Settings, model: nn.Module, example_inputs: Tensor) -> RecordReplies:
+class RecordingCLAFusion(RecordReplies, CLAFusion):
+    """CLAFusion that keeps the latest replies."""
+
+
+Models = Mapping[str, nn.Module]
+"""The clients' architectures by name; the first is the global model's."""
+
+
+def build_strategy(
+    settings: Settings, models: Models, example_inputs: Tensor, calibration: Tensor | None = None
+) -> RecordReplies:
     """Build the strategy that the settings name.
 
     Parameters
     ----------
     settings : Settings
         The run configuration.
-    model : torch.nn.Module
-        A model of the clients' architecture.
+    models : mapping of str to torch.nn.Module
+        A model of every architecture of the clients.
     example_inputs : torch.Tensor
         A small batch of inputs.
+    calibration : torch.Tensor, optional
+        Images that the server has.
 
     Returns
     -------
     RecordReplies
         The strategy. The clients are not asked to evaluate: the server does.
     """
-    check_available("strategy", settings.strategy, tuple(STRATEGIES))
+    check_available("strategy", settings.strategy, (*STRATEGIES, "cla"))
     check_available("combine", settings.combine, COMBINE_RULES)
-    return STRATEGIES[settings.strategy](settings, model, example_inputs)
+    if settings.strategy == "cla":
+        return RecordingCLAFusion(
+            architectures=models,
+            example_inputs=example_inputs,
+            calibration=calibration,
+            **_options(settings),
+        )
+    return STRATEGIES[settings.strategy](settings, next(iter(models.values())), example_inputs)
 
 
 def check_available(key: str, value: str, available: tuple[str, ...]) -> None:
@@ -116,15 +135,19 @@ def _fedprox(settings: Settings, model: nn.Module, example_inputs: Tensor) -> Re
 
 
 def _ot_fusion(settings: Settings, model: nn.Module, example_inputs: Tensor) -> RecordReplies:
-    rounds = {"combine": settings.combine_rounds} if settings.combine_rounds else None
-    return RecordingOTFusion(
-        model=model,
-        example_inputs=example_inputs,
-        only_first_rounds=rounds,
-        combine=settings.combine,
-        repair=settings.repair,
-        fraction_evaluate=0.0,
-    )
+    return RecordingOTFusion(model=model, example_inputs=example_inputs, **_options(settings))
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """Return the options that matching strategies share."""
+    return {
+        "only_first_rounds": (
+            {"combine": settings.combine_rounds} if settings.combine_rounds else None
+        ),
+        "combine": settings.combine,
+        "repair": settings.repair,
+        "fraction_evaluate": 0.0,
+    }
 
 
 def _neuron_transplantation(
@@ -143,11 +166,13 @@ STRATEGIES: dict[str, Callable[[Settings, nn.Module, Tensor], RecordReplies]] = 
 }
 
 
-def _client_model(reply: Message, model: nn.Module) -> ClientModel:
+def _client_model(reply: Message, build: Callable[[int], nn.Module]) -> ClientModel:
     content = reply.content
+    partition_id = int(content.config_records["client"]["partition-id"])  # type: ignore[arg-type]
+    model = build(partition_id)
     model.load_state_dict(content.array_records["arrays"].to_torch_state_dict())
     return ClientModel(
-        partition_id=int(content.config_records["client"]["partition-id"]),  # type: ignore[arg-type]
+        partition_id=partition_id,
         model=model,
         examples=int(content.metric_records["metrics"]["num-examples"]),  # type: ignore[arg-type]
     )
