@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion.channels import verified_graph
-from flwr_fusion.depth.activity import MERGES, activity_from_statistics, measured_activity
 from flwr_fusion.depth.balance import DepthAligned, depth_aligned
 from flwr_fusion.depth.layers import LAYER_COSTS, StageMatch, StructuredNetwork, match_stages
+from flwr_fusion.depth.merging import MERGES, merged_layer
 from flwr_fusion.depth.moments import statistics_in_layers_of
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
 from flwr_fusion.depth.structure import DepthStructure, Unit
@@ -44,7 +44,7 @@ def cla_fusion(
     reference: nn.Module | None = None,
     layer_cost: Literal["auto", "cka", "width", "wasserstein"] = "auto",
     balance: Literal["add", "merge"] = "add",
-    merge: Literal["auto", "sum", "majority", "average", "linear"] = "auto",
+    merge: Literal["auto", "least-squares", "sum", "majority", "average", "linear"] = "auto",
     first_to_first: bool = True,
     last_to_last: bool = True,
     structure: Callable[[nn.Module], DepthStructure] | None = None,
@@ -76,11 +76,11 @@ def cla_fusion(
     balance : {"add", "merge"}
         Without `target`: fuse into the layers of the deepest network, each as wide as the widest
         client's, or into the shallowest network (among equals the largest).
-    merge : {"auto", "sum", "majority", "average", "linear"}
-        Diagonal D in the merged layer ``W_2 D W_1``, for rectified layers: 1 for channels whose
-        pre-activations have a positive sum, for those that are positive more often than not, the
-        share of positive ones, or 1 for all. From `calibration`, else from `statistics` as if
-        pre-activations were normal. "auto": "sum" with either of them, else "linear".
+    merge : {"auto", "least-squares", "sum", "majority", "average", "linear"}
+        What takes the place of two layers: the linear layer nearest to them on `calibration`, or
+        ``W_2 D W_1`` with the diagonal D 1 for channels whose pre-activations on `calibration`
+        have a positive sum, for those that are positive more often than not, the share of
+        positive ones, or 1 for all. "auto": least squares with `calibration`, else "linear".
     first_to_first, last_to_last : bool
         Whether first layers (and last ones) of a stage must be matched to each other.
     structure : callable, optional
@@ -124,7 +124,7 @@ def cla_fusion(
     started = time.perf_counter()
     check_option("layer_cost", layer_cost, LAYER_COSTS)
     check_option("balance", balance, BALANCES)
-    check_option("merge", merge, ("auto", *MERGES, "linear"))
+    check_option("merge", merge, MERGES)
     order = participants(models, shares_of(models, weights))
     aligner = DepthAligner(
         models,
@@ -233,7 +233,7 @@ class DepthAligner:
     absent: dict[int, frozenset[str]] = field(default_factory=dict)
     _clients: dict[int, StructuredNetwork] = field(default_factory=dict)
     _matches: dict[int, tuple[StageMatch, ...]] = field(default_factory=dict)
-    _activities: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    _merged: dict[tuple[int, tuple[str, ...]], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def match(
         self,
@@ -281,7 +281,7 @@ class DepthAligner:
         """Return a client in the target's layers."""
         if k not in self._clients:
             return DepthAligned(self.models[k], frozenset())
-        return self._aligned(self._clients[k], k, lambda unit: self._activity(k, unit))
+        return self._aligned(self._clients[k], k)
 
     def as_wide_as_the_widest(self, order: Sequence[int]) -> nn.Module:
         """Return the target's layers, every channel group as large as the largest client's."""
@@ -323,38 +323,24 @@ class DepthAligner:
         except FusionError as error:
             raise FusionError(f"{name}: {error}") from error
 
-    def _aligned(
-        self, network: StructuredNetwork, k: int, activity: Callable[[Unit], Tensor]
-    ) -> DepthAligned:
+    def _aligned(self, network: StructuredNetwork, k: int) -> DepthAligned:
+        def merge(units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
+            return self._merge(k, units)
+
         try:
-            return depth_aligned(network, self.target, self.graph, self._matches[k], activity)
+            return depth_aligned(network, self.target, self.graph, self._matches[k], merge)
         except FusionError as error:
             raise FusionError(
                 f"{network.title} cannot be brought to the depth of {self.target.title}: {error}"
             ) from error
 
-    def _activity(self, k: int, unit: Unit) -> Tensor:
-        """Return the diagonal of D for a layer that is merged away."""
-        key = (k, unit.name)
-        if key not in self._activities:
-            self._activities[key] = self._new_activity(k, unit)
-        return self._activities[key]
-
-    def _new_activity(self, k: int, unit: Unit) -> Tensor:
-        model = self.models[k]
-        merge = "sum" if self.merge == "auto" else self.merge
-        if merge != "linear" and self.calibration is not None:
-            return measured_activity(model, unit, batches_of(self.calibration), merge)
-        own = self.known[k] if self.known is not None else None
-        if merge != "linear" and own is not None:
-            known = activity_from_statistics(model, unit, own, merge)
-            if known is not None:
-                return known
-        if self.merge not in ("auto", "linear"):
-            raise FusionError(
-                f"merge={merge!r} needs calibration= or statistics= with layer '{unit.layer}'"
-            )
-        return torch.ones(len(model.get_submodule(unit.layer).weight))  # type: ignore[arg-type]
+    def _merge(self, k: int, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
+        """Return one layer in the place of several of a client's, remembering it."""
+        key = (k, tuple(unit.name for unit in units))
+        if key not in self._merged:
+            batches = None if self.calibration is None else batches_of(self.calibration)
+            self._merged[key] = merged_layer(units, self.models[k], batches, self.merge)
+        return self._merged[key]
 
     def _check_exact(self, k: int) -> None:
         """Refuse to add layers where that changes the function of the client's architecture."""
@@ -363,9 +349,7 @@ class DepthAligner:
         network = self._clients[k]
         generator = torch.Generator().manual_seed(0)
         drawn = with_state(network.model, random_state(network.model, generator)).eval()
-        deeper = self._aligned(
-            replace(network, model=drawn), k, lambda unit: torch.ones(())
-        ).model.eval()
+        deeper = self._aligned(replace(network, model=drawn), k).model.eval()
         inputs = random_inputs(drawn, self.example_inputs, generator)
         expected = output_vector(drawn, drawn.state_dict(), inputs)
         output = output_vector(deeper, deeper.state_dict(), inputs)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flwr_fusion.channels import ChannelGraph, ChannelGroup, verified_graph
-from flwr_fusion.cla import DepthAligner
-from flwr_fusion.depth.balance import DepthAligned
+from flwr_fusion.depth.balance import DepthAligned, corresponding_tensors, depth_aligned
+from flwr_fusion.depth.layers import StageMatch, StructuredNetwork, match_stages
+from flwr_fusion.depth.merging import merged_layer
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
-from flwr_fusion.depth.structure import LAYERS
+from flwr_fusion.depth.structure import LAYERS, DepthStructure
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
 from flwr_fusion.prepare import detached_state, with_state
@@ -75,57 +77,100 @@ def common_start(
         raise FusionError("there are no architectures")
     if not 0 <= noise < float("inf"):
         raise FusionError(f"noise must be finite and not negative, not {noise!r}")
-    core = _core(list(architectures.values()), example_inputs)
+    shallowest = min(architectures.values(), key=_size)
+    family = [_Member(model, shallowest, example_inputs) for model in architectures.values()]
+    core = _core(shallowest, family, example_inputs)
     result = {}
-    for name, model in architectures.items():
+    for name, member in zip(architectures, family, strict=True):
         try:
-            result[name] = _grown(core, model, example_inputs, noise)
+            result[name] = _grown(core, member, example_inputs, noise)
         except FusionError as error:
             raise FusionError(f"architecture '{name}': {error}") from error
     return result
 
 
-def _core(models: list[nn.Module], example_inputs: Any) -> nn.Module:
-    """Return the shallowest network, every channel group as small as the smallest network's."""
+def _size(model: nn.Module) -> tuple[int, int]:
+    """Return depth and number of parameters."""
+    parameters = list(model.parameters())
+    return sum(p.dim() > 1 for p in parameters), sum(p.numel() for p in parameters)
 
-    def size(model: nn.Module) -> tuple[int, int]:
-        parameters = list(model.parameters())
-        return sum(p.dim() > 1 for p in parameters), sum(p.numel() for p in parameters)
 
-    shallowest = min(models, key=size)
+class _Member:
+    """An architecture, and which of its layers correspond to the shallowest one's."""
+
+    def __init__(self, model: nn.Module, shallowest: nn.Module, example_inputs: Any) -> None:
+        self.model, self.graph = model, verified_graph(model, example_inputs)
+        self._shallow_graph = verified_graph(shallowest, example_inputs)
+        self.matches: tuple[StageMatch, ...] = ()
+        if model.state_dict().keys() != shallowest.state_dict().keys():
+            self._own = StructuredNetwork(
+                model, DepthStructure.trace(model, example_inputs), type(model).__name__
+            )
+            self._shallow = StructuredNetwork(
+                shallowest, DepthStructure.trace(shallowest, example_inputs), "the shallowest"
+            )
+            self.matches = match_stages(self._shallow, self._own, "width", None)
+
+    def in_own_layers(self, core: nn.Module) -> DepthAligned:
+        """Return a network with the shallowest one's layers in the architecture's layers."""
+        if not self.matches:
+            return DepthAligned(core, frozenset())
+        client = replace(self._shallow, model=core)
+        return depth_aligned(
+            client,
+            self._own,
+            self.graph,
+            self.matches,
+            lambda units: merged_layer(units, core, None, "linear"),
+        )
+
+    def widths(self) -> dict[str, int]:
+        """Return how many channels the shallowest one's groups have in the architecture."""
+        turned = [
+            StageMatch(m.target_units, m.client_units, tuple((b, a) for a, b in m.pairs))
+            for m in self.matches
+        ]
+        state = (
+            corresponding_tensors(self._own, self._shallow, turned)
+            if self.matches
+            else self.model.state_dict()
+        )
+        return group_widths(self._shallow_graph, state)
+
+    def room_behind(self) -> dict[str, int]:
+        """Return for layers of the shallowest the least width of those added behind them."""
+        room: dict[str, int] = {}
+        for match in self.matches:
+            counterparts = dict(match.pairs)
+            for number, name in enumerate(match.client_units):
+                if number not in counterparts:
+                    continue
+                added = match.target_units[counterparts[number] + 1 : counterparts.get(number + 1)]
+                layers = [self.model.get_submodule(unit) for unit in added]
+                widths = [len(m.weight) for m in layers if isinstance(m, LAYERS)]
+                if widths:
+                    room[name] = min(widths)
+        return room
+
+
+def _core(shallowest: nn.Module, family: Sequence[_Member], example_inputs: Any) -> nn.Module:
+    """Return the shallowest network, every channel group as small as the smallest network's.
+
+    A layer that is added behind others gives back what they give, so it must be as wide.
+    """
     graph = verified_graph(shallowest, example_inputs)
     widths = {group.name: group.size for group in graph.groups}
-    for model in models:
-        own = group_widths(
-            graph, _in_layers_of(shallowest, model, example_inputs).model.state_dict()
-        )
-        for layer, room in _room_behind(shallowest, model, example_inputs).items():
-            for group in graph.groups:
-                if any(p.writes and owner_of(p.tensor) == layer for p in group.places):
-                    own[group.name] = min(own[group.name], room)
-        widths = {name: min(width, own[name]) for name, width in widths.items()}
+    for member in family:
+        own, room = member.widths(), member.room_behind()
+        for group in graph.groups:
+            layers = {owner_of(place.tensor) for place in group.places if place.writes}
+            limits = [room[layer] for layer in layers & room.keys()]
+            widths[group.name] = min(widths[group.name], own[group.name], *limits)
     state = {
         name: _first(tensor, resized_shape(name, graph, widths))
         for name, tensor in detached_state(shallowest).items()
     }
     return with_own_widths(shallowest, state)
-
-
-def _room_behind(core: nn.Module, model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    """Return for layers of the core the least width of the layers that are added behind them."""
-    room: dict[str, int] = {}
-    for match in (
-        stage for r in _matched(model, core, example_inputs).reports() for stage in r.stages
-    ):
-        counterparts = dict(match.pairs)
-        for number, name in enumerate(match.client_units):
-            if number not in counterparts or not isinstance(core.get_submodule(name), LAYERS):
-                continue
-            added = match.target_units[counterparts[number] + 1 : counterparts.get(number + 1)]
-            widths = [len(model.get_submodule(unit).weight) for unit in added]  # type: ignore[arg-type]
-            if widths:
-                room[name] = min(widths)
-    return room
 
 
 def _first(tensor: Tensor, shape: list[int]) -> Tensor:
@@ -136,20 +181,10 @@ def _first(tensor: Tensor, shape: list[int]) -> Tensor:
     return part
 
 
-def _in_layers_of(target: nn.Module, model: nn.Module, example_inputs: Any) -> DepthAligned:
-    return _matched(target, model, example_inputs).aligned(0)
-
-
-def _matched(target: nn.Module, model: nn.Module, example_inputs: Any) -> DepthAligner:
-    aligner = DepthAligner([model], target, example_inputs)
-    aligner.match([0], None, "width")
-    return aligner
-
-
-def _grown(core: nn.Module, model: nn.Module, example_inputs: Any, noise: float) -> nn.Module:
+def _grown(core: nn.Module, member: _Member, example_inputs: Any, noise: float) -> nn.Module:
     """Return a network that computes the core's function in its own architecture, plus noise."""
-    growth = _Growth(core, model, example_inputs)
-    own, state = detached_state(model), growth.grow(core)
+    growth = _Growth(core, member, example_inputs)
+    own, state = detached_state(member.model), growth.grow(core)
     quiet = growth.absent | {name for name, tensor in state.items() if not bool(tensor.any())}
     noisy = {
         name: tensor
@@ -158,17 +193,16 @@ def _grown(core: nn.Module, model: nn.Module, example_inputs: Any, noise: float)
         # The last tensors of blocks that do nothing are zero and stay so.
         if name not in quiet and tensor.dim() > 1 and tensor.is_floating_point()
     }
-    return with_state(model, {**state, **noisy})
+    return with_state(member.model, {**state, **noisy})
 
 
 class _Growth:
     """How the core's channels and layers become those of an architecture."""
 
-    def __init__(self, core: nn.Module, model: nn.Module, example_inputs: Any) -> None:
-        self.model, self.example_inputs = model, example_inputs
-        deep = _in_layers_of(model, core, example_inputs)
+    def __init__(self, core: nn.Module, member: _Member, example_inputs: Any) -> None:
+        self.member, self.graph = member, member.graph
+        deep = member.in_own_layers(core)
         self.absent = deep.absent
-        self.graph = verified_graph(model, example_inputs)
         self.correspondence = Correspondence(self.graph, verified_graph(deep.model, example_inputs))
         self.maps = {
             g.name: Selection(torch.arange(g.fused_size) % g.client_size, g.client_size)
@@ -179,7 +213,7 @@ class _Growth:
         drawn = with_state(core, random_state(core, generator)).eval()
         inputs = random_inputs(core, example_inputs, generator)
         expected = output_vector(drawn, drawn.state_dict(), inputs)
-        evaluated = copy.deepcopy(model).eval()
+        evaluated = copy.deepcopy(member.model).eval()
         for self._scaled in (True, False):
             difference = output_vector(evaluated, self.grow(drawn), inputs) - expected
             if float(difference.norm()) <= _EXACT * float(expected.norm()):
@@ -188,8 +222,8 @@ class _Growth:
 
     def grow(self, core: nn.Module) -> dict[str, Tensor]:
         """Return the state dict of the core's function in the architecture."""
-        own = detached_state(self.model)
-        state = detached_state(_in_layers_of(self.model, core, self.example_inputs).model)
+        own = detached_state(self.member.model)
+        state = detached_state(self.member.in_own_layers(core).model)
         repeated = {
             name: map_tensor(state[name], name, self.correspondence, self.maps).clone()
             for name in own

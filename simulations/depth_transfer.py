@@ -123,7 +123,7 @@ def depth_methods(
     for aligned in ("weights", "activations"):
         by = partial(fuse, align_by=aligned)
         methods[f"add, by {aligned}"] = partial(by, balance="add")
-        for merge in ("sum", "majority", "average"):
+        for merge in ("sum", "majority", "average", "least-squares"):
             name = f"merge ({merge}), by {aligned}"
             methods[name] = partial(by, balance="merge", merge=merge)
     for balance in ("add", "merge"):

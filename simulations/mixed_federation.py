@@ -45,13 +45,15 @@ class Method:
     """A way of federating clients of different architectures.
 
     ``start``: "common", "own" (each architecture's own weights), or "largest" (all fused from the
-    first architecture's).
+    first architecture's). ``calibration``: images that the server has, to merge layers with and to
+    repair.
     """
 
     name: str
     start: str
     combine: str = "mean"
     fuses: bool = True
+    calibration: int = 0
 
 
 METHODS = (
@@ -60,6 +62,7 @@ METHODS = (
     Method("CLA, mean, own starts", "own"),
     Method("CLA, mean, from the largest", "largest"),
     Method("CLA, mean, common start", "common"),
+    Method("CLA, mean, common start, 400 images", "common", calibration=400),
     Method("CLA, least squares, own starts", "own", "least-squares"),
     Method("CLA, least squares, common start", "common", "least-squares"),
 )
@@ -152,10 +155,9 @@ def _run(cells: Sequence[Cell], arguments: argparse.Namespace) -> None:
 def run_cell(cell: Cell) -> Curves:
     """Return the test accuracy of every architecture's global model after every round."""
     torch.set_num_threads(1)
-    shares = _clients(cell)
+    shares, calibration = _clients(cell)
     test = load_split("mnist", train=False, data_dir=cell.data_dir)
-    example_inputs = test.images[:2]
-    models = _start(cell, example_inputs)
+    models = _start(cell, test.images[:2])
     curves: Curves = {name: [] for name in ARCHITECTURES}
     for number in range(1, cell.rounds + 1):
         trained = [
@@ -169,7 +171,7 @@ def run_cell(cell: Cell) -> Curves:
         ]
         weights = [float(len(own)) for own in shares]
         models = {
-            name: _fused(cell, name, sent, trained, weights, measured, example_inputs)
+            name: _fused(cell, name, sent, trained, weights, measured, test.images[:2], calibration)
             for name, sent in models.items()
         }
         for name, model in models.items():
@@ -177,12 +179,16 @@ def run_cell(cell: Cell) -> Curves:
     return curves
 
 
-def _clients(cell: Cell) -> list[LabelledImages]:
+def _clients(cell: Cell) -> tuple[list[LabelledImages], torch.Tensor | None]:
+    """Return the clients' images, and those of the server that no client has."""
     data = load_split("mnist", train=True, data_dir=cell.data_dir)
     generator = np.random.default_rng(cell.seed)
-    data = data.subset(np.sort(generator.permutation(len(data))[: cell.images]))
-    shares = dirichlet_partition(data.labels.numpy(), ALPHA, len(CLIENTS), generator)
-    return [data.subset(share) for share in shares]
+    order = generator.permutation(len(data))
+    own = data.subset(np.sort(order[: cell.images]))
+    shares = dirichlet_partition(own.labels.numpy(), ALPHA, len(CLIENTS), generator)
+    server = order[cell.images :][: cell.method.calibration]
+    calibration = data.subset(server).images if len(server) else None
+    return [own.subset(share) for share in shares], calibration
 
 
 def _start(cell: Cell, example_inputs: torch.Tensor) -> dict[str, nn.Module]:
@@ -216,6 +222,7 @@ def _fused(
     weights: Sequence[float],
     measured: Sequence[ff.statistics.Statistics | None],
     example_inputs: torch.Tensor,
+    calibration: torch.Tensor | None,
 ) -> nn.Module:
     """Return the next global model of one architecture."""
     if not cell.method.fuses:
@@ -229,6 +236,7 @@ def _fused(
         reference=sent,
         combine=cell.method.combine,
         statistics=measured,
+        calibration=calibration,
     ).model
 
 

@@ -91,9 +91,9 @@ def test_unknown_values_are_refused_with_the_allowed_ones(
 
 @pytest.mark.parametrize(("key", "value"), [("strategy", "fedsgd"), ("combine", "stack")])
 def test_unknown_strategies_are_refused_with_the_allowed_ones(key: str, value: str) -> None:
-    model = build_model("mlp-8", "digits", 0)
+    models = {"mlp-8": build_model("mlp-8", "digits", 0)}
     with pytest.raises(ValueError, match=f"{key}='{value}'") as refusal:
-        build_strategy(settings_of(**{key: value}), model, torch.zeros(2, 1, 8, 8))
+        build_strategy(settings_of(**{key: value}), models, torch.zeros(2, 1, 8, 8))
     for choice in STRATEGIES if key == "strategy" else ["mean"]:
         assert choice in str(refusal.value)
 

@@ -22,10 +22,9 @@ from flwr_fusion.statistics import key_of
 from flwr_fusion.tracing import module_of
 
 _BATCHNORMS = nn.modules.batchnorm._BatchNorm
-_CONVOLVE = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}
 
-Activity = Callable[[Unit], Tensor]
-"""Returns for each channel of a unit how much of its pre-activation its activation lets pass."""
+Merge = Callable[[Sequence[Unit]], tuple[Tensor, Tensor]]
+"""Returns weight and bias of one layer in the place of several."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def depth_aligned(
     target: StructuredNetwork,
     graph: ChannelGraph,
     matches: Sequence[StageMatch],
-    activity: Activity,
+    merge: Merge,
 ) -> DepthAligned:
     """Bring a network into the layers of another architecture, keeping its own widths.
 
@@ -69,8 +68,8 @@ def depth_aligned(
         Channel groups of the target.
     matches : sequence of StageMatch
         Which units correspond.
-    activity : callable
-        For a layer that is merged away the diagonal of ``D`` in ``W_2 D W_1``.
+    merge : callable
+        Returns weight and bias of one layer in the place of the client's layers given to it.
 
     Returns
     -------
@@ -82,16 +81,34 @@ def depth_aligned(
     FusionError
         If a unit can neither be added nor merged; it names the unit.
     """
-    state = _corresponding_tensors(client, target, matches)
-    _merge_layers(client, target, matches, state, activity)
+    state = corresponding_tensors(client, target, matches)
+    _merge_layers(client, target, matches, state, merge)
     absent = _add_units(target, matches, graph, state)
     return DepthAligned(with_own_widths(target.model, state), frozenset(absent))
 
 
-def _corresponding_tensors(
+def corresponding_tensors(
     client: StructuredNetwork, target: StructuredNetwork, matches: Sequence[StageMatch]
 ) -> dict[str, Tensor]:
-    """Return the client's tensors under the keys of the target's corresponding units."""
+    """Return the client's tensors under the keys of the target's corresponding units.
+
+    Parameters
+    ----------
+    client, target : StructuredNetwork
+        The networks.
+    matches : sequence of StageMatch
+        Which units correspond.
+
+    Returns
+    -------
+    dict of str to Tensor
+        A part of a state dict in the target's layers.
+
+    Raises
+    ------
+    FusionError
+        If corresponding units do not have the same tensors.
+    """
     ours, theirs = client.model.state_dict(), target.model.state_dict()
     pairs = [
         (_owned(ours, a), _owned(theirs, b), a, b)
@@ -130,7 +147,7 @@ def _merge_layers(
     target: StructuredNetwork,
     matches: Sequence[StageMatch],
     state: dict[str, Tensor],
-    activity: Activity,
+    merge: Merge,
 ) -> None:
     """Merge the client's layers without a counterpart into the next layer that has one."""
     counterparts = dict(_pairs(client, target, matches))
@@ -141,7 +158,7 @@ def _merge_layers(
             if unit not in counterparts:
                 waiting += [] if _is_left_out(unit) else [unit]
             elif waiting:
-                merged = _merged_layer([*waiting, unit], client.model, activity)
+                merged = merge([*waiting, unit])
                 _place(merged, counterparts[unit], unit, target.model, state)
                 waiting = []
 
@@ -158,62 +175,6 @@ def _check_can_follow(waiting: Sequence[Unit], unit: Unit) -> None:
             f"layer '{waiting[-1].name}' has no counterpart and cannot be merged into "
             f"'{unit.name}', which is of another type or size"
         )
-
-
-def _merged_layer(
-    units: Sequence[Unit], model: nn.Module, activity: Activity
-) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of layers in one: ``W_2 D W_1`` and ``b_2 + W_2 D b_1``."""
-    weight, bias = _affine(units[0], model)
-    for number, unit in enumerate(units[1:], 2):
-        passed = activity(units[number - 2]).to(weight)
-        # The norm of the last layer stays a norm of its own.
-        second, second_bias = _affine(unit, model, with_norm=number < len(units))
-        weight = weight * passed.view(-1, *[1] * (weight.dim() - 1))
-        bias = (
-            second_bias + second.flatten(2).sum(2) @ (passed * bias)
-            if second.dim() > 2
-            else (second_bias + second @ (passed * bias))
-        )
-        weight = _composed(second, weight)
-    return weight, bias
-
-
-def _affine(unit: Unit, model: nn.Module, with_norm: bool = True) -> tuple[Tensor, Tensor]:
-    """Return a layer's weight and bias in double precision, its BatchNorm folded in."""
-    layer = model.get_submodule(unit.layer)
-    weight: Tensor = layer.weight.detach().double()  # type: ignore[operator]
-    if getattr(layer, "groups", 1) > 1 or getattr(layer, "transposed", False):
-        raise FusionError(f"layer '{unit.name}' cannot be merged: it is grouped or transposed")
-    own = layer.bias
-    bias = weight.new_zeros(len(weight)) if own is None else own.detach().double()  # type: ignore[operator]
-    for name in unit.modules[1:] if with_norm else ():
-        norm = model.get_submodule(name)
-        if not isinstance(norm, _BATCHNORMS) or norm.running_var is None:
-            raise FusionError(
-                f"layer '{unit.name}' cannot be merged: its {type(norm).__name__} cannot be folded"
-            )
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        scale = scale if norm.weight is None else scale * norm.weight.detach().double()
-        assert norm.running_mean is not None
-        bias = (bias - norm.running_mean.double()) * scale
-        bias = bias if norm.bias is None else bias + norm.bias.detach().double()
-        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-    return weight, bias
-
-
-def _composed(second: Tensor, first: Tensor) -> Tensor:
-    """Return the kernel of two layers in sequence, cut to the second's size around its centre."""
-    if second.dim() == 2:
-        return second @ first
-    kernel = second.shape[2:]
-    padding = [size - 1 for size in kernel]
-    full = _CONVOLVE[second.dim()](
-        first.transpose(0, 1), second.flip(*range(2, second.dim())), padding=padding
-    ).transpose(0, 1)
-    for axis, size in enumerate(kernel, 2):
-        full = full.narrow(axis, (full.shape[axis] - size) // 2, size)
-    return full
 
 
 def _place(

@@ -26,15 +26,19 @@ def group_widths(graph: ChannelGraph, state: Mapping[str, Tensor]) -> dict[str, 
     dict of str to int
         By the group's name; the architecture's own size where no tensor tells.
     """
-    return {group.name: _width(group, graph, state) for group in graph.groups}
+    return {
+        group.name: min(_widths(group, graph, state), default=group.size) for group in graph.groups
+    }
 
 
-def _width(group: ChannelGroup, graph: ChannelGraph, state: Mapping[str, Tensor]) -> int:
-    for place in group.places:
-        whole = place.positions.numel() == graph.shapes[place.tensor][place.axis]
-        if whole and place.tensor in state:
-            return state[place.tensor].shape[place.axis] // place.block
-    return group.size
+def _widths(group: ChannelGroup, graph: ChannelGraph, state: Mapping[str, Tensor]) -> list[int]:
+    """Return the group's number of channels in every tensor of which it fills an axis."""
+    return [
+        state[place.tensor].shape[place.axis] // place.block
+        for place in group.places
+        if place.tensor in state
+        and place.positions.numel() == graph.shapes[place.tensor][place.axis]
+    ]
 
 
 def resized_shape(name: str, graph: ChannelGraph, widths: Mapping[str, int]) -> list[int]:

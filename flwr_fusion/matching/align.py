@@ -301,7 +301,8 @@ def _solved(name: str, cost: Tensor, solver: Solver, *masses: Tensor) -> Channel
 
 
 def _norm(tensor: Tensor) -> float:
-    return max(float(tensor.detach().float().norm()), 1e-30)
+    # Not smaller: its square must not vanish in single precision.
+    return max(float(tensor.detach().float().norm()), 1e-15)
 
 
 def _relative_cost(cost: Tensor, channel_map: ChannelMap) -> float:

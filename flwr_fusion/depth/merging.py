@@ -1,0 +1,185 @@
+"""Merging layers: one layer in the place of several in sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flwr_fusion.depth.structure import Unit
+from flwr_fusion.errors import FusionError
+from flwr_fusion.inputs import call, evaluation_mode, moved_to
+
+MERGES = ("auto", "least-squares", "sum", "majority", "average", "linear")
+_BATCHNORMS = nn.modules.batchnorm._BatchNorm
+_CONVOLVE = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}
+# Of the mean square of the inputs: how firmly the fit is held to the product of the layers.
+_RIDGE = 0.1
+
+
+def merged_layer(
+    units: Sequence[Unit], model: nn.Module, batches: Iterable[Any] | None, merge: str
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of one layer that does what several in sequence do.
+
+    The product of the layers is ``W_2 D W_1`` and ``b_2 + W_2 D b_1``, where the diagonal ``D``
+    stands for the rectifier between them and comes from the pre-activations z of the first layer:
+    1 where their sum is positive ("sum"), where more than half of them are ("majority"), or the
+    share of positive ones ("average"; Nguyen et al., section 3.2), or 1 everywhere ("linear").
+    "least-squares" is the linear layer nearest to what the last layer gives on the batches, held
+    to the product by "average"; convolutions are their product. A BatchNorm between the layers is
+    folded in; that of the last layer is not.
+
+    Parameters
+    ----------
+    units : sequence of Unit
+        Layers in forward order.
+    model : nn.Module
+        Their network; not modified.
+    batches : iterable of inputs, optional
+        What the network is called with; "auto" is "least-squares" with them, "linear" without.
+    merge : str
+        One of `MERGES`.
+
+    Returns
+    -------
+    tuple of (Tensor, Tensor)
+        Weight and bias in double precision. Kernels have the last layer's size; what the product
+        of two convolutions has beyond it is cut off.
+
+    Raises
+    ------
+    FusionError
+        If a layer cannot be merged or the batches are missing.
+    """
+    if merge == "auto":
+        merge = "linear" if batches is None else "least-squares"
+    if batches is None and merge != "linear":
+        raise FusionError(f"merge={merge!r} needs calibration=")
+    share = "average" if merge == "least-squares" else merge
+    weight, bias = _affine(units[0], model)
+    for before, unit in pairwise(units):
+        passed = _passed(model, before, batches, share, weight)
+        # The norm of the last layer stays a norm of its own.
+        second, second_bias = _affine(unit, model, with_norm=unit is not units[-1])
+        per_channel = second if second.dim() == 2 else second.flatten(2).sum(2)
+        bias = second_bias + per_channel @ (passed * bias)
+        weight = _composed(second, weight * passed.view(-1, *[1] * (weight.dim() - 1)))
+    if merge == "least-squares" and weight.dim() == 2 and batches is not None:
+        return _fitted(units, model, batches, weight, bias)
+    return weight, bias
+
+
+def _passed(
+    model: nn.Module, unit: Unit, batches: Iterable[Any] | None, merge: str, like: Tensor
+) -> Tensor:
+    """Return the diagonal of D behind a layer with its norm."""
+    if merge == "linear" or batches is None:
+        return like.new_ones(len(like))
+    total, positive, samples = like.new_zeros(len(like)), like.new_zeros(len(like)), 0
+    axis = 1 if like.dim() > 2 else -1
+    for outputs in _recorded(model, [unit.modules[-1]], batches):
+        rows = outputs[unit.modules[-1]][1].movedim(axis, 0).flatten(1).to(like)
+        total += rows.sum(1)
+        positive += (rows > 0).sum(1)
+        samples += rows.shape[1]
+    share = positive / samples
+    return {"sum": total > 0, "majority": share > 0.5, "average": share}[merge].to(like)
+
+
+def _fitted(
+    units: Sequence[Unit], model: nn.Module, batches: Iterable[Any], weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the linear layer nearest to what the layers do on the batches, and to a given one.
+
+    ``argmin sum |W x - z|^2 / n + r |W - W_0|^2`` with x the first layer's inputs (and a constant
+    one, where a layer has a bias or a norm), z the last layer's outputs, in closed form.
+    """
+    first, last = units[0].layer, units[-1].layer
+    layers = [model.get_submodule(unit.layer) for unit in units]
+    constant = bool(bias.any()) or any(layer.bias is not None for layer in layers)
+    start = torch.cat([weight, bias[:, None]], 1) if constant else weight
+    inner = start.new_zeros(start.shape[1], start.shape[1])
+    cross, samples = torch.zeros_like(start), 0
+    for recorded in _recorded(model, [first, last], batches):
+        x = recorded[first][0].flatten(0, -2).to(start)
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1) if constant else x
+        z = recorded[last][1].flatten(0, -2).to(start)
+        inner += x.T @ x
+        cross += z.T @ x
+        samples += len(x)
+    inner, cross = inner / samples, cross / samples
+    ridge = _RIDGE * float(inner.diagonal().mean().clamp(min=1e-12))
+    held = inner + ridge * torch.eye(len(inner)).to(inner)
+    solved = torch.linalg.solve(held, (cross + ridge * start).T).T
+    return (solved[:, :-1], solved[:, -1]) if constant else (solved, bias)
+
+
+def _recorded(
+    model: nn.Module, names: Sequence[str], batches: Iterable[Any]
+) -> Iterable[dict[str, tuple[Tensor, Tensor]]]:
+    """Yield for every batch the inputs and outputs of some modules, by name."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    modules = {model.get_submodule(name): name for name in names}
+
+    def record(module: nn.Module, args: Any, output: Tensor) -> None:
+        found[modules[module]] = (args[0].detach(), output.detach())
+
+    handles = [module.register_forward_hook(record) for module in modules]
+    empty = True
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            for batch in batches:
+                try:
+                    call(model, moved_to(model, batch))
+                except Exception as error:
+                    raise FusionError(
+                        f"the network cannot be run on the calibration: {error}"
+                    ) from error
+                empty = False
+                yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    if empty:
+        raise FusionError("calibration has no inputs: give a batch, or batches, of real inputs")
+
+
+def _affine(unit: Unit, model: nn.Module, with_norm: bool = True) -> tuple[Tensor, Tensor]:
+    """Return a layer's weight and bias in double precision, its BatchNorm folded in."""
+    layer = model.get_submodule(unit.layer)
+    weight: Tensor = layer.weight.detach().double()  # type: ignore[operator]
+    if getattr(layer, "groups", 1) > 1 or getattr(layer, "transposed", False):
+        raise FusionError(f"layer '{unit.name}' cannot be merged: it is grouped or transposed")
+    own = layer.bias
+    bias = weight.new_zeros(len(weight)) if own is None else own.detach().double()  # type: ignore[operator]
+    for name in unit.modules[1:] if with_norm else ():
+        norm = model.get_submodule(name)
+        if not isinstance(norm, _BATCHNORMS) or norm.running_var is None:
+            raise FusionError(
+                f"layer '{unit.name}' cannot be merged: its {type(norm).__name__} cannot be folded"
+            )
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight.detach().double()
+        assert norm.running_mean is not None
+        bias = (bias - norm.running_mean.double()) * scale
+        bias = bias if norm.bias is None else bias + norm.bias.detach().double()
+        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    return weight, bias
+
+
+def _composed(second: Tensor, first: Tensor) -> Tensor:
+    """Return the kernel of two layers in sequence, cut to the second's size around its centre."""
+    if second.dim() == 2:
+        return second @ first
+    kernel = second.shape[2:]
+    padding = [size - 1 for size in kernel]
+    full = _CONVOLVE[second.dim()](
+        first.transpose(0, 1), second.flip(*range(2, second.dim())), padding=padding
+    ).transpose(0, 1)
+    for axis, size in enumerate(kernel, 2):
+        full = full.narrow(axis, (full.shape[axis] - size) // 2, size)
+    return full
