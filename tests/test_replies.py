@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import math
 import time
 import tracemalloc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -119,15 +118,6 @@ def from_bad_client(change: ChangeContent) -> Mutation:
         return [reply]
 
     return mutate
-
-
-@pytest.fixture
-def flower_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What Flower's logger writes, whether or not it passes it on to the root logger."""
-    logger = logging.getLogger("flwr")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def lines_about(log: pytest.LogCaptureFixture, node_id: int) -> str:
