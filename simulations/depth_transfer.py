@@ -127,9 +127,10 @@ def depth_methods(
             name = f"merge ({merge}), by {aligned}"
             methods[name] = partial(by, balance="merge", merge=merge)
     for balance in ("add", "merge"):
-        methods[f"{balance}, by activations, repaired"] = partial(
-            fuse, align_by="activations", balance=balance, repair="auto"
-        )
+        for aligned in ("weights", "activations"):
+            methods[f"{balance}, by {aligned}, repaired"] = partial(
+                fuse, align_by=aligned, balance=balance, repair="auto"
+            )
         methods[f"{balance}, by activations, least squares"] = partial(
             fuse, align_by="activations", balance=balance, combine=ONE_SHOT, statistics=statistics
         )

@@ -271,12 +271,15 @@ def draw(means: Mapping[str, Curves], path: Path) -> None:
         for method, curves in means.items():
             rounds = range(1, len(curves[name]) + 1)
             values = [100 * value for value in curves[name]]
-            panel.plot(rounds, values, marker=".", label=method)
+            style = "-" if method.startswith("CLA") else "--"
+            panel.plot(rounds, values, style, marker=".", label=method)
         panel.set_title(f"{name} ({CLIENTS.count(name)} clients)")
         panel.set_xlabel("round")
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy %")
-    axes[-1].legend(fontsize="x-small")
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize="small")
+    figure.set_figheight(3.8)
     save_figure(figure, path)
 
 

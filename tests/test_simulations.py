@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, RecordDict
 from torch import Tensor
 
 from tests.conftest import SIMULATIONS
+from tests.grid import InProcessGrid
 
 sys.path.insert(0, str(SIMULATIONS))
 
@@ -490,6 +492,41 @@ def test_flwr_run(flower: LocalFlower, tmp_path: Path) -> None:
         assert str(results / name) in log
     # Nothing is left in the user's working directory, nor in the app.
     assert list(flower.folder.iterdir()) == []
+
+
+def test_clients_of_different_architectures(tmp_path: Path) -> None:
+    from fusion_simulation import client_app, server_app
+
+    config = settings_of(
+        strategy="cla",
+        models="mlp-24-16,mlp-24-18-16",
+        local_epochs=5,
+        num_server_rounds=2,
+        output_dir=str(tmp_path),
+    ).to_dict()
+    grid = InProcessGrid(client_app.app, 2)
+    for context in grid.contexts:
+        context.run_config = config
+    server_app.run(grid, Context(1, 0, {}, RecordDict(), config))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    rounds = [entry["by_architecture"] for entry in metrics["rounds"]]
+    assert len(rounds) == 3
+    assert all(found > 0.7 for found in rounds[2].values())
+    table = {(row["name"], row["weights"]): row["accuracy"] for row in metrics["table"]}
+    for name in ("mlp-24-16", "mlp-24-18-16"):
+        assert table[f"CLA fusion to {name}", "by images"] == pytest.approx(rounds[2][name])
+    (layers,) = metrics["layers"].values()
+    assert layers["pairs"] == [[0, 0], [1, 2]]
+    assert list(metrics["layers"]) == ["mlp-24-16 in mlp-24-18-16"]
+    for name in ("layers.png", "rounds.png", "weights.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+
+
+def test_several_models_need_the_strategy_for_them() -> None:
+    with pytest.raises(ValueError, match=r"models='mlp-3,mlp-4'.*strategy='cla'"):
+        settings_of(models="mlp-3,mlp-4")
+    settings = settings_of(models="mlp-3,mlp-4", strategy="cla")
+    assert [settings.model_of(k) for k in range(3)] == ["mlp-3", "mlp-4", "mlp-3"]
 
 
 # --- Rounds to accuracy ---------------------------------------------------------------------------
