@@ -6,7 +6,8 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, overload
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +15,34 @@ from torch import Tensor, nn
 from flwr_fusion.channels import verified_graph
 from flwr_fusion.depth.balance import DepthAligned, depth_aligned
 from flwr_fusion.depth.layers import LAYER_COSTS, StageMatch, StructuredNetwork, match_stages
-from flwr_fusion.depth.merging import MERGES, merged_layer
+from flwr_fusion.depth.merging import MERGES, merged_layer, recorded
 from flwr_fusion.depth.moments import statistics_in_layers_of
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
-from flwr_fusion.depth.structure import DepthStructure, Unit
+from flwr_fusion.depth.structure import DepthStructure, Unit, trace_family
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fuse import FusionResult, LayerReport, batches_of, fuse_by_transport, ot_fusion
+from flwr_fusion.fuse import (
+    FusionResult,
+    LayerReport,
+    batches_of,
+    check_rereadable,
+    fuse_by_transport,
+    ot_fusion,
+)
+from flwr_fusion.inputs import moved_to
 from flwr_fusion.prepare import (
+    BuiltOnAccess,
     architecture_of,
     check_option,
+    check_same_function,
     largest,
     participants,
     shares_of,
     with_state,
 )
-from flwr_fusion.probe import output_vector, random_inputs, random_state
+from flwr_fusion.probe import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.statistics import Statistics, check
 
 BALANCES = ("add", "merge")
-_EXACT = 1e-4
 
 
 def cla_fusion(
@@ -122,6 +132,7 @@ def cla_fusion(
     [((0, 0),), ((0, 0),)]
     """
     started = time.perf_counter()
+    check_rereadable(calibration)
     check_option("layer_cost", layer_cost, LAYER_COSTS)
     check_option("balance", balance, BALANCES)
     check_option("merge", merge, MERGES)
@@ -141,7 +152,7 @@ def cla_fusion(
     if target is None:
         target = aligner.as_wide_as_the_widest(order) if balance == "add" else aligner.target_model
     result = fuse_by_transport(
-        _Aligned(models, aligner),
+        BuiltOnAccess(len(models), lambda k: aligner.aligned(k).model),
         weights,
         aligner.absent,
         example_inputs=example_inputs,
@@ -199,26 +210,6 @@ def _transport_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**defaults, **options}
 
 
-class _Aligned(Sequence[nn.Module]):
-    """The networks in the target's layers, built one at a time."""
-
-    def __init__(self, models: Sequence[nn.Module], aligner: DepthAligner) -> None:
-        self._models = models
-        self._aligner = aligner
-
-    def __len__(self) -> int:
-        return len(self._models)
-
-    @overload
-    def __getitem__(self, index: int) -> nn.Module: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[nn.Module]: ...
-    def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        return self._aligner.aligned(index).model
-
-
 @dataclass
 class DepthAligner:
     """Brings the clients of other depths into the target's layers."""
@@ -251,30 +242,37 @@ class DepthAligner:
         others = [k for k in order if self.models[k].state_dict().keys() != keys]
         if not others:
             return
+        first: dict[Any, int] = {}
+        for k in others:
+            first.setdefault(architecture_of(self.models[k]), k)
+        named = {"the target": self.target_model} | {
+            f"client {k}": self.models[k] for k in first.values()
+        }
+        structures = dict(zip(named, self._structures(named), strict=True))
         same = [k for k in order if k not in others]
         anchor = self.models[same[0]] if same else reference or self.target_model
         self.graph = verified_graph(self.target_model, self.example_inputs)
-        structure = self._structure_of(self.target_model, "the target")
-        self.target = StructuredNetwork(self.target_model, structure, "the target")
-        compared = StructuredNetwork(anchor, structure, "the target")
-        first: dict[Any, int] = {}
+        self.target = StructuredNetwork(self.target_model, structures["the target"], "the target")
         for k in others:
-            representative = first.setdefault(architecture_of(self.models[k]), k)
-            if representative == k:
-                network = StructuredNetwork(
-                    self.models[k], self._structure_of(self.models[k], f"client {k}"), f"client {k}"
+            model, name = self.models[k], f"client {k}"
+            deciding = first[architecture_of(model)]
+            structure = structures[f"client {deciding}"]
+            self._clients[k] = StructuredNetwork(model, structure, name)
+            if k == deciding:
+                self._matches[k] = match_stages(
+                    self._clients[k],
+                    replace(self.target, model=anchor),
+                    layer_cost,
+                    self.calibration,
+                    **constraints,
                 )
-                matches = match_stages(
-                    network, compared, layer_cost, self.calibration, **constraints
-                )
-            else:
-                network = replace(
-                    self._clients[representative], model=self.models[k], name=f"client {k}"
-                )
-                matches = self._matches[representative]
-            self._clients[k], self._matches[k] = network, matches
-            if representative == k:
                 self._check_exact(k)
+            else:
+                self._matches[k] = self._matches[deciding]
+                try:
+                    check_same_function(model, self.models[deciding], self.example_inputs)
+                except FusionError as error:
+                    raise FusionError(f"{name} is not as client {deciding}: {error}") from error
             self.absent[k] = self.aligned(k).absent
 
     def aligned(self, k: int) -> DepthAligned:
@@ -315,13 +313,19 @@ class DepthAligner:
             clients.setdefault(matches, []).append(k)
         return tuple(LayerReport(tuple(sorted(own)), stages) for stages, own in clients.items())
 
-    def _structure_of(self, model: nn.Module, name: str) -> DepthStructure:
+    def _structures(self, named: Mapping[str, nn.Module]) -> list[DepthStructure]:
+        """Return the depth structures of networks, given by hand or traced together."""
+        models = list(named.values())
+        who = ", ".join(f"{name} ({type(model).__name__})" for name, model in named.items())
         try:
-            if self.structure is not None:
-                return self.structure(model)
-            return DepthStructure.trace(model, self.example_inputs)
+            if self.structure is None:
+                return trace_family(models, self.example_inputs)
+            structures = [self.structure(model) for model in models]
         except FusionError as error:
-            raise FusionError(f"{name}: {error}") from error
+            raise FusionError(f"{who}: {error}") from error
+        if not all(isinstance(own, DepthStructure) for own in structures):
+            raise FusionError("structure must return a DepthStructure")
+        return structures
 
     def _aligned(self, network: StructuredNetwork, k: int) -> DepthAligned:
         def merge(units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
@@ -330,9 +334,7 @@ class DepthAligner:
         try:
             return depth_aligned(network, self.target, self.graph, self._matches[k], merge)
         except FusionError as error:
-            raise FusionError(
-                f"{network.title} cannot be brought to the depth of {self.target.title}: {error}"
-            ) from error
+            raise FusionError(f"{self._refusal(network)}: {error}") from error
 
     def _merge(self, k: int, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
         """Return one layer in the place of several of a client's, remembering it."""
@@ -344,19 +346,42 @@ class DepthAligner:
 
     def _check_exact(self, k: int) -> None:
         """Refuse to add layers where that changes the function of the client's architecture."""
-        if any(len(m.client_units) > len(m.target_units) for m in self._matches[k]):
-            return
-        network = self._clients[k]
+        network, matches = self._clients[k], self._matches[k]
         generator = torch.Generator().manual_seed(0)
         drawn = with_state(network.model, random_state(network.model, generator)).eval()
         deeper = self._aligned(replace(network, model=drawn), k).model.eval()
         inputs = random_inputs(drawn, self.example_inputs, generator)
-        expected = output_vector(drawn, drawn.state_dict(), inputs)
-        output = output_vector(deeper, deeper.state_dict(), inputs)
-        if not float((output - expected).norm()) <= _EXACT * float(expected.norm()):
+        try:
+            if any(len(m.client_units) > len(m.target_units) for m in matches):
+                exact = self._added_units_do_nothing(deeper, inputs, matches)
+            else:
+                exact = is_close(
+                    output_vector(deeper, deeper.state_dict(), moved_to(deeper, inputs)),
+                    output_vector(drawn, drawn.state_dict(), inputs),
+                )
+        except FusionError as error:
+            raise FusionError(f"{self._refusal(network)}: {error}") from error
+        if not exact:
             raise FusionError(
-                f"{network.title} cannot be brought to the depth of {self.target.title}: layers "
-                "that should do nothing change its function. Its activation applied twice must be "
-                "the activation applied once (ReLU is, tanh and GELU are not), and the inputs of "
-                "the first layer are not rectified; merge layers instead, into a shallower target"
+                f"{self._refusal(network)}: layers that should do nothing change its function. Its "
+                "activation applied twice must be the activation applied once (ReLU is, tanh and "
+                "GELU are not), and the inputs of the first layer are not rectified; merge layers "
+                "instead, into a shallower target"
             )
+
+    def _added_units_do_nothing(
+        self, deeper: nn.Module, inputs: Any, matches: Sequence[StageMatch]
+    ) -> bool:
+        """Whether every unit behind an added one reads what the added one has read."""
+        pairs = [
+            (name, following)
+            for match in matches
+            for number, (name, following) in enumerate(pairwise(match.target_units))
+            if number not in {b for _, b in match.pairs}
+        ]
+        names = [name for pair in pairs for name in pair]
+        (found,) = recorded(deeper, names, [inputs])
+        return all(is_close(found[b][0].double(), found[a][0].double()) for a, b in pairs)
+
+    def _refusal(self, network: StructuredNetwork) -> str:
+        return f"{network.title} cannot be brought to the depth of {self.target.title}"

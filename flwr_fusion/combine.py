@@ -227,6 +227,7 @@ class RunningLeastSquares:
         weight: float,
         correspondence: Correspondence,
         maps: Maps,
+        absent: Collection[str] = (),
     ) -> None:
         """Add one client.
 
@@ -240,8 +241,12 @@ class RunningLeastSquares:
             Its share of the total weight.
         correspondence, maps
             How its channels go into the fused network's.
+        absent : collection of str
+            Tensors that it has not: it takes no part in their layers.
         """
         for name, sums in self._layers.items():
+            if key_of(name, "weight") in absent:
+                continue
             own = (statistics or {}).get(name)
             sums.add(state, own, weight**self._exponent, correspondence, maps)
 

@@ -89,7 +89,7 @@ class LayerReport:
     Parameters
     ----------
     clients : tuple of int
-        The clients, all of one architecture.
+        The clients, whose layers all correspond in this way.
     stages : tuple of StageMatch
         The corresponding units, stage by stage, with their costs.
     """
@@ -138,7 +138,11 @@ class FusionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain numbers, names and lists, ready for JSON."""
-        return asdict(self) | {"share_moved": self.share_moved}
+        layers = [
+            {"clients": own.clients, "stages": [stage.to_dict() for stage in own.stages]}
+            for own in self.layers
+        ]
+        return asdict(self) | {"share_moved": self.share_moved, "layers": layers}
 
 
 @dataclass(frozen=True)
@@ -360,7 +364,7 @@ def fuse_by_transport(
     check_option("repair", repair, REPAIRS)
     if align_by == "activations" and calibration is None:
         raise FusionError("align_by='activations' needs calibration=")
-    _check_rereadable(calibration)
+    check_rereadable(calibration)
     matching = Matching(sweep, Solver(solver, regularisation, marginal_relaxation), masses)
     shares = shares_of(models, weights)
     order = participants(models, shares)
@@ -479,7 +483,7 @@ def neuron_transplantation(
     started = time.perf_counter()
     check_option("scheme", scheme, SCHEMES)
     check_option("repair", repair, REPAIRS)
-    _check_rereadable(calibration)
+    check_rereadable(calibration)
     shares = shares_of(models, weights)
     ranked = participants(models, shares)
     target = largest(models, ranked) if target is None else target
@@ -604,11 +608,14 @@ def _combined(
     options = combine if isinstance(combine, LeastSquares) else LeastSquares()
     sums = RunningLeastSquares(state, statistics, options, tied)
     for client, own, known in zip(clients, maps, statistics, strict=True):
-        sums.add(client.state(), known, client.weight, client.correspondence, own)
+        sums.add(
+            client.state(), known, client.weight, client.correspondence, own, client.absent or ()
+        )
     return sums.finish()
 
 
-def _check_rereadable(calibration: Any) -> None:
+def check_rereadable(calibration: Any) -> None:
+    """Refuse calibration inputs that can be read only once."""
     if isinstance(calibration, Iterator):
         raise FusionError(
             "calibration is read once for every client: give a tensor, a list of batches or a "
@@ -638,8 +645,12 @@ def _repair(
     if chosen == RECOMPUTED:
         recompute_batchnorm(fused, batches)
     elif chosen == RESCALED:
-        statistics = [
+        measured = (
             input_moments(network, batches, samples=None, detail="diagonal") for network in networks
+        )
+        statistics = [
+            {n: s for n, s in own.items() if key_of(n, "weight") not in (client.absent or ())}
+            for own, client in zip(measured, clients, strict=True)
         ]
     if chosen not in (RESCALED, FROM_CLIENTS) or statistics is None:
         return chosen

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,34 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     return loaded
 
 
+class BuiltOnAccess(Sequence[nn.Module]):
+    """Networks that are built one at a time, whenever one is asked for.
+
+    Parameters
+    ----------
+    count : int
+        How many there are.
+    build : callable
+        Returns the network of a number.
+    """
+
+    def __init__(self, count: int, build: Callable[[int], nn.Module]) -> None:
+        self._count = count
+        self._build = build
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[nn.Module]: ...
+    def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
+        if isinstance(index, slice):
+            return [self._build(k) for k in range(*index.indices(self._count))]
+        return self._build(range(self._count)[index])
+
+
 def clients_of(
     models: Sequence[nn.Module],
     shares: Sequence[float],
@@ -158,7 +186,7 @@ def clients_of(
                 known[key] = Correspondence(graph, verified_graph(model, example_inputs))
                 _check_same_modules(model, target)
             elif key == architecture_of(target):
-                _check_same_function(model, target, example_inputs)
+                check_same_function(model, target, example_inputs)
         except FusionError as error:
             raise FusionError(f"{name} cannot be fused into the target: {error}") from error
 
@@ -177,7 +205,7 @@ def _check_same_modules(model: nn.Module, target: nn.Module) -> None:
             raise FusionError(f"its layer '{name}' is not of the target's type")
 
 
-def _check_same_function(model: nn.Module, target: nn.Module, example_inputs: Any) -> None:
+def check_same_function(model: nn.Module, target: nn.Module, example_inputs: Any) -> None:
     """Refuse networks of the same shapes that compute something else (heads, strides)."""
     if model is target:
         return

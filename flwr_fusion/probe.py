@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from flwr_fusion.errors import FusionError
 from flwr_fusion.inputs import arguments, moved_to
 
+# Relative to the output's length; single precision through many layers.
+_ROUNDING = 1e-4
+
 
 def prepared_copy(model: nn.Module) -> nn.Module:
     """Return a copy in evaluation mode and at least float32 whose parameters take gradients."""
@@ -68,7 +71,7 @@ def output_vector(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) ->
             f"{type(model).__name__} cannot be run with tensors of other sizes: {error}"
         ) from error
     tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    vector = torch.cat([t.flatten().double() for t in tensors])
+    vector = torch.cat([t.flatten().double().cpu() for t in tensors])
     if not torch.isfinite(vector).all():
         raise FusionError(
             f"{type(model).__name__} gives non-finite outputs at random weights: "
@@ -86,3 +89,9 @@ def random_inputs(model: nn.Module, example_inputs: Any, generator: torch.Genera
         return torch.randn(x.shape, generator=generator).to(x)
 
     return tree_map(draw, moved_to(model, example_inputs))
+
+
+def is_close(ours: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs agree up to rounding."""
+    same = ours.shape == expected.shape
+    return same and float((ours - expected).norm()) <= _ROUNDING * float(expected.norm())

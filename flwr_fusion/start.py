@@ -15,14 +15,13 @@ from flwr_fusion.depth.balance import DepthAligned, corresponding_tensors, depth
 from flwr_fusion.depth.layers import StageMatch, StructuredNetwork, match_stages
 from flwr_fusion.depth.merging import merged_layer
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
-from flwr_fusion.depth.structure import LAYERS, DepthStructure
+from flwr_fusion.depth.structure import LAYERS, trace_family
 from flwr_fusion.errors import FusionError
+from flwr_fusion.inputs import moved_to
 from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
-from flwr_fusion.prepare import detached_state, with_state
-from flwr_fusion.probe import output_vector, random_inputs, random_state
+from flwr_fusion.prepare import detached_state, squared_norm, with_state
+from flwr_fusion.probe import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.tracing import owner_of
-
-_EXACT = 1e-4
 
 
 def common_start(
@@ -73,12 +72,14 @@ def common_start(
     >>> bool(torch.allclose(start["wide"](x), start["narrow"](x), atol=1e-6))
     True
     """
-    if not architectures:
-        raise FusionError("there are no architectures")
-    if not 0 <= noise < float("inf"):
+    if not isinstance(architectures, Mapping) or not architectures:
+        raise FusionError("architectures must be networks by name, at least one")
+    for name, model in architectures.items():
+        squared_norm(detached_state(model), f"architecture '{name}'")
+    if not isinstance(noise, (int, float)) or not 0 <= noise < float("inf"):
         raise FusionError(f"noise must be finite and not negative, not {noise!r}")
     shallowest = min(architectures.values(), key=_size)
-    family = [_Member(model, shallowest, example_inputs) for model in architectures.values()]
+    family = _family(architectures, shallowest, example_inputs)
     core = _core(shallowest, family, example_inputs)
     result = {}
     for name, member in zip(architectures, family, strict=True):
@@ -95,20 +96,38 @@ def _size(model: nn.Module) -> tuple[int, int]:
     return sum(p.dim() > 1 for p in parameters), sum(p.numel() for p in parameters)
 
 
+def _family(
+    architectures: Mapping[str, nn.Module], shallowest: nn.Module, example_inputs: Any
+) -> list[_Member]:
+    """Return all architectures, with their depth structures where one is of another depth."""
+    models = list(architectures.values())
+    keys = shallowest.state_dict().keys()
+    if all(model.state_dict().keys() == keys for model in models):
+        return [_Member(model, shallowest, (), example_inputs) for model in models]
+    shallow, *own = trace_family([shallowest, *models], example_inputs)
+    reference = StructuredNetwork(shallowest, shallow, "the shallowest")
+    members = []
+    for (name, model), structure in zip(architectures.items(), own, strict=True):
+        network = StructuredNetwork(model, structure, f"architecture '{name}'")
+        members.append(_Member(model, shallowest, (reference, network), example_inputs))
+    return members
+
+
 class _Member:
     """An architecture, and which of its layers correspond to the shallowest one's."""
 
-    def __init__(self, model: nn.Module, shallowest: nn.Module, example_inputs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        shallowest: nn.Module,
+        structured: tuple[StructuredNetwork, ...],
+        example_inputs: Any,
+    ) -> None:
         self.model, self.graph = model, verified_graph(model, example_inputs)
         self._shallow_graph = verified_graph(shallowest, example_inputs)
         self.matches: tuple[StageMatch, ...] = ()
-        if model.state_dict().keys() != shallowest.state_dict().keys():
-            self._own = StructuredNetwork(
-                model, DepthStructure.trace(model, example_inputs), type(model).__name__
-            )
-            self._shallow = StructuredNetwork(
-                shallowest, DepthStructure.trace(shallowest, example_inputs), "the shallowest"
-            )
+        if structured and model.state_dict().keys() != shallowest.state_dict().keys():
+            self._shallow, self._own = structured
             self.matches = match_stages(self._shallow, self._own, "width", None)
 
     def in_own_layers(self, core: nn.Module) -> DepthAligned:
@@ -214,9 +233,9 @@ class _Growth:
         inputs = random_inputs(core, example_inputs, generator)
         expected = output_vector(drawn, drawn.state_dict(), inputs)
         evaluated = copy.deepcopy(member.model).eval()
+        own_inputs = moved_to(evaluated, inputs)
         for self._scaled in (True, False):
-            difference = output_vector(evaluated, self.grow(drawn), inputs) - expected
-            if float(difference.norm()) <= _EXACT * float(expected.norm()):
+            if is_close(output_vector(evaluated, self.grow(drawn), own_inputs), expected):
                 return
         raise FusionError("repeating channels or adding layers that do nothing changes its output")
 

@@ -350,7 +350,7 @@ def test_fusion_of_the_common_start_is_the_start() -> None:
 @pytest.mark.parametrize(
     ("networks", "message"),
     [
-        ({}, "no architectures"),
+        ({}, "networks by name, at least one"),
         ({"a": LayerNormMLP(8), "b": LayerNormMLP(16)}, "architecture 'b'.*LayerNorm"),
         (
             {"a": mlp(8, activation=nn.Tanh), "b": mlp(8, 8, activation=nn.Tanh)},

@@ -165,12 +165,14 @@ def _merge_layers(
 
 def _is_left_out(unit: Unit) -> bool:
     if unit.is_block and not unit.switches:
-        raise FusionError(f"block '{unit.name}' changes the shape: it cannot be left out")
+        raise FusionError(
+            f"block '{unit.name}' does not pass its input on unchanged: it cannot be left out"
+        )
     return unit.is_block
 
 
 def _check_can_follow(waiting: Sequence[Unit], unit: Unit) -> None:
-    if waiting and (waiting[-1].kind, waiting[-1].outputs[1:]) != (unit.kind, unit.outputs[1:]):
+    if waiting and (waiting[-1].kind, waiting[-1].outputs) != (unit.kind, unit.outputs):
         raise FusionError(
             f"layer '{waiting[-1].name}' has no counterpart and cannot be merged into "
             f"'{unit.name}', which is of another type or size"
@@ -212,9 +214,6 @@ def _add_units(
     widths = group_widths(graph, state)
     for match, stage in zip(matches, target.structure.stages, strict=True):
         present = {b for _, b in match.pairs}
-        if len(match.client_units) >= len(match.target_units):
-            _check_all_present(stage.units, present)
-            continue
         for number, unit in enumerate(stage.units):
             if number in present:
                 continue
@@ -229,12 +228,6 @@ def _add_units(
     return absent
 
 
-def _check_all_present(units: Sequence[Unit], present: set[int]) -> None:
-    missing = [unit.name for number, unit in enumerate(units) if number not in present]
-    if missing:
-        raise FusionError(f"the target's {missing} have no counterpart")
-
-
 def _add_block(
     unit: Unit,
     target: nn.Module,
@@ -244,7 +237,9 @@ def _add_block(
 ) -> set[str]:
     """Add a residual block whose branch is zero; return its keys that the client lacks."""
     if not unit.switches:
-        raise FusionError(f"block '{unit.name}' changes the shape: it cannot be added")
+        raise FusionError(
+            f"block '{unit.name}' does not pass its input on unchanged: it cannot be added"
+        )
     like = target.state_dict()
     keys = set(unit.tensors(like).values())
     for key in keys:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ot
@@ -58,7 +58,10 @@ def match_layers(
     >>> ff.match_layers([[(a - b) ** 2 for b in shallow] for a in deep])
     (0, 2, 3)
     """
-    matrix = torch.as_tensor(cost, dtype=torch.float64)
+    try:
+        matrix = torch.as_tensor(cost, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FusionError(f"the layers' cost is no matrix of numbers: {error}") from error
     if matrix.dim() != 2 or 0 in matrix.shape or matrix.shape[0] < matrix.shape[1]:
         raise FusionError(
             f"the layers' cost has shape {tuple(matrix.shape)}: it must be (m, n), m >= n, "
@@ -132,6 +135,11 @@ class StageMatch:
     target_units: tuple[str, ...]
     pairs: tuple[tuple[int, int], ...]
     cost: tuple[tuple[float, ...], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain numbers, names and lists, ready for JSON; infinite costs are None."""
+        cost = [[x if math.isfinite(x) else None for x in row] for row in self.cost]
+        return {**asdict(self), "cost": cost}
 
 
 def match_stages(
@@ -340,6 +348,8 @@ def _joined(calibration: Any) -> Any:
 
 def _gram(activations: Tensor) -> Tensor:
     """Return centred inner products between samples, shape (samples, samples), of norm 1."""
+    if len(activations) < 2:
+        raise FusionError("CKA compares samples with each other: calibration needs at least two")
     rows = activations.flatten(1)
     rows = rows - rows.mean(0)
     gram = rows @ rows.T

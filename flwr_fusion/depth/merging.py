@@ -61,13 +61,15 @@ def merged_layer(
         raise FusionError(f"merge={merge!r} needs calibration=")
     share = "average" if merge == "least-squares" else merge
     weight, bias = _affine(units[0], model)
+    stride = _stride(model, units[0], 1)
     for before, unit in pairwise(units):
         passed = _passed(model, before, batches, share, weight)
         # The norm of the last layer stays a norm of its own.
         second, second_bias = _affine(unit, model, with_norm=unit is not units[-1])
         per_channel = second if second.dim() == 2 else second.flatten(2).sum(2)
         bias = second_bias + per_channel @ (passed * bias)
-        weight = _composed(second, weight * passed.view(-1, *[1] * (weight.dim() - 1)))
+        weight = _composed(second, weight * passed.view(-1, *[1] * (weight.dim() - 1)), stride)
+        stride = _stride(model, unit, stride)
     if merge == "least-squares" and weight.dim() == 2 and batches is not None:
         return _fitted(units, model, batches, weight, bias)
     return weight, bias
@@ -81,7 +83,7 @@ def _passed(
         return like.new_ones(len(like))
     total, positive, samples = like.new_zeros(len(like)), like.new_zeros(len(like)), 0
     axis = 1 if like.dim() > 2 else -1
-    for outputs in _recorded(model, [unit.modules[-1]], batches):
+    for outputs in recorded(model, [unit.modules[-1]], batches):
         rows = outputs[unit.modules[-1]][1].movedim(axis, 0).flatten(1).to(like)
         total += rows.sum(1)
         positive += (rows > 0).sum(1)
@@ -104,10 +106,10 @@ def _fitted(
     start = torch.cat([weight, bias[:, None]], 1) if constant else weight
     inner = start.new_zeros(start.shape[1], start.shape[1])
     cross, samples = torch.zeros_like(start), 0
-    for recorded in _recorded(model, [first, last], batches):
-        x = recorded[first][0].flatten(0, -2).to(start)
+    for found in recorded(model, [first, last], batches):
+        x = found[first][0].flatten(0, -2).to(start)
         x = torch.cat([x, x.new_ones(len(x), 1)], 1) if constant else x
-        z = recorded[last][1].flatten(0, -2).to(start)
+        z = found[last][1].flatten(0, -2).to(start)
         inner += x.T @ x
         cross += z.T @ x
         samples += len(x)
@@ -118,15 +120,36 @@ def _fitted(
     return (solved[:, :-1], solved[:, -1]) if constant else (solved, bias)
 
 
-def _recorded(
+def recorded(
     model: nn.Module, names: Sequence[str], batches: Iterable[Any]
 ) -> Iterable[dict[str, tuple[Tensor, Tensor]]]:
-    """Yield for every batch the inputs and outputs of some modules, by name."""
+    """Yield for every batch the first input and the output of some modules.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; run in evaluation mode, not modified.
+    names : sequence of str
+        The modules.
+    batches : iterable of inputs
+        What the network is called with.
+
+    Yields
+    ------
+    dict of str to (Tensor, Tensor)
+        Input and output by the module's name.
+
+    Raises
+    ------
+    FusionError
+        If there are no batches or the network cannot be run on them.
+    """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     modules = {model.get_submodule(name): name for name in names}
 
     def record(module: nn.Module, args: Any, output: Tensor) -> None:
-        found[modules[module]] = (args[0].detach(), output.detach())
+        # Copies: an activation that works in place would overwrite them.
+        found[modules[module]] = (args[0].detach().clone(), output.detach().clone())
 
     handles = [module.register_forward_hook(record) for module in modules]
     empty = True
@@ -171,14 +194,32 @@ def _affine(unit: Unit, model: nn.Module, with_norm: bool = True) -> tuple[Tenso
     return weight, bias
 
 
-def _composed(second: Tensor, first: Tensor) -> Tensor:
+def _stride(model: nn.Module, unit: Unit, before: int) -> int:
+    """Return how many positions of the first layer's inputs one of this layer's outputs moves."""
+    layer = model.get_submodule(unit.layer)
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return before
+    if len(set(layer.stride)) > 1 or set(layer.dilation) != {1}:
+        raise FusionError(
+            f"layer '{unit.name}' cannot be merged: it is dilated, or its strides differ"
+        )
+    return before * int(layer.stride[0])
+
+
+def _composed(second: Tensor, first: Tensor, stride: int) -> Tensor:
     """Return the kernel of two layers in sequence, cut to the second's size around its centre."""
     if second.dim() == 2:
         return second @ first
     kernel = second.shape[2:]
-    padding = [size - 1 for size in kernel]
+    # One step of the second layer is `stride` steps over the first one's inputs.
+    spread = second.new_zeros(*second.shape[:2], *((size - 1) * stride + 1 for size in kernel))
+    taps = spread
+    for axis in range(2, spread.dim()):
+        taps = taps[(slice(None),) * axis + (slice(None, None, stride),)]
+    taps.copy_(second)
+    padding = [size - 1 for size in spread.shape[2:]]
     full = _CONVOLVE[second.dim()](
-        first.transpose(0, 1), second.flip(*range(2, second.dim())), padding=padding
+        first.transpose(0, 1), spread.flip(*range(2, spread.dim())), padding=padding
     ).transpose(0, 1)
     for axis, size in enumerate(kernel, 2):
         full = full.narrow(axis, (full.shape[axis] - size) // 2, size)

@@ -9,7 +9,7 @@ from torch import nn
 
 from flwr_fusion.depth.layers import StageMatch, StructuredNetwork
 from flwr_fusion.depth.structure import Stage, Unit
-from flwr_fusion.statistics import LayerStatistics, Statistics
+from flwr_fusion.statistics import LayerStatistics, Statistics, key_of
 
 
 def statistics_in_layers_of(
@@ -50,7 +50,8 @@ def statistics_in_layers_of(
             counterpart = theirs.units[counterparts[number]]
             renamed |= _names(unit, counterpart, statistics)
             if first_merged is not None:
-                result |= _merged(first_merged, unit, counterpart, statistics)
+                renamed.pop(unit.layer, None)
+                result |= _merged(first_merged, unit, counterpart, client, statistics)
                 first_merged = None
         result |= _added(match, ours, theirs, client, statistics)
     moved = {renamed[name]: s for name, s in statistics.items() if name in renamed}
@@ -69,9 +70,11 @@ def _names(unit: Unit, counterpart: Unit, statistics: Statistics) -> dict[str, s
 
 
 def _merged(
-    first: Unit, last: Unit, counterpart: Unit, statistics: Statistics
+    first: Unit, last: Unit, counterpart: Unit, client: StructuredNetwork, statistics: Statistics
 ) -> dict[str, LayerStatistics]:
-    if first.layer not in statistics or last.layer not in statistics:
+    keys = (key_of(unit.layer, "weight") for unit in (first, last))
+    kernels = [client.model.state_dict()[key].shape[2:] for key in keys]
+    if first.layer not in statistics or last.layer not in statistics or kernels[0] != kernels[1]:
         return {}
     inputs = statistics[first.layer]
     merged = replace(statistics[last.layer], second=inputs.second, mean=inputs.mean)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -35,7 +35,7 @@ class Unit:
     kind : str
         Type of the layer or block.
     outputs : tuple of int
-        Shape of its output for one sample.
+        Shape of its output for one sample; of a layer without the channels.
     switches : tuple of str
         Parameters that are zero in a residual block that does nothing; empty for a layer, and for
         a block whose input does not reach its output unchanged.
@@ -135,17 +135,7 @@ class DepthStructure:
         FusionError
             If the network is neither; `given` takes a structure by hand.
         """
-        calls = _Calls(model, example_inputs)
-        blocks = _residual_blocks(calls)
-        chain = [] if blocks else _chain(model, example_inputs, calls)
-
-        def stage_of(unit: Unit) -> tuple[Any, ...]:
-            if blocks:
-                return unit.kind, unit.outputs
-            return unit.kind, unit.outputs[1:], unit is chain[-1]
-
-        stages = tuple(Stage(tuple(units)) for _, units in groupby(blocks or chain, key=stage_of))
-        return cls(stages, _rest(model, stages, calls))
+        return trace_family([model], example_inputs)[0]
 
     @classmethod
     def given(
@@ -173,11 +163,68 @@ class DepthStructure:
             If a name is no module of the network that is called once.
         """
         calls = _Calls(model, example_inputs)
+        named = [name for names in stages for name in names]
+        if not all(len(names) for names in stages):
+            raise FusionError("a stage without units was given")
         units = tuple(
             Stage(tuple(_given_unit(name, model, example_inputs, calls) for name in names))
             for names in stages
         )
+        called = [name for name in calls.by_name if name in set(named)]
+        if called != named:
+            raise FusionError(
+                f"the units {named} of {type(model).__name__} must be given once each, in the "
+                f"order of their calls: {called}"
+            )
         return cls(units, _rest(model, units, calls))
+
+
+def trace_family(models: Sequence[nn.Module], example_inputs: Any) -> list[DepthStructure]:
+    """Return the structures of several networks, which tell each other what a block is.
+
+    Parameters
+    ----------
+    models : sequence of nn.Module
+        Networks of one family. A module of the type of another network's residual blocks is a
+        block, even if every one of them changes the shape.
+    example_inputs : Tensor, tuple or dict
+        What they are called with.
+
+    Returns
+    -------
+    list of DepthStructure
+        One for each network, as `DepthStructure.trace` says.
+
+    Raises
+    ------
+    FusionError
+        If a network is neither residual nor a chain.
+    """
+    calls = [_Calls(model, example_inputs) for model in models]
+    switches = [
+        {name: found for name in own.by_name if (found := _switches(name, own))} for own in calls
+    ]
+    types = {
+        type(own.modules[name])
+        for own, found in zip(calls, switches, strict=True)
+        for name in _innermost(found)
+    }
+    return [
+        _traced(model, example_inputs, own, _residual_blocks(own, found, types))
+        for model, own, found in zip(models, calls, switches, strict=True)
+    ]
+
+
+def _traced(
+    model: nn.Module, example_inputs: Any, calls: _Calls, blocks: Sequence[Unit]
+) -> DepthStructure:
+    chain = [] if blocks else _chain(model, example_inputs, calls)
+
+    def stage_of(unit: Unit) -> tuple[Any, ...]:
+        return unit.kind, unit.outputs, bool(chain) and unit is chain[-1]
+
+    stages = tuple(Stage(tuple(units)) for _, units in groupby(blocks or chain, key=stage_of))
+    return DepthStructure(stages, _rest(model, stages, calls))
 
 
 @dataclass
@@ -211,17 +258,17 @@ class _Calls:
     def _run(self, example_inputs: Any) -> Any:
         names = {module: name for name, module in self.modules.items()}
 
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             record = self.by_name.setdefault(names[module], _Call(0, None))
             record.times += 1
-            record.start = _node(args[0]) if args else None
+            record.start = _node(next(iter((*args, *kwargs.values())), None))
 
         def after(module: nn.Module, _args: Any, output: Any) -> None:
             record = self.by_name[names[module]]
             if isinstance(output, Tensor):
                 record.end, record.outputs = _node(output), tuple(output.shape[1:])
 
-        handles = [module.register_forward_pre_hook(before) for module in names]
+        handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in names]
         handles += [module.register_forward_hook(after) for module in names]
         inputs = tree_map(_with_gradient, moved_to(self.model, example_inputs))
         try:
@@ -248,16 +295,21 @@ def _node(x: Any) -> Any:
     return torch.autograd.graph.get_gradient_edge(x).node
 
 
-def _residual_blocks(calls: _Calls) -> list[Unit]:
-    """Return the innermost residual blocks and the blocks of their types, in forward order."""
-    switches = {name: found for name in calls.by_name if (found := _switches(name, calls))}
-    inner = {name for name in switches if not any(o.startswith(f"{name}.") for o in switches)}
-    types = {type(calls.modules[name]) for name in inner}
+def _innermost(names: Collection[str]) -> set[str]:
+    """Return the modules that contain none of the others."""
+    return {name for name in names if not any(o.startswith(f"{name}.") for o in names)}
+
+
+def _residual_blocks(
+    calls: _Calls, switches: Mapping[str, tuple[str, ...]], types: set[type]
+) -> list[Unit]:
+    """Return the residual blocks and the blocks of their types, in forward order."""
+    inner = _innermost(switches)
     return [
         _block(name, switches.get(name, ()), calls)
         for name in calls.by_name
         if type(calls.modules[name]) in types and calls.layers_of(name)
-        if not any(name != o and (f"{name}.").startswith(f"{o}.") for o in inner)
+        if not any(name != o and f"{name}.".startswith(f"{o}.") for o in inner)
         if not any(o.startswith(f"{name}.") for o in inner)
     ]
 
@@ -332,8 +384,9 @@ def _chain(model: nn.Module, example_inputs: Any, calls: _Calls) -> list[Unit]:
 def _layer_unit(layer: str, owners: Iterable[str], calls: _Calls) -> Unit:
     _check_called_once(layer, calls)
     norms = [name for name in dict.fromkeys(owners) if name != layer]
-    kind = type(calls.modules[layer]).__name__
-    return Unit(layer, (layer, *norms), layer, kind, calls.by_name[layer].outputs)
+    module, outputs = calls.modules[layer], calls.by_name[layer].outputs
+    positions = outputs[:-1] if isinstance(module, nn.Linear) else outputs[1:]
+    return Unit(layer, (layer, *norms), layer, type(module).__name__, positions)
 
 
 def _given_unit(name: str, model: nn.Module, example_inputs: Any, calls: _Calls) -> Unit:

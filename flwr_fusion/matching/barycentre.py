@@ -37,11 +37,17 @@ class Client:
     correspondence: Correspondence
     absent: frozenset[str] | None = None
 
-    def join(self, mean: RunningMean, maps: Maps, sign: int = 1) -> None:
+    def join(
+        self,
+        mean: RunningMean,
+        maps: Maps,
+        sign: int = 1,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Add the client to a mean, or with sign -1 take it out again."""
-        mean.add(
-            self.state(), sign * self.weight, self.correspondence, maps, self.absent or frozenset()
-        )
+        state = self.state() if state is None else state
+        absent = self.absent or frozenset()
+        mean.add(state, sign * self.weight, self.correspondence, maps, absent)
 
 
 def refine_as_barycentre(
@@ -78,10 +84,10 @@ def refine_as_barycentre(
         moved = False
         for k, client in enumerate(clients):
             state, maps = client.state(), refined[k].maps
-            client.join(mean, maps, sign=-1)
+            client.join(mean, maps, -1, state)
             others = mean.mean(uncovered=reference)
             refined[k] = align_by_weights(others, state, client.correspondence, matching, maps)
-            client.join(mean, refined[k].maps)
+            client.join(mean, refined[k].maps, 1, state)
             moved = moved or any(refined[k].maps[name] is not maps[name] for name in maps)
         if not moved:
             break

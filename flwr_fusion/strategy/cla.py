@@ -18,7 +18,7 @@ from flwr_fusion.errors import FusionError
 from flwr_fusion.fuse import FusionReport, FusionResult
 from flwr_fusion.start import common_start
 from flwr_fusion.strategy.fusion import FusionStrategy, loaded
-from flwr_fusion.strategy.replies import arrays_of
+from flwr_fusion.strategy.replies import RejectedReply, arrays_of, check_arrays
 
 
 class CLAFusion(FusionStrategy):
@@ -47,7 +47,8 @@ class CLAFusion(FusionStrategy):
     Attributes
     ----------
     arrays : dict of str to ArrayRecord
-        The present global model in every architecture.
+        The global model in every architecture as it was last fused or sent; `global_models` has
+        the present one of architectures that nobody runs, too.
     node_architectures : dict of int to str
         The architecture of every node that takes part.
     architecture_reports : dict of int to (dict of str to FusionReport)
@@ -82,8 +83,8 @@ class CLAFusion(FusionStrategy):
         query_timeout: float = 60.0,
         **arguments: Any,
     ) -> None:
-        if not architectures:
-            raise FusionError("CLAFusion needs at least one architecture")
+        if not isinstance(architectures, Mapping) or not architectures:
+            raise FusionError("CLAFusion needs its architectures by name, at least one")
         self.architecture = next(iter(architectures)) if architecture is None else architecture
         if self.architecture not in architectures:
             raise FusionError(
@@ -95,16 +96,13 @@ class CLAFusion(FusionStrategy):
         self.architecture_reports: dict[int, dict[str, FusionReport]] = {}
         self.architecture_metrics: dict[int, dict[str, MetricRecord]] = {}
         self._left_out: set[int] = set()
+        self._present: set[int] = set()
         super().__init__(
             cla_fusion, self.architectures[self.architecture], example_inputs, **arguments
         )
-        models = list(self.architectures.values())
-        unknown = [None] * len(models)
         # Whatever cannot be fused into what is refused here, not after the first round.
-        for target in models if len(models) > 1 else ():
-            self._fuse(
-                self.method, self.options, models, [1.0] * len(models), unknown, target, None
-            )
+        for name in self.architectures if len(self.architectures) > 1 else ():
+            self._try_to_fuse_into(name)
         start = common_start(self.architectures, example_inputs=example_inputs)
         self.arrays = {name: arrays_of(model.state_dict()) for name, model in start.items()}
         self._up_to_date = set(start)
@@ -130,12 +128,16 @@ class CLAFusion(FusionStrategy):
         Result
             Arrays and metrics in the chosen architecture; see `global_models` for the others.
         """
+        self.node_architectures.clear()
+        self._left_out.clear()
         if initial_arrays is not None:
             self._start_from(initial_arrays)
         return super().start(grid, self.arrays[self.architecture], *args, **kwargs)
 
     def global_models(self) -> dict[str, nn.Module]:
         """Return the present global model in every architecture, as new networks."""
+        for name in self.architectures:
+            self._bring_up_to_date(name)
         return {
             name: loaded(model, self.arrays[name]) for name, model in self.architectures.items()
         }
@@ -160,6 +162,7 @@ class CLAFusion(FusionStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send every sampled node the global model in its own architecture."""
+        self.arrays[self.architecture] = arrays
         messages = super().configure_evaluate(server_round, arrays, config, self._known(grid))
         return self._in_own_architectures(messages)
 
@@ -175,7 +178,26 @@ class CLAFusion(FusionStrategy):
         self.architecture_metrics[server_round] = {n: m for n, m in evaluated.items() if m}
         return self._evaluated(good)
 
+    def _try_to_fuse_into(self, name: str) -> None:
+        models = list(self.architectures.values())
+        weights, statistics = [1.0] * len(models), [None] * len(models)
+        target = self.architectures[name]
+        try:
+            self._fuse(self.method, self.options, models, weights, statistics, target, None)
+        except FusionError as error:
+            clients = ", ".join(f"client {k} is {n!r}" for k, n in enumerate(self.architectures))
+            raise FusionError(
+                f"the architectures cannot be fused into {name!r}: {error} ({clients})"
+            ) from error
+
     def _start_from(self, arrays: ArrayRecord) -> None:
+        """Make the arrays the global model, and fuse it into the other architectures."""
+        try:
+            check_arrays(arrays, self.model.state_dict())
+        except RejectedReply as error:
+            raise FusionError(
+                f"the initial arrays do not fit architecture {self.architecture!r}: {error}"
+            ) from error
         self.arrays[self.architecture] = arrays
         self._up_to_date = {self.architecture}
         for name in self.architectures:
@@ -184,10 +206,8 @@ class CLAFusion(FusionStrategy):
     def _bring_up_to_date(self, name: str) -> None:
         """Fuse the global model into an architecture that nobody has run so far."""
         if name not in self._up_to_date:
-            model, chosen = (
-                self.architectures[name],
-                loaded(self.model, self.arrays[self.architecture]),
-            )
+            model = self.architectures[name]
+            chosen = loaded(self.model, self.arrays[self.architecture])
             # There are no statistics of the global model.
             options = {n: v for n, v in self.options.items() if n != "combine"}
             result = self._fuse(self.method, options, [chosen], [1.0], [None], model, None)
@@ -219,7 +239,8 @@ class CLAFusion(FusionStrategy):
         self, server_round: int, fuse: Callable[[nn.Module, nn.Module | None], FusionResult]
     ) -> tuple[ArrayRecord, FusionReport]:
         """Fuse the updates once for every architecture in use."""
-        used = {self.architecture, *self.node_architectures.values()}
+        present = (name for node, name in self.node_architectures.items() if node in self._present)
+        used = {self.architecture, *present}
         reports: dict[str, FusionReport] = {}
         fused: dict[str, ArrayRecord] = {}
         for name, model in self.architectures.items():
@@ -245,7 +266,8 @@ class CLAFusion(FusionStrategy):
         if new:
             self._ask(new, grid)
         known = [node for node in nodes if node in self.node_architectures]
-        if nodes and not known:
+        self._present = set(known)
+        if not known and len(nodes) >= max(1, self.min_available_nodes):
             raise FusionError(
                 f"none of {len(nodes)} nodes runs a known architecture: its ClientApp must answer "
                 "queries with flwr_fusion.client.declare_architecture, and one of the names "
@@ -269,8 +291,8 @@ class CLAFusion(FusionStrategy):
                 continue
             self._left_out.add(node)
             known = sorted(self.architectures)
-            reason = reason or f"it runs {name!r}, which is not among {known}"
-            log(WARNING, "node %s is left out: %s", node, reason)
+            reason = reason or f"it runs {name!r:.60}, which is not among {known}"
+            log(WARNING, "node %s is left out: %.300s", node, reason)
 
 
 def _declared(reply: Message | None) -> tuple[str, str]:

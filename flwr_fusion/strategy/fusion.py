@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from logging import ERROR, INFO, WARNING
-from typing import Any, overload
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common import log
@@ -17,7 +17,7 @@ from torch import nn
 from flwr_fusion.channels import verified_graph
 from flwr_fusion.errors import FusionError
 from flwr_fusion.fuse import FusionReport, FusionResult
-from flwr_fusion.prepare import with_state
+from flwr_fusion.prepare import BuiltOnAccess, with_state
 from flwr_fusion.statistics import Statistics
 from flwr_fusion.strategy.replies import (
     RejectedReply,
@@ -149,7 +149,11 @@ class FusionStrategy(FedAvg):
         if not updates:
             log(ERROR, "aggregate_train: no good reply in round %s; the model stays", server_round)
             return None, MetricRecord({"rejected": rejected})
-        models = _ReceivedModels([self._model_of(u.node_id) for u in updates], updates)
+
+        def received(k: int) -> nn.Module:
+            return loaded(self._model_of(updates[k].node_id), updates[k].arrays)
+
+        models = BuiltOnAccess(len(updates), received)
         weights = [update.weight for update in updates]
         method, options = self.method_of_round(server_round)
         statistics = self._statistics(updates) if _takes(method, "statistics") else []
@@ -277,26 +281,6 @@ class FusionStrategy(FedAvg):
         return method(models, weights, **taken, **options)
 
 
-class _ReceivedModels(Sequence[nn.Module]):
-    """The clients' networks, built one at a time from what was received."""
-
-    def __init__(self, models: Sequence[nn.Module], updates: Sequence[Update]) -> None:
-        self._models = models
-        self._updates = updates
-
-    def __len__(self) -> int:
-        return len(self._updates)
-
-    @overload
-    def __getitem__(self, index: int) -> nn.Module: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[nn.Module]: ...
-    def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        return loaded(self._models[index], self._updates[index].arrays)
-
-
 def loaded(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
     """Return a network of a model's architecture with the values of checked arrays."""
     return with_state(model, state_of(arrays, model.state_dict()))
@@ -311,7 +295,8 @@ def _check_options(method: FusionMethod, options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(method).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     own = {"models", "weights", "example_inputs", "target", "reference", "statistics"}
-    allowed = sorted(parameters.keys() - own)
+    named = {n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    allowed = sorted(named - own)
     unknown = sorted(options.keys() - set(allowed))
     if unknown and (not open_ended or own & set(unknown)):
         raise FusionError(

@@ -148,7 +148,7 @@ class Report:
             "table": [asdict(row) for row in self.rows],
             "sweep-over-weight-of-client-A": None if self.sweep is None else asdict(self.sweep),
             "seconds": self.seconds,
-            "layers": {name: asdict(stage) for name, stage in self.layers.items()},
+            "layers": {name: stage.to_dict() for name, stage in self.layers.items()},
         }
 
     def _sweep_figure(self, sweep: Sweep) -> Figure:
