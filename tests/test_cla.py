@@ -139,6 +139,46 @@ def test_a_client_without_a_block_takes_no_part_in_its_inside() -> None:
     assert torch.allclose(ours["layer1.1.bn2.weight"], 0.75 * theirs["layer1.1.bn2.weight"])
 
 
+class PlainResNet(nn.Module):
+    """Residual blocks of linear layers, without norms."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(20, 12), nn.Linear(12, CLASSES)
+        self.blocks = nn.Sequential(*(PlainBlock() for _ in range(blocks)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.blocks(self.stem(x))))
+        return out
+
+
+class PlainBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(12, 16), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.outer(torch.relu(self.inner(x)))
+        return out
+
+
+@pytest.mark.parametrize("way", ["mean", "least squares", "rescale"])
+def test_absent_layers_are_left_out_by_whatever_combines_and_repairs(way: str) -> None:
+    clients = [randomised(PlainResNet(1), 1), randomised(PlainResNet(3), 2)]
+    inputs = torch.randn(200, 20)
+    options: dict[str, Any] = {"repair": "none"}
+    if way == "least squares":
+        statistics = [input_moments(model, [inputs]) for model in clients]
+        options |= {"combine": ff.LeastSquares(), "statistics": statistics}
+    elif way == "rescale":
+        options = {"repair": "rescale", "calibration": inputs}
+    model = fused(clients, target=clients[1], reference=clients[1], **options)
+    ours, theirs = model.state_dict(), clients[1].state_dict()
+    # The middle block is the deep network's alone; of its norm nothing is lost.
+    ratio = ours["blocks.1.inner.weight"].norm() / theirs["blocks.1.inner.weight"].norm()
+    assert 0.8 < float(ratio) < 1.2
+
+
 def test_a_block_that_nobody_has_is_the_targets() -> None:
     clients = [randomised(SmallResNet(1, 1), seed) for seed in (0, 1)]
     target = randomised(SmallResNet(2, 1), 2)
@@ -259,6 +299,72 @@ def test_activations_that_change_when_repeated_are_refused() -> None:
     # Merging needs no such thing.
     model = fused([shallow, deep], target=shallow)
     assert bool(output(model, VECTORS).isfinite().all())
+
+
+def test_activations_are_checked_where_other_stages_are_merged() -> None:
+    def network(convolutions: int, layers: int) -> nn.Sequential:
+        modules: list[nn.Module] = []
+        for number in range(convolutions):
+            modules += [nn.Conv1d(4 if number else 1, 4, 3, padding=1), nn.Tanh()]
+        modules.append(nn.Flatten())
+        for number in range(layers):
+            modules += [nn.Linear(8 if number else 80, 8), nn.Tanh()]
+        return nn.Sequential(*modules, nn.Linear(8, CLASSES))
+
+    clients = [randomised(network(3, 1)), randomised(network(2, 3), 1)]
+    inputs = torch.randn(4, 1, 20)
+    with pytest.raises(ff.FusionError, match="applied twice"):
+        fused(clients, None, inputs, target=clients[1])
+
+
+def test_clients_of_one_shape_that_compute_something_else_are_refused() -> None:
+    shallow, other = randomised(mlp(8), 1), randomised(mlp(8, activation=nn.Tanh), 2)
+    with pytest.raises(ff.FusionError, match=r"client 1 is not as client 0.*something else"):
+        fused([shallow, other, randomised(mlp(8, 8))], (3, 2, 1), balance="add")
+
+
+def test_clients_of_another_dtype() -> None:
+    clients = [randomised(mlp(16, 8), 1).double(), randomised(mlp(16, 16, 8), 2)]
+    model = fused(clients, (1, 0), target=clients[1])
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
+    assert relative_error(output(model, VECTORS), output(clients[0].float(), VECTORS)) < 1e-4
+
+
+def test_calibration_that_can_be_read_once_is_refused() -> None:
+    clients = [randomised(mlp(24, 12)), randomised(mlp(24, 18, 12), 1)]
+    with pytest.raises(ff.FusionError, match="not a generator"):
+        fused(clients, balance="merge", calibration=iter([VECTORS]))
+
+
+def test_statistics_of_merged_convolutions_with_other_kernels() -> None:
+    def network(*kernels: int) -> nn.Sequential:
+        modules: list[nn.Module] = []
+        for number, size in enumerate(kernels):
+            channels = 4 if number else 3
+            modules += [nn.Conv2d(channels, 4, size, padding=size // 2), nn.ReLU()]
+        return nn.Sequential(*modules, nn.Flatten(), nn.Linear(4 * 64, CLASSES))
+
+    clients = [randomised(network(3, 5, 3)), randomised(network(3, 3), 1)]
+    inputs = torch.randn(16, 3, 8, 8)
+    statistics = [input_moments(model, [inputs], convolutions=True) for model in clients]
+    model = fused(
+        clients,
+        None,
+        inputs,
+        target=clients[1],
+        combine=ff.LeastSquares(convolutions=True),
+        statistics=statistics,
+    )
+    assert bool(output(model, inputs).isfinite().all())
+
+
+def test_impossible_costs_are_written_as_nothing() -> None:
+    clients = [randomised(SmallResNet(1, 2)), randomised(SmallResNet(1, 3), 1)]
+    inputs = torch.randn(4, 3, 32, 32)
+    report = ff.cla_fusion(clients, example_inputs=inputs[:2]).report
+    written = json.dumps(report.to_dict(), allow_nan=False)
+    # The first block changes the shape, and can be matched to no other.
+    assert json.loads(written)["layers"][0]["stages"][1]["cost"][0] == [0.0, None]
 
 
 def test_layernorm_cannot_be_added() -> None:

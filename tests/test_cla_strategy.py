@@ -188,6 +188,37 @@ def test_no_usable_node_is_an_error_that_says_what_to_add() -> None:
         strategy.start(InProcessGrid(mixed_app(declare=None), NODES), num_rounds=1)
 
 
+def test_strategy_waits_for_more_nodes_before_it_gives_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", lambda seconds: None)
+
+    def declare(message: Message, partition: int) -> Message:
+        return declare_architecture(message, "huge" if partition == 0 else OF_PARTITION[partition])
+
+    grid = InProcessGrid(mixed_app(declare), NODES)
+    polls = iter([grid.node_ids[:1]])
+    grid.get_node_ids = lambda: list(next(polls, grid.node_ids))  # type: ignore[method-assign]
+    strategy = cla_strategy(fraction_evaluate=0.0)
+    strategy.start(grid, num_rounds=1)
+    assert sorted(strategy.node_architectures.values()) == ["narrow", "shallow", "shallow"]
+
+
+def test_architectures_that_nobody_runs_are_kept_up_to_date() -> None:
+    def declare(message: Message, partition: int) -> Message:
+        return declare_architecture(message, "shallow" if partition in (1, 3) else "none of them")
+
+    strategy = cla_strategy(fraction_evaluate=0.0, architecture="shallow")
+    strategy.start(InProcessGrid(mixed_app(declare), NODES), num_rounds=4)
+    assert all(found > 0.6 for found in test_accuracies(strategy.global_models()).values())
+
+
+def test_initial_arrays_that_do_not_fit_are_refused() -> None:
+    for arrays in (record(chain(8)), ArrayRecord({"x": record(chain(8))["0.weight"]})):
+        with pytest.raises(ff.FusionError, match="initial arrays do not fit architecture 'deep'"):
+            cla_strategy().start(InProcessGrid(mixed_app(), NODES), arrays, num_rounds=1)
+
+
 def test_update_in_another_architecture_is_rejected() -> None:
     def swap(partition: int, reply: Message) -> list[Message]:
         if partition == 1:

@@ -22,6 +22,7 @@ from flwr_fusion.channels import verified_graph
 from flwr_fusion.depth.balance import DepthAligned, depth_aligned
 from flwr_fusion.depth.layers import StructuredNetwork, match_stages
 from flwr_fusion.depth.merging import merged_layer
+from flwr_fusion.depth.structure import trace_family
 from tests.architectures import CLASSES, named, output, randomised, relative_error, vgg
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -198,6 +199,8 @@ def test_constraints_can_be_lifted() -> None:
         ([[float("nan")]], "NaN"),
         ([[-math.inf]], "NaN or minus infinity"),
         ([[0.0], [1.0]], "1 layers cannot be matched to 2"),
+        ([[1.0, 2.0], [3.0]], "no matrix of numbers"),
+        ("ab", "no matrix of numbers"),
     ],
 )
 def test_bad_costs_are_refused(cost: Any, message: str) -> None:
@@ -281,6 +284,27 @@ def test_structure_by_hand_is_the_traced_one() -> None:
         traced = ff.DepthStructure.trace(model, pair.inputs[:2])
         names = [[unit.name for unit in stage.units] for stage in traced.stages]
         assert ff.DepthStructure.given(model, pair.inputs[:2], names) == traced
+
+
+def test_networks_of_a_family_tell_each_other_what_a_block_is() -> None:
+    """Every block of the small one changes the shape: alone it shows no residual block."""
+    small, large = (tv.ResNet(tv.resnet.Bottleneck, [n] * 4, CLASSES) for n in (1, 2))
+    with pytest.raises(ff.FusionError, match="no depth structure"):
+        ff.DepthStructure.trace(small, IMAGES[:2])
+    structures = trace_family([small, large], IMAGES[:2])
+    assert [[len(s.units) for s in own.stages] for own in structures] == [[1] * 4, [2] * 4]
+
+
+def test_layers_on_tokens_form_one_stage() -> None:
+    tokens = torch.randn(2, 5, 20)
+    structure = ff.DepthStructure.trace(mlp(12, 10, 8), tokens)
+    assert [len(stage.units) for stage in structure.stages] == [3, 1]
+
+
+@pytest.mark.parametrize("stages", [[["2", "0"]], [["0", "0"]], [["0"], []]])
+def test_units_by_hand_are_given_once_in_order(stages: list[list[str]]) -> None:
+    with pytest.raises(ff.FusionError, match=r"once each, in the order|without units"):
+        ff.DepthStructure.given(mlp(8, 8), VECTORS, stages)
 
 
 def test_network_without_structure_is_refused() -> None:
@@ -515,6 +539,49 @@ def test_least_squares_is_the_nearest_linear_layer() -> None:
     assert best <= error("least-squares") < 1.1 * best
     for merge in ("sum", "majority", "average", "linear"):
         assert error("least-squares") < error(merge)
+
+
+def test_merging_measures_before_an_activation_works_in_place() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(100, 20)
+    layers = [nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, CLASSES)]
+    in_place = [nn.ReLU(inplace=True) if isinstance(m, nn.ReLU) else m for m in layers]
+    for merge in ("least-squares", "sum", "average"):
+        merged = []
+        for model in (nn.Sequential(*layers), nn.Sequential(*in_place)):
+            units = [u for s in structured(model, inputs).structure.stages for u in s.units]
+            merged.append(merged_layer(units[:2], model, [inputs], merge)[0])
+        assert torch.allclose(merged[0], merged[1])
+
+
+def test_merged_kernel_of_strided_convolutions() -> None:
+    """Away from the borders the product of the kernels, cut at its centre, is what is left."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False),
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 2),
+    )
+    inputs = torch.zeros(1, 2, 8, 8)
+    structure = ff.DepthStructure.given(model, inputs, [["0", "1"]])
+    weight, _ = merged_layer(structure.stages[0].units, model, None, "linear")
+    # The response of one output position to every input position is the product's kernel.
+    image = inputs.clone().requires_grad_()
+    response = []
+    for channel in range(4):
+        (gradient,) = torch.autograd.grad(model[:2](image)[0, channel, 2, 2], image)
+        response.append(gradient[0, :, 3:6, 3:6])
+    assert torch.allclose(weight.float(), torch.stack(response), atol=1e-6)
+
+
+def test_dilated_convolutions_are_not_merged() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=2, dilation=2), nn.Conv2d(3, 4, 3, padding=1), nn.Flatten()
+    )
+    units = ff.DepthStructure.given(model, torch.zeros(1, 2, 8, 8), [["0", "1"]]).stages[0].units
+    with pytest.raises(ff.FusionError, match="'0' cannot be merged: it is dilated"):
+        merged_layer(units, model, None, "linear")
 
 
 def test_merging_needs_calibration_where_it_measures() -> None:
