@@ -32,7 +32,7 @@ class CLAFusion(FusionStrategy):
     ----------
     architectures : mapping of str to nn.Module
         The networks of the federation by name: chains of layers, or residual networks of one
-        block type. Not modified.
+        block type. Not modified; their weights only serve to make the common start.
     example_inputs : Tensor, tuple or dict
         What all of them are called with; one or two samples.
     architecture : str, optional

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,9 @@ class Report:
         figure, axes = new_figure(self.title)
         rounds = [entry.server_round for entry in self.rounds]
         if self.rounds[0].by_architecture:
-            for name in self.rounds[0].by_architecture:
+            for name, style in zip(self.rounds[0].by_architecture, cycle(("-", "--", ":", "-."))):
                 values = [100 * entry.by_architecture[name] for entry in self.rounds]
-                axes.plot(rounds, values, marker=".", label=name)
+                axes.plot(rounds, values, style, marker=".", label=name)
             return _finished(figure, axes)
         every_label = [100 * entry.accuracy for entry in self.rounds]
         one_label = [100 * entry.special_label_accuracy for entry in self.rounds]
