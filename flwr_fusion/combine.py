@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.maps import Correspondence, Maps, coverage_along, map_channels, map_tensor
+from flwr_fusion.maps import (
+    Correspondence,
+    Maps,
+    Plan,
+    coverage_along,
+    map_channels,
+    map_tensor,
+)
 from flwr_fusion.statistics import DETAILS, LayerStatistics, Statistics, key_of, reduced
 
 BOUNDS = ("auto", "norm", "change")
+# Numbers of a tensor that are mapped at a time.
+_BLOCK = 250_000
 
 
 class RunningMean:
@@ -60,25 +69,26 @@ class RunningMean:
             if name in absent:
                 continue
             value = state[name].detach().to(like.device)
-            coverage = torch.ones(())
-            if correspondence is not None and maps is not None:
-                value = map_tensor(value, name, correspondence, maps)
-                covered = coverage_along(name, correspondence, maps)
-                if covered is not None:
-                    coverage = _along(covered[1], covered[0], value.dim())
-            self._accumulate(name, value, weight * coverage.to(like.device))
+            share = _share(name, like, weight, correspondence, maps)
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(like.shape, dtype=share.dtype, device=like.device)
+                self._weights[name] = torch.zeros_like(share)
+            elif not value.is_floating_point() and value.dim():
+                self._check_equal(name, value)
+            for rows in _row_blocks(name, like, correspondence, maps):
+                if correspondence is not None and maps is not None:
+                    part = map_tensor(value, name, correspondence, maps, rows=rows)
+                else:
+                    part = value if rows is None else value[rows]
+                self._accumulate(name, part.to(share.dtype), share, rows)
+            self._weights[name] = self._weights[name] + share
 
-    def _accumulate(self, name: str, value: Tensor, weight: Tensor) -> None:
-        kind = _accumulator(value)
-        weight = weight.to(kind)
-        if name not in self._sums:
-            self._sums[name] = value.to(kind) * weight
-            self._weights[name] = weight
-            return
-        if not value.is_floating_point() and value.dim():
-            self._check_equal(name, value)
-        self._sums[name].addcmul_(value.to(kind), weight)
-        self._weights[name] = self._weights[name] + weight
+    def _accumulate(self, name: str, part: Tensor, share: Tensor, rows: slice | None) -> None:
+        total = self._sums[name]
+        if rows is not None:
+            total = total[rows]
+            share = share[rows] if share.dim() and len(share) > 1 else share
+        total.addcmul_(part, share)
 
     def _check_equal(self, name: str, value: Tensor) -> None:
         """Refuse to average integer tables (indices, masks) that differ between clients."""
@@ -125,6 +135,38 @@ class RunningMean:
         if bool(empty.any()):
             total = torch.where(empty, uncovered[name].to(total), total)
         return (total if like.is_floating_point() else total.round()).to(like.dtype)
+
+
+def _share(
+    name: str,
+    like: Tensor,
+    weight: float,
+    correspondence: Correspondence | None,
+    maps: Maps | None,
+) -> Tensor:
+    """Return a client's weight in a tensor's sums: of every written position, or one for all."""
+    coverage = torch.ones(())
+    if correspondence is not None and maps is not None:
+        covered = coverage_along(name, correspondence, maps)
+        if covered is not None:
+            coverage = _along(covered[1], covered[0], like.dim())
+    return (weight * coverage).to(like.device, _accumulator(like))
+
+
+def _row_blocks(
+    name: str, like: Tensor, correspondence: Correspondence | None, maps: Maps | None
+) -> Iterator[slice | None]:
+    """Yield slices of a large tensor's first axis, so that little memory is needed beside it.
+
+    None stands for the whole tensor: small ones, and those whose rows a transport plan mixes.
+    """
+    segments = correspondence.segments.get(name, {}).get(0, []) if correspondence else []
+    mixed = maps is not None and any(isinstance(maps[s.group], Plan) for s in segments)
+    if like.numel() <= _BLOCK or mixed or not like.is_floating_point():
+        yield None
+        return
+    size = max(1, _BLOCK * len(like) // like.numel())
+    yield from (slice(start, start + size) for start in range(0, len(like), size))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from flwr_fusion.matching.barycentre import Client, refine_as_barycentre
 from flwr_fusion.matching.costs import ACTIVATION_COSTS, activation_costs
 from flwr_fusion.matching.transport import Solver
 from flwr_fusion.prepare import (
+    assembled,
     check_option,
     check_same_tensors,
     clients_of,
@@ -215,7 +216,7 @@ def average(
     clients = [Client(partial(_state_of, models, k), shares[k], as_they_stand) for k in order]
     state, details = _combined(clients, [{} for _ in order], first, combine, known, tied)
     report = FusionReport("average", "", (), time.perf_counter() - started, details)
-    return FusionResult(with_state(models[0], state), report)
+    return FusionResult(assembled(models[0], state), report)
 
 
 def ot_fusion(
@@ -393,7 +394,7 @@ def fuse_by_transport(
         alignments = refine_as_barycentre(clients, alignments, base, matching)
     maps = [alignment.maps for alignment in alignments]
     state, details = _combined(clients, maps, base, combine, known, tied_tensors(target))
-    fused = with_state(target, state)
+    fused = assembled(target, state)
     networks = (models[k] for k in order)
     moved = not settled
     sent = None if statistics is None else known
@@ -503,7 +504,7 @@ def neuron_transplantation(
         )
         unknown: list[Statistics | None] = [None] * len(clients)
         state, _ = _combined(clients, maps, detached_state(target), "mean", unknown, ())
-        network = with_state(target, state)
+        network = assembled(target, state)
         moved = not all(m.is_identity for own in maps for m in own.values())
         done = _repair(network, repair, clients, maps, None, networks, graph, calibration, moved)
         repairs.append(done)

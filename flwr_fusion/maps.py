@@ -243,6 +243,7 @@ def map_tensor(
     correspondence: Correspondence,
     maps: Maps,
     keep_axis: int | None = None,
+    rows: slice | None = None,
 ) -> Tensor:
     """Bring one tensor of a client into the fused network's channels.
 
@@ -258,16 +259,23 @@ def map_tensor(
         A map for every free group.
     keep_axis : int, optional
         An axis that stays in the client's channels.
+    rows : slice, optional
+        Only these positions along the fused tensor's first axis; where its maps are selections.
 
     Returns
     -------
     Tensor
         ``merge @ W`` along axes that write channels, ``W @ unmerge`` along axes that read them.
     """
-    for axis, segments in correspondence.segments.get(name, {}).items():
+    mapped = correspondence.segments.get(name, {})
+    if rows is not None and 0 not in mapped:
+        tensor = tensor[rows]
+    # The first axis first: with few rows little is left to map.
+    for axis in sorted(mapped):
         if axis != keep_axis:
             length = correspondence.fused.shapes[name][axis]
-            tensor = _map_axis(tensor, axis, segments, length, maps)
+            chosen = rows if axis == 0 else None
+            tensor = _map_axis(tensor, axis, mapped[axis], length, maps, chosen)
     return tensor
 
 
@@ -330,12 +338,19 @@ def coverage_along(
 
 
 def _map_axis(
-    tensor: Tensor, axis: int, segments: list[Segment], length: int, maps: Maps
+    tensor: Tensor,
+    axis: int,
+    segments: list[Segment],
+    length: int,
+    maps: Maps,
+    rows: slice | None = None,
 ) -> Tensor:
     used = [(segment, maps[segment.group]) for segment in segments]
     if all(channel_map.is_identity for _, channel_map in used):
-        return tensor
+        return tensor if rows is None else tensor[rows]
     index, scale = _axis_index(tensor.shape[axis], length, used)
+    if rows is not None:
+        index, scale = index[rows], scale[rows]
     mapped = tensor.index_select(axis, index.clamp(min=0).to(tensor.device))
     if not bool((scale == 1).all()):
         shape = [-1 if a == axis else 1 for a in range(tensor.dim())]

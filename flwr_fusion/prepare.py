@@ -22,6 +22,7 @@ from flwr_fusion.matching.costs import channel_norms
 # Networks that started apart have weights with a cosine near 0; after training from one start it
 # stays far above this.
 _SAME_START = 0.2
+_PART = 1_000_000
 
 
 def check_option(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -72,7 +73,10 @@ def squared_norm(state: Mapping[str, Tensor], who: str) -> float:
     total = 0.0
     for name, tensor in state.items():
         if tensor.is_floating_point():
-            square = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+            # In parts: the norm in double precision makes a copy of what it is given.
+            parts = torch.split(tensor.detach().flatten(), _PART)
+            norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+            square = float(torch.stack(norms).square().sum())
             if not math.isfinite(square):
                 raise FusionError(f"{who}: tensor '{name}' has non-finite values")
             total += square
@@ -131,6 +135,31 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     full.update(state)
     loaded.load_state_dict(full)
     return loaded
+
+
+def assembled(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a network of a model's architecture made of the tensors of a state dict, not copies.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture; not modified.
+    state : mapping of str to Tensor
+        Tensors for all keys of its state dict, which nobody else uses.
+
+    Returns
+    -------
+    nn.Module
+        The network that owns them.
+    """
+    tensors: dict[int, Any] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        value = state[name]
+        if isinstance(tensor, nn.Parameter):
+            value = nn.Parameter(value, tensor.requires_grad)
+        # Of tied tensors the first.
+        tensors.setdefault(id(tensor), value)
+    return copy.deepcopy(model, tensors)
 
 
 class BuiltOnAccess(Sequence[nn.Module]):
@@ -210,7 +239,7 @@ def check_same_function(model: nn.Module, target: nn.Module, example_inputs: Any
     if model is target:
         return
     outputs = []
-    for network in (model, with_state(target, detached_state(model))):
+    for network in (model, assembled(target, detached_state(model))):
         with evaluation_mode(network), torch.no_grad():
             output = call(network, moved_to(network, example_inputs))
         leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]

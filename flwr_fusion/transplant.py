@@ -25,6 +25,8 @@ IMPORTANCES = ("l1", "l2")
 ORDERS = ("merge-then-prune", "prune-then-merge")
 # Estimated distances scatter by sqrt(2 / projections) = 13 %: unrelated channels stay unrelated.
 _PROJECTIONS = 128
+# Distances between so many channels and all others are held at a time.
+_POINTS = 512
 
 # The mean over all channels of a group scatters little: unrelated networks stay near 1.
 _COMMON_START = 0.8
@@ -247,12 +249,16 @@ def _client_size(client: Client, group: str) -> int:
 
 def _pool(signatures: Sequence[Tensor], duplicates: float) -> Pool:
     """Join mutual nearest neighbours of different clients, one client after the other."""
-    everything = torch.cat(list(signatures))
-    spread = 2 * float((everything - everything.mean(0)).square().sum(1).mean())
+    count = sum(len(own) for own in signatures)
+    sums = [own.sum(0, dtype=torch.float64) for own in signatures]
+    mean = torch.stack(sums).sum(0) / count
+    squares = sum(float(own.norm()) ** 2 for own in signatures) / count
+    spread = 2 * (squares - float(mean.square().sum()))
     known = signatures[0]
     members = [torch.arange(len(known))]
     for own in signatures[1:]:
-        (nearest, smallest), back = _nearest(own, known), _nearest(known, own)[0]
+        nearest, back = _nearest(own, known)
+        smallest = (own - known[nearest]).square().sum(1)
         index = torch.arange(len(own))
         if _common_start(own, signatures[0], spread, smallest):
             members.append(index)
@@ -277,14 +283,20 @@ def _common_start(own: Tensor, first: Tensor, spread: float, smallest: Tensor) -
 
 
 def _nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest of the others to each point and its squared distance, block by block."""
-    norms = others.square().sum(1)
-    # The points' own norms do not matter for which is nearest.
-    blocks = [
-        torch.addmm(norms, part, others.T, alpha=-2).min(1) for part in torch.split(points, 512)
-    ]
-    index = torch.cat([block.indices for block in blocks])
-    return index, (points - others[index]).square().sum(1)
+    """Return the nearest of the others to each point, and of the points to each other one."""
+    norms, own = others.square().sum(1), points.square().sum(1)
+    nearest: list[Tensor] = []
+    back = torch.zeros(len(others), dtype=torch.long)
+    least = torch.full((len(others),), torch.inf).to(points)
+    for start in range(0, len(points), _POINTS):
+        # Without the points' own norms, which do not matter for what is nearest to them.
+        block = torch.addmm(norms, points[start : start + _POINTS], others.T, alpha=-2)
+        nearest.append(block.min(1).indices)
+        found = block.add_(own[start : start + _POINTS, None]).min(0)
+        closer = found.values < least
+        back[closer] = found.indices[closer] + start
+        least = torch.minimum(least, found.values)
+    return torch.cat(nearest), back
 
 
 def _signatures(

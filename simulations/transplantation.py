@@ -17,6 +17,7 @@ from functools import partial
 
 from benchmark import (
     Fuse,
+    calibration_images,
     load,
     markdown_table,
     mean_and_deviation,
@@ -70,24 +71,26 @@ def main() -> None:
     print(_self_fusion(families, test))
 
 
-def methods(example_inputs: Tensor) -> dict[str, Fuse]:
-    """Return the fusion methods of the paper's tables, by name.
+def methods(calibration: Tensor) -> dict[str, Fuse]:
+    """Return the fusion methods of the paper's tables, and repaired transplantation, by name.
 
     Parameters
     ----------
-    example_inputs : torch.Tensor
-        A small batch of inputs.
+    calibration : torch.Tensor
+        Inputs to repair with.
 
     Returns
     -------
     dict of str to callable
         Each takes the models.
     """
+    example_inputs = calibration[:2]
     transplant = partial(ff.neuron_transplantation, example_inputs=example_inputs)
     return {
         "average": ff.average,
         "OT": partial(ff.ot_fusion, example_inputs=example_inputs),
         "NT": transplant,
+        "NT, repaired": partial(transplant, calibration=calibration),
         "NT iterative": partial(transplant, scheme="iterative"),
         "NT recursive": partial(transplant, scheme="recursive"),
     }
@@ -100,7 +103,8 @@ def _measure(
     test: LabelledImages,
     results: Table,
 ) -> None:
-    starts = {name: fuse(models).model for name, fuse in methods(data.images[:2]).items()}  # type: ignore[call-arg]
+    calibration = calibration_images(data, arguments.calibration, 0)
+    starts = {name: fuse(models).model for name, fuse in methods(calibration).items()}  # type: ignore[call-arg]
     starts[CONTROL] = copy.deepcopy(models[0])
     for name, model in starts.items():
         done = 0

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import flwr_fusion as ff
 from flwr_fusion import FusionError
 from flwr_fusion.combine import RunningMean
 from flwr_fusion.maps import map_tensor
+from tests.architectures import named, output, randomised, relative_error
 from tests.test_maps import correspondence_of, random_maps, random_selection
 
 weights_of_three = st.lists(st.floats(0.01, 100), min_size=3, max_size=3)
@@ -140,3 +142,44 @@ def test_channels_are_the_mean_over_those_who_have_them(seed: int, weight: float
         both = (weight * mapped + wide[name]) / (weight + 1)
         torch.testing.assert_close(fused[name][has], both[has], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(fused[name][~has], wide[name][~has], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "small-vgg", "concat-and-sum"])
+def test_large_tensors_are_mapped_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of any size give the same sums, for permutations, selections and transport plans."""
+    architecture = named(name)
+    assert architecture.wider is not None
+    models = [architecture.model(seed) for seed in (0, 1)]
+    models.append(randomised(architecture.wider(), 2))
+    inputs = architecture.inputs(2)
+
+    def fused() -> list[torch.Tensor]:
+        targets = (models[0], models[2])
+        results = [
+            ff.ot_fusion(models, (1, 2, 3), example_inputs=inputs, target=target).model
+            for target in targets
+        ]
+        results.append(ff.neuron_transplantation(models, example_inputs=inputs).model)
+        results.append(ff.average(models[:2]).model)
+        return [output(model.eval(), inputs) for model in results]
+
+    whole = fused()
+    for size in (1, 50, 700):
+        monkeypatch.setattr("flwr_fusion.combine._BLOCK", size)
+        for ours, expected in zip(fused(), whole, strict=True):
+            assert relative_error(ours, expected) < 1e-6
+
+
+def test_a_fused_network_shares_no_memory_with_the_clients() -> None:
+    models = [named("small-vgg").model(seed) for seed in (0, 0)]
+    inputs = named("small-vgg").inputs(2)
+    theirs = {t.data_ptr() for model in models for t in model.state_dict().values()}
+    for model in (
+        ff.average(models).model,
+        ff.average(models[:1]).model,
+        ff.ot_fusion(models, (1, 0), example_inputs=inputs).model,
+        ff.neuron_transplantation(models, example_inputs=inputs).model,
+        ff.cla_fusion(models, example_inputs=inputs).model,
+    ):
+        assert not theirs & {t.data_ptr() for t in model.state_dict().values()}
+        assert all(p.requires_grad for p in model.parameters())
