@@ -22,6 +22,9 @@ from flwr_fusion.inputs import moved_to
 from flwr_fusion.probe import output_vector, prepared_copy, random_state
 from flwr_fusion.tracing import ChannelGroup, Place, owner_of, trace_groups
 
+# Of long lists in messages.
+_LISTED = 4
+
 __all__ = ["ChannelGraph", "ChannelGroup", "Place", "verified_graph"]
 
 
@@ -87,28 +90,29 @@ class ChannelGraph:
             Naming each group whose permutation changes the output, and its layers.
         """
         generator = torch.Generator().manual_seed(seed)
-        model = self._model
+        model, inputs = self._model, self._example_inputs
         state = random_state(model, generator)
         free = [group for group in self.groups if not group.fixed]
         permutations = {g.name: torch.randperm(g.size, generator=generator) for g in free}
-        expected = output_vector(model, state, self._example_inputs)
+        expected = output_vector(model, state, inputs)
 
         def changes(chosen: dict[str, Tensor]) -> bool:
             permuted = self.permute(state, chosen)
-            output = output_vector(model, permuted, self._example_inputs)
+            output = output_vector(model, permuted, inputs)
             return not float((output - expected).norm()) <= 1e-3 * float(expected.norm())
 
         if not changes(permutations):
             return
         wrong = [g for g in free if changes({g.name: permutations[g.name]})]
         listed = "; ".join(
-            f"group '{g.name}' ({', '.join(sorted({p.tensor for p in g.places}))})"
-            for g in wrong or free
+            f"group '{g.name}' ({_shortened(sorted({p.tensor for p in g.places}))})"
+            for g in (wrong or free)[:_LISTED]
         )
+        more = f" and {len(wrong) - _LISTED} more groups" if len(wrong) > _LISTED else ""
         raise FusionError(
             f"the traced channel groups of {type(self._model).__name__} are wrong: permuting "
-            f"{listed} changes its output. The network uses these channels in a way that cannot "
-            "be traced (for example a channel shuffle or a flatten after a transpose)."
+            f"{listed}{more} changes its output. The network uses these channels in a way that "
+            "cannot be traced (for example a channel shuffle or a flatten after a transpose)."
         )
 
     def activation_places(self, group: ChannelGroup) -> list[tuple[str, Tensor]]:
@@ -161,6 +165,11 @@ class ChannelGraph:
                 index[place.positions.flatten()] = place.positions[order].flatten()
                 permuted[place.tensor] = tensor.index_select(place.axis, index.to(tensor.device))
         return permuted
+
+
+def _shortened(names: list[str]) -> str:
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def verified_graph(model: nn.Module, example_inputs: Any) -> ChannelGraph:

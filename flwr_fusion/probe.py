@@ -60,12 +60,16 @@ def random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tens
 
 
 def output_vector(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
-    """Return all floating-point outputs of a network with other values, in one vector."""
+    """Return all floating-point outputs of a network with other values, in one vector.
+
+    Computed in double precision: deep networks at random weights enlarge rounding errors.
+    """
+    double = copy.deepcopy(model).double()
+    values = {k: t.double() if t.is_floating_point() else t for k, t in state.items()}
+    args, kwargs = arguments(moved_to(double, inputs))
     try:
         with torch.no_grad():
-            output = torch.func.functional_call(
-                model, dict(state), *arguments(inputs), tie_weights=False
-            )
+            output = torch.func.functional_call(double, values, args, kwargs, tie_weights=False)
     except Exception as error:
         raise FusionError(
             f"{type(model).__name__} cannot be run with tensors of other sizes: {error}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision.models as tv
 from torch import Tensor, nn
 
 from flwr_fusion import ChannelGraph, ChannelGroup, FusionError, Place
@@ -442,3 +443,22 @@ def test_verified_graph_is_remembered_until_shapes_change() -> None:
     assert verified_graph(model, torch.randn(2, 20)) is graph
     model[0], model[2] = nn.Linear(20, 30), nn.Linear(30, 20)
     assert {g.name: g.size for g in verified_graph(model, torch.randn(2, 20)).groups}["0"] == 30
+
+
+def test_deep_networks_are_checked_in_double_precision() -> None:
+    """In single precision rounding alone changes this network's output at random weights."""
+    ChannelGraph.trace(tv.efficientnet_b1(num_classes=5), torch.randn(2, 3, 64, 64)).verify()
+
+
+def test_refusal_lists_a_few_groups_only() -> None:
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(ChannelShuffle() for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([part(x) for part in self.parts])
+
+    with pytest.raises(FusionError, match="more groups") as refusal:
+        ChannelGraph.trace(Shuffled(), torch.randn(2, 3, 12, 12)).verify()
+    assert len(str(refusal.value)) < 1000

@@ -592,5 +592,5 @@ def test_merging_needs_calibration_where_it_measures() -> None:
             merged_layer(units, model, None, merge)
     with pytest.raises(ff.FusionError, match="calibration has no inputs"):
         merged_layer(units, model, [], "sum")
-    with pytest.raises(ff.FusionError, match="cannot be run on the calibration"):
+    with pytest.raises(ff.FusionError, match="cannot be run on the inputs"):
         merged_layer(units, model, [torch.zeros(2, 3)], "sum")

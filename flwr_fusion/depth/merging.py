@@ -160,7 +160,7 @@ def recorded(
                     call(model, moved_to(model, batch))
                 except Exception as error:
                     raise FusionError(
-                        f"the network cannot be run on the calibration: {error}"
+                        f"the network cannot be run on the inputs: {error}"
                     ) from error
                 empty = False
                 yield found

@@ -79,7 +79,7 @@ class Report:
         table.add_column(self.label_column, justify="right")
         previous = self.rows[0]
         for row in self.rows:
-            if row.weights != previous.weights and row.name == "FedAvg":
+            if row.weights != previous.weights and not row.name.startswith("Client"):
                 table.add_section()
             table.add_row(*_cells(row))
             previous = row
