@@ -77,6 +77,14 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
     )
 
 
+def recipe_slug(recipe: Recipe) -> str:
+    """Return a recipe as a part of a path; everything that training depends on is in it."""
+    return (
+        f"epochs{recipe.epochs}_lr{recipe.learning_rate}_momentum{recipe.momentum}"
+        f"_batch{recipe.batch_size}"
+    )
+
+
 def load(arguments: argparse.Namespace, *, train: bool) -> LabelledImages:
     """Load the training or the test images of the command line's data set."""
     return load_split(
@@ -287,8 +295,7 @@ def _cache_path(arguments: argparse.Namespace, name: str) -> Path | None:
     # Everything that training depends on is in the name, so that no other model is taken for it.
     folder = (
         f"{arguments.dataset}_{arguments.model}_{'bias' if arguments.bias else 'nobias'}"
-        f"_epochs{arguments.epochs}_lr{arguments.learning_rate}"
-        f"_momentum{arguments.momentum}_batch{arguments.batch_size}"
+        f"_{recipe_slug(recipe(arguments))}"
     )
     return Path(arguments.cache_dir) / folder / f"{name}.safetensors"
 

@@ -22,7 +22,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from benchmark import SEED_STRIDE, STATISTICS_BATCH, markdown_table, new_progress
+from benchmark import (
+    SEED_STRIDE,
+    STATISTICS_BATCH,
+    markdown_table,
+    new_progress,
+    recipe_slug,
+)
 from fusion_simulation.data import LabelledImages, dirichlet_partition, load_split
 from fusion_simulation.report import new_figure_grid, save_figure
 from fusion_simulation.task import Recipe, accuracy, build_model, class_probabilities, train
@@ -82,11 +88,7 @@ class Cell:
     @property
     def path(self) -> str:
         """Name of its result's file; everything that the result depends on is in it."""
-        recipe = self.recipe
-        settings = (
-            f"images{self.images}_rounds{self.rounds}_epochs{recipe.epochs}"
-            f"_lr{recipe.learning_rate}_momentum{recipe.momentum}_batch{recipe.batch_size}"
-        )
+        settings = f"images{self.images}_rounds{self.rounds}_{recipe_slug(self.recipe)}"
         return (
             f"{settings}/{self.method.name.replace(', ', '-').replace(' ', '-')}_{self.seed}.json"
         )

@@ -24,7 +24,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from benchmark import SEED_STRIDE, STATISTICS_BATCH, markdown_table, new_progress
+from benchmark import (
+    SEED_STRIDE,
+    STATISTICS_BATCH,
+    markdown_table,
+    new_progress,
+    recipe_slug,
+)
 from fusion_simulation.data import (
     LabelledImages,
     dirichlet_partition,
@@ -86,10 +92,9 @@ class Cell:
     @property
     def path(self) -> str:
         """Name of its result's file; everything that the result depends on is in it."""
-        recipe = self.recipe
         settings = (
-            f"images{self.images}_test{self.test_images}_rounds{self.rounds}_epochs{recipe.epochs}"
-            f"_lr{recipe.learning_rate}_momentum{recipe.momentum}_batch{recipe.batch_size}"
+            f"images{self.images}_test{self.test_images}_rounds{self.rounds}"
+            f"_{recipe_slug(self.recipe)}"
         )
         name = f"{self.partition}_{self.start}_{self.method.slug}_seed{self.seed}"
         folder = f"{self.model}_{self.dataset}_{settings}"

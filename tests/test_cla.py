@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from itertools import pairwise, permutations
 from typing import Any
@@ -23,6 +22,7 @@ from tests.architectures import (
     relative_error,
     sequential_mlp,
 )
+from tests.test_contracts import permuted_copy
 from tests.test_depth import PAIRS, VECTORS, Pair, SmallResNet, brought, every_pair, mlp, vit
 
 WEIGHTS = (1.0, 3.0, 2.0)
@@ -31,18 +31,6 @@ WEIGHTS = (1.0, 3.0, 2.0)
 def fused(models: Any, weights: Any = None, inputs: Tensor = VECTORS, **options: Any) -> nn.Module:
     result = ff.cla_fusion(models, weights, example_inputs=inputs[:2], **options)
     return result.model.eval()
-
-
-def permuted(model: nn.Module, inputs: Tensor, seed: int) -> nn.Module:
-    """Return a copy whose free channels stand in another order."""
-    graph = ff.ChannelGraph.trace(model, inputs[:2])
-    generator = torch.Generator().manual_seed(seed)
-    orders = {
-        g.name: torch.randperm(g.size, generator=generator) for g in graph.groups if not g.fixed
-    }
-    result = copy.deepcopy(model)
-    result.load_state_dict(graph.permute(model.state_dict(), orders))
-    return result.eval()
 
 
 # --- Contracts across depths ----------------------------------------------------------------------
@@ -62,7 +50,7 @@ def test_copies_of_other_depths_give_the_function_back(pair: Pair) -> None:
     """A network, the same brought to the deep architecture, and that with channels permuted."""
     shallow = randomised(pair.shallow(), 1)
     aligned = brought(shallow, randomised(pair.deep()), pair.inputs).model.eval()
-    moved = permuted(aligned, pair.inputs, 5)
+    moved = permuted_copy(aligned, pair.inputs, 5)
     model = fused([shallow, aligned, moved], WEIGHTS, pair.inputs, target=aligned, repair="none")
     expected = output(shallow, pair.inputs)
     assert relative_error(output(model, pair.inputs), expected) < 1e-4
