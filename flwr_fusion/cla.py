@@ -25,6 +25,7 @@ from flwr_fusion.fuse import (
     LayerReport,
     batches_of,
     check_rereadable,
+    check_statistics,
     fuse_by_transport,
     ot_fusion,
 )
@@ -34,13 +35,14 @@ from flwr_fusion.prepare import (
     architecture_of,
     check_option,
     check_same_function,
+    depth_and_size,
     largest,
     participants,
     shares_of,
     with_state,
 )
 from flwr_fusion.probe import is_close, output_vector, random_inputs, random_state
-from flwr_fusion.statistics import Statistics, check
+from flwr_fusion.statistics import Statistics
 
 BALANCES = ("add", "merge")
 
@@ -172,9 +174,8 @@ def _target(models: Sequence[nn.Module], order: Sequence[int], balance: str) -> 
     sign = 1 if balance == "add" else -1
 
     def rank(k: int) -> tuple[int, int]:
-        parameters = list(models[k].parameters())
-        layers = sum(parameter.dim() > 1 for parameter in parameters)
-        return sign * layers, sum(parameter.numel() for parameter in parameters)
+        layers, parameters = depth_and_size(models[k])
+        return sign * layers, parameters
 
     return models[max(order, key=rank)]
 
@@ -184,15 +185,8 @@ def _checked_statistics(
     order: Sequence[int],
     statistics: Sequence[Statistics | None] | None,
 ) -> Sequence[Statistics | None] | None:
-    if statistics is None:
-        return None
-    if len(statistics) != len(models):
-        raise FusionError(f"there are {len(models)} models but {len(statistics)} statistics")
-    for k in order:
-        try:
-            check(statistics[k] or {}, models[k])
-        except FusionError as error:
-            raise FusionError(f"client {k}: {error}") from error
+    if statistics is not None:
+        check_statistics(statistics, models, order)
     return statistics
 
 
@@ -222,7 +216,7 @@ class DepthAligner:
     calibration: Any = None
     merge: str = "auto"
     absent: dict[int, frozenset[str]] = field(default_factory=dict)
-    _clients: dict[int, StructuredNetwork] = field(default_factory=dict)
+    _structures: dict[int, DepthStructure] = field(default_factory=dict)
     _matches: dict[int, tuple[StageMatch, ...]] = field(default_factory=dict)
     _merged: dict[tuple[int, tuple[str, ...]], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -248,7 +242,7 @@ class DepthAligner:
         named = {"the target": self.target_model} | {
             f"client {k}": self.models[k] for k in first.values()
         }
-        structures = dict(zip(named, self._structures(named), strict=True))
+        structures = dict(zip(named, self._traced(named), strict=True))
         same = [k for k in order if k not in others]
         anchor = self.models[same[0]] if same else reference or self.target_model
         self.graph = verified_graph(self.target_model, self.example_inputs)
@@ -256,34 +250,34 @@ class DepthAligner:
         for k in others:
             model, name = self.models[k], f"client {k}"
             deciding = first[architecture_of(model)]
-            structure = structures[f"client {deciding}"]
-            self._clients[k] = StructuredNetwork(model, structure, name)
+            self._structures[k] = structures[f"client {deciding}"]
             if k == deciding:
                 self._matches[k] = match_stages(
-                    self._clients[k],
+                    self._client(k),
                     replace(self.target, model=anchor),
                     layer_cost,
                     self.calibration,
                     **constraints,
                 )
                 self._check_exact(k)
+                self.absent[k] = self.aligned(k).absent
             else:
                 self._matches[k] = self._matches[deciding]
                 try:
                     check_same_function(model, self.models[deciding], self.example_inputs)
                 except FusionError as error:
                     raise FusionError(f"{name} is not as client {deciding}: {error}") from error
-            self.absent[k] = self.aligned(k).absent
+                self.absent[k] = self.absent[deciding]
 
     def aligned(self, k: int) -> DepthAligned:
         """Return a client in the target's layers."""
-        if k not in self._clients:
+        if k not in self._structures:
             return DepthAligned(self.models[k], frozenset())
-        return self._aligned(self._clients[k], k)
+        return self._aligned(self._client(k), k)
 
     def as_wide_as_the_widest(self, order: Sequence[int]) -> nn.Module:
         """Return the target's layers, every channel group as large as the largest client's."""
-        if not self._clients:
+        if not self._structures:
             return largest(self.models, order)
         widths = {group.name: 0 for group in self.graph.groups}
         for k in order:
@@ -300,8 +294,8 @@ class DepthAligner:
         if self.known is None:
             return None
         return [
-            statistics_in_layers_of(self.target, self._clients[k], self._matches[k], own)
-            if own is not None and k in self._clients
+            statistics_in_layers_of(self.target, self._client(k), self._matches[k], own)
+            if own is not None and k in self._structures
             else own
             for k, own in enumerate(self.known)
         ]
@@ -313,7 +307,7 @@ class DepthAligner:
             clients.setdefault(matches, []).append(k)
         return tuple(LayerReport(tuple(sorted(own)), stages) for stages, own in clients.items())
 
-    def _structures(self, named: Mapping[str, nn.Module]) -> list[DepthStructure]:
+    def _traced(self, named: Mapping[str, nn.Module]) -> list[DepthStructure]:
         """Return the depth structures of networks, given by hand or traced together."""
         models = list(named.values())
         who = ", ".join(f"{name} ({type(model).__name__})" for name, model in named.items())
@@ -326,6 +320,10 @@ class DepthAligner:
         if not all(isinstance(own, DepthStructure) for own in structures):
             raise FusionError("structure must return a DepthStructure")
         return structures
+
+    def _client(self, k: int) -> StructuredNetwork:
+        # The model is not kept: a strategy builds one client's network at a time.
+        return StructuredNetwork(self.models[k], self._structures[k], f"client {k}")
 
     def _aligned(self, network: StructuredNetwork, k: int) -> DepthAligned:
         def merge(units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
@@ -346,7 +344,7 @@ class DepthAligner:
 
     def _check_exact(self, k: int) -> None:
         """Refuse to add layers where that changes the function of the client's architecture."""
-        network, matches = self._clients[k], self._matches[k]
+        network, matches = self._client(k), self._matches[k]
         generator = torch.Generator().manual_seed(0)
         drawn = with_state(network.model, random_state(network.model, generator)).eval()
         deeper = self._aligned(replace(network, model=drawn), k).model.eval()

@@ -579,6 +579,14 @@ def _checked_statistics(
                 "flwr_fusion.statistics.input_moments"
             )
         return [None] * len(order)
+    check_statistics(statistics, models, order)
+    return [statistics[k] for k in order]
+
+
+def check_statistics(
+    statistics: Sequence[Statistics | None], models: Sequence[nn.Module], order: Sequence[int]
+) -> None:
+    """Refuse statistics that do not fit the participants' networks."""
     if len(statistics) != len(models):
         raise FusionError(f"there are {len(models)} models but {len(statistics)} statistics")
     for k in order:
@@ -588,7 +596,6 @@ def _checked_statistics(
                 check(own, models[k])
             except FusionError as error:
                 raise FusionError(f"client {k}: {error}") from error
-    return [statistics[k] for k in order]
 
 
 def _combined(

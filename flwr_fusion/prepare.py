@@ -88,6 +88,12 @@ def largest(models: Sequence[nn.Module], order: Sequence[int]) -> nn.Module:
     return models[max(order, key=lambda k: sum(p.numel() for p in models[k].parameters()))]
 
 
+def depth_and_size(model: nn.Module) -> tuple[int, int]:
+    """Return a network's number of layers with weights, and of parameters."""
+    parameters = list(model.parameters())
+    return sum(p.dim() > 1 for p in parameters), sum(p.numel() for p in parameters)
+
+
 def tied_tensors(model: nn.Module) -> set[str]:
     """Return the keys of a network's state dict whose tensor has another key as well."""
     keys: dict[int, list[str]] = {}

@@ -19,7 +19,7 @@ from flwr_fusion.depth.structure import LAYERS, trace_family
 from flwr_fusion.errors import FusionError
 from flwr_fusion.inputs import moved_to
 from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
-from flwr_fusion.prepare import detached_state, squared_norm, with_state
+from flwr_fusion.prepare import depth_and_size, detached_state, squared_norm, with_state
 from flwr_fusion.probe import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.tracing import owner_of
 
@@ -78,7 +78,7 @@ def common_start(
         squared_norm(detached_state(model), f"architecture '{name}'")
     if not isinstance(noise, (int, float)) or not 0 <= noise < float("inf"):
         raise FusionError(f"noise must be finite and not negative, not {noise!r}")
-    shallowest = min(architectures.values(), key=_size)
+    shallowest = min(architectures.values(), key=depth_and_size)
     family = _family(architectures, shallowest, example_inputs)
     core = _core(shallowest, family, example_inputs)
     result = {}
@@ -88,12 +88,6 @@ def common_start(
         except FusionError as error:
             raise FusionError(f"architecture '{name}': {error}") from error
     return result
-
-
-def _size(model: nn.Module) -> tuple[int, int]:
-    """Return depth and number of parameters."""
-    parameters = list(model.parameters())
-    return sum(p.dim() > 1 for p in parameters), sum(p.numel() for p in parameters)
 
 
 def _family(
@@ -284,12 +278,10 @@ def _seen_by_core(tensor: Tensor, name: str, graph: ChannelGraph, maps: Maps) ->
     for group in graph.groups:
         if group.fixed:
             continue
-        copy_of = maps[group.name]
-        assert isinstance(copy_of, Selection)
-        merge = copy_of.merge().T
-        mean = (merge / merge.sum(1, keepdim=True)).T @ merge
         for place in group.places:
             if place.tensor == name:
+                merge = maps[group.name].merge().T
+                mean = (merge / merge.sum(1, keepdim=True)).T @ merge
                 tensor = tensor.clone()
                 rows = tensor.movedim(place.axis, 0)
                 index = place.positions.to(tensor.device)
