@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from itertools import pairwise, permutations
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import flwr_fusion as ff
+from flwr_fusion.prepare import BuiltOnAccess
 from flwr_fusion.repair import RECOMPUTED
 from flwr_fusion.statistics import input_moments
 from tests.architectures import (
@@ -110,6 +112,23 @@ def test_inputs_are_left_alone() -> None:
     for model, state in zip(clients, before, strict=True):
         assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
         assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_clients_of_another_depth_are_in_memory_one_at_a_time() -> None:
+    states = [randomised(mlp(16, 8), seed).state_dict() for seed in range(8)]
+    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    most = 0
+
+    def build(k: int) -> nn.Module:
+        nonlocal most
+        model = mlp(16, 8)
+        model.load_state_dict(states[k])
+        alive.add(model)
+        most = max(most, len(alive))
+        return model
+
+    fused(BuiltOnAccess(8, build), target=randomised(mlp(16, 16, 8), 9))
+    assert most <= 3
 
 
 # --- Residual blocks ------------------------------------------------------------------------------
