@@ -16,6 +16,7 @@ from flwr_fusion.fuse import (
     neuron_transplantation,
     ot_fusion,
 )
+from flwr_fusion.robust import Krum, TrimmedMean
 from flwr_fusion.start import common_start
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "FusionReport",
     "FusionResult",
     "GroupReport",
+    "Krum",
     "LayerReport",
     "LeastSquares",
     "Place",
     "StageMatch",
+    "TrimmedMean",
     "average",
     "cla_fusion",
     "common_start",

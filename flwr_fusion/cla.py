@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion.channels import verified_graph
+from flwr_fusion.combination import check_statistics
 from flwr_fusion.depth.balance import DepthAligned, depth_aligned
 from flwr_fusion.depth.layers import LAYER_COSTS, StageMatch, StructuredNetwork, match_stages
 from flwr_fusion.depth.merging import MERGES, merged_layer, recorded
@@ -25,7 +26,6 @@ from flwr_fusion.fuse import (
     LayerReport,
     batches_of,
     check_rereadable,
-    check_statistics,
     fuse_by_transport,
     ot_fusion,
 )

@@ -75,7 +75,7 @@ class RunningMean:
                 self._weights[name] = torch.zeros_like(share)
             elif not value.is_floating_point() and value.dim():
                 self._check_equal(name, value)
-            for rows in _row_blocks(name, like, correspondence, maps):
+            for rows in row_blocks(name, like, correspondence, maps):
                 if correspondence is not None and maps is not None:
                     part = map_tensor(value, name, correspondence, maps, rows=rows)
                 else:
@@ -149,11 +149,11 @@ def _share(
     if correspondence is not None and maps is not None:
         covered = coverage_along(name, correspondence, maps)
         if covered is not None:
-            coverage = _along(covered[1], covered[0], like.dim())
+            coverage = along(covered[1], covered[0], like.dim())
     return (weight * coverage).to(like.device, _accumulator(like))
 
 
-def _row_blocks(
+def row_blocks(
     name: str, like: Tensor, correspondence: Correspondence | None, maps: Maps | None
 ) -> Iterator[slice | None]:
     """Yield slices of a large tensor's first axis, so that little memory is needed beside it.
@@ -431,7 +431,7 @@ class _LayerSums:
             residual = self._residual(own, statistics, weight, correspondence, maps)
             self._known_weight += weight
         for total, part in zip(sums, residual, strict=True):
-            total += weight * _along(coverage, 0, part.dim()) * part
+            total += weight * along(coverage, 0, part.dim()) * part
 
     def _residual(
         self,
@@ -505,7 +505,7 @@ class _LayerSums:
         if self._options.bound == "change":
             rows = change[0].flatten(1).norm(dim=1)
             scale = (distances / rows.clamp(min=1e-30)).clamp(max=1)
-            return [m + _along(scale, 0, c.dim()) * c for m, c in zip(mean, change, strict=True)]
+            return [m + along(scale, 0, c.dim()) * c for m, c in zip(mean, change, strict=True)]
         layer = [m + c for m, c in zip(mean, change, strict=True)]
         bound = max(float(norms.norm()), float(mean[0].norm()))
         return [t * min(1.0, bound / max(float(layer[0].norm()), 1e-30)) for t in layer]
@@ -545,6 +545,7 @@ def _accumulator(value: Tensor) -> torch.dtype:
     return torch.float64
 
 
-def _along(vector: Tensor, axis: int, dimensions: int) -> Tensor:
+def along(vector: Tensor, axis: int, dimensions: int) -> Tensor:
+    """Return a vector as a tensor of so many dimensions that extends along one axis."""
     shape = [-1 if a == axis else 1 for a in range(dimensions)]
     return vector.view(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion.channels import ChannelGraph, ChannelGroup, verified_graph
-from flwr_fusion.combine import LeastSquares, RunningLeastSquares, RunningMean
+from flwr_fusion.combination import (
+    Combine,
+    checked_statistics,
+    combined,
+    is_robust,
+    rule_of,
+)
 from flwr_fusion.depth.layers import StageMatch
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import Maps, Unaligned
@@ -22,7 +28,7 @@ from flwr_fusion.matching.align import (
     align_by_activations,
     align_by_weights,
 )
-from flwr_fusion.matching.barycentre import Client, refine_as_barycentre
+from flwr_fusion.matching.barycentre import Client, heaviest, most_central, refine_as_barycentre
 from flwr_fusion.matching.costs import ACTIVATION_COSTS, activation_costs
 from flwr_fusion.matching.transport import Solver
 from flwr_fusion.prepare import (
@@ -50,11 +56,10 @@ from flwr_fusion.repair import (
     recompute_batchnorm,
     rescale_activations,
 )
-from flwr_fusion.statistics import Statistics, check, input_moments, key_of
+from flwr_fusion.statistics import Statistics, input_moments, key_of
 from flwr_fusion.transplant import Scorer, Transplantation, choose_channels
 
 ALIGN_BY = ("weights", "activations")
-COMBINE = ("mean", "least-squares")
 SCHEMES = ("joint", "iterative", "recursive")
 Part = tuple[nn.Module, float, str]
 Importance = Callable[[nn.Module, ChannelGroup], Tensor]
@@ -166,7 +171,7 @@ def average(
     models: Sequence[nn.Module],
     weights: Sequence[float] | None = None,
     *,
-    combine: Literal["mean", "least-squares"] | LeastSquares = "mean",
+    combine: Combine = "mean",
     statistics: Sequence[Statistics | None] | None = None,
 ) -> FusionResult:
     """Average networks of one architecture, parameter by parameter (FedAvg).
@@ -177,7 +182,7 @@ def average(
         At least one network; all of one architecture. Not modified.
     weights : sequence of float, optional
         Relative weights (sample counts will do), non-negative, not all zero. Default: equal.
-    combine : {"mean", "least-squares"} or LeastSquares
+    combine : {"mean", "least-squares", "median", "trimmed-mean", "krum"} or a rule's object
         As for `ot_fusion`; the channels stay as they stand.
     statistics : sequence of (mapping or None), optional
         For each network its `flwr_fusion.statistics.input_moments`.
@@ -206,15 +211,16 @@ def average(
     >>> fused = ff.average([a, b], weights=[100, 300]).model
     """
     started = time.perf_counter()
+    rule = rule_of(combine)
     shares = shares_of(models, weights)
     first = detached_state(models[0])
     for k, model in enumerate(models):
         check_same_tensors(detached_state(model), first, f"client {k}", "client 0")
     order = participants(models, shares)
-    known = _checked_statistics(statistics, combine, models, order)
+    known = checked_statistics(statistics, rule, models, order)
     as_they_stand, tied = Unaligned(), tied_tensors(models[0])
     clients = [Client(partial(_state_of, models, k), shares[k], as_they_stand) for k in order]
-    state, details = _combined(clients, [{} for _ in order], first, combine, known, tied)
+    state, details = combined(clients, [{} for _ in order], first, rule, known, tied)
     report = FusionReport("average", "", (), time.perf_counter() - started, details)
     return FusionResult(assembled(models[0], state), report)
 
@@ -234,7 +240,7 @@ def ot_fusion(
     masses: Literal["uniform", "importance"] = "uniform",
     calibration: Any = None,
     activation_cost: Literal["correlation", "euclidean"] = "correlation",
-    combine: Literal["mean", "least-squares"] | LeastSquares = "mean",
+    combine: Combine = "mean",
     statistics: Sequence[Statistics | None] | None = None,
     repair: Literal["auto", "none", "batchnorm", "rescale"] = "auto",
 ) -> FusionResult:
@@ -274,10 +280,11 @@ def ot_fusion(
         Inputs for ``align_by="activations"`` and for repair; a few hundred samples.
     activation_cost : {"correlation", "euclidean"}
         Distance of pre-activations.
-    combine : {"mean", "least-squares"} or LeastSquares
+    combine : {"mean", "least-squares", "median", "trimmed-mean", "krum"} or a rule's object
         How mapped models are put together: by their mean, or layer by layer as close as possible
-        to every client on that client's own inputs, which needs `statistics`. A `LeastSquares`
-        object sets its options.
+        to every client on that client's own inputs, which needs `statistics`; or so that a few
+        bad clients cannot decide. `LeastSquares`, `TrimmedMean` and `Krum` objects set options.
+        Under the last three names all clients of positive weight count the same.
     statistics : sequence of (mapping or None), optional
         For each network its `flwr_fusion.statistics.input_moments`. A network with None counts as
         one with average inputs.
@@ -351,7 +358,7 @@ def fuse_by_transport(
     masses: Literal["uniform", "importance"],
     calibration: Any,
     activation_cost: str,
-    combine: str | LeastSquares,
+    combine: Combine,
     statistics: Sequence[Statistics | None] | None,
     repair: str,
 ) -> FusionResult:
@@ -367,14 +374,18 @@ def fuse_by_transport(
         raise FusionError("align_by='activations' needs calibration=")
     check_rereadable(calibration)
     matching = Matching(sweep, Solver(solver, regularisation, marginal_relaxation), masses)
+    rule = rule_of(combine)
     shares = shares_of(models, weights)
+    if is_robust(rule):
+        shares = shares_of(models, [float(share > 0) for share in shares])
     order = participants(models, shares)
     target = largest(models, order) if target is None else target
     graph = verified_graph(target, example_inputs)
     named = {k: f"client {k}" for k in order}
     clients = clients_of(models, shares, named, target, graph, example_inputs, absent)
-    known = _checked_statistics(statistics, combine, models, order)
-    base, base_name, base_client = reference_of(clients, order, target, reference)
+    known = checked_statistics(statistics, rule, models, order)
+    choose = partial(most_central, matching=matching) if is_robust(rule) else heaviest
+    base, base_name, base_client = reference_of(clients, order, target, reference, choose)
     base_model = with_state(target, base) if align_by == "activations" else None
 
     def aligned(n: int, client: Client) -> Alignment:
@@ -390,10 +401,12 @@ def fuse_by_transport(
     alignments = [aligned(n, client) for n, client in enumerate(clients)]
     settled = all(alignment.is_identity for alignment in alignments)
     others = len(clients) - (base_client is not None)
-    if align_by == "weights" and sweep == "joint" and others > 1 and not settled:
+    refinable = align_by == "weights" and sweep == "joint" and others > 1 and not settled
+    # A barycentre is a mean, which one bad client can move anywhere.
+    if refinable and not is_robust(rule):
         alignments = refine_as_barycentre(clients, alignments, base, matching)
     maps = [alignment.maps for alignment in alignments]
-    state, details = _combined(clients, maps, base, combine, known, tied_tensors(target))
+    state, details = combined(clients, maps, base, rule, known, tied_tensors(target))
     fused = assembled(target, state)
     networks = (models[k] for k in order)
     moved = not settled
@@ -503,7 +516,7 @@ def neuron_transplantation(
             clients, Transplantation(scorer, weighted, order, duplicates, donated)
         )
         unknown: list[Statistics | None] = [None] * len(clients)
-        state, _ = _combined(clients, maps, detached_state(target), "mean", unknown, ())
+        state, _ = combined(clients, maps, detached_state(target), None, unknown, ())
         network = assembled(target, state)
         moved = not all(m.is_identity for own in maps for m in own.values())
         done = _repair(network, repair, clients, maps, None, networks, graph, calibration, moved)
@@ -561,65 +574,6 @@ def _group_reports(
 
 def _state_of(models: Sequence[nn.Module], k: int) -> dict[str, Tensor]:
     return detached_state(models[k])
-
-
-def _checked_statistics(
-    statistics: Sequence[Statistics | None] | None,
-    combine: str | LeastSquares,
-    models: Sequence[nn.Module],
-    order: Sequence[int],
-) -> list[Statistics | None]:
-    """Return the participants' statistics in their order, refusing what does not fit."""
-    if not isinstance(combine, LeastSquares):
-        check_option("combine", combine, COMBINE)
-    if statistics is None:
-        if combine != "mean":
-            raise FusionError(
-                "combine='least-squares' needs statistics=: for each network its "
-                "flwr_fusion.statistics.input_moments"
-            )
-        return [None] * len(order)
-    check_statistics(statistics, models, order)
-    return [statistics[k] for k in order]
-
-
-def check_statistics(
-    statistics: Sequence[Statistics | None], models: Sequence[nn.Module], order: Sequence[int]
-) -> None:
-    """Refuse statistics that do not fit the participants' networks."""
-    if len(statistics) != len(models):
-        raise FusionError(f"there are {len(models)} models but {len(statistics)} statistics")
-    for k in order:
-        own = statistics[k]
-        if own is not None:
-            try:
-                check(own, models[k])
-            except FusionError as error:
-                raise FusionError(f"client {k}: {error}") from error
-
-
-def _combined(
-    clients: Sequence[Client],
-    maps: Sequence[Maps],
-    template: Mapping[str, Tensor],
-    combine: str | LeastSquares,
-    statistics: Sequence[Statistics | None],
-    tied: Collection[str],
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the combined state dict, and the layers combined by least squares."""
-    mean = RunningMean(template)
-    for client, own in zip(clients, maps, strict=True):
-        client.join(mean, own)
-    state = mean.finish(uncovered=template)
-    if combine == "mean":
-        return state, {}
-    options = combine if isinstance(combine, LeastSquares) else LeastSquares()
-    sums = RunningLeastSquares(state, statistics, options, tied)
-    for client, own, known in zip(clients, maps, statistics, strict=True):
-        sums.add(
-            client.state(), known, client.weight, client.correspondence, own, client.absent or ()
-        )
-    return sums.finish()
 
 
 def check_rereadable(calibration: Any) -> None:

@@ -269,28 +269,46 @@ def reference_of(
     order: Sequence[int],
     target: nn.Module,
     reference: nn.Module | None,
+    choose: Callable[[Sequence[Client]], int],
 ) -> tuple[dict[str, Tensor], str, int | None]:
-    """Return the state dict to align to, its name, and which client it is as it stands."""
+    """Return the state dict to align to, its name, and which client it is as it stands.
+
+    A given reference is used if at least half of the clients resemble it. Otherwise it is one of
+    the clients, which ``choose`` picks among those that are equally fit.
+    """
     device = next(target.parameters()).device
     target_state = {name: tensor.to(device) for name, tensor in detached_state(target).items()}
     if reference is not None:
         given = {name: tensor.to(device) for name, tensor in detached_state(reference).items()}
         check_same_tensors(given, target_state, "the reference", "the target")
         squared_norm(given, "the reference")
-        if _resembles(clients[0].state(), given):
+        if _most_resemble(clients, given):
             return given, "the given reference", None
     shapes = {name: tensor.shape for name, tensor in target_state.items()}
     # Other widths are the worst to align to; layers that do nothing, or were merged, come next.
-    ranked = [
-        (client.correspondence.client.shapes != shapes, client.absent is not None, n)
-        for n, client in enumerate(clients)
+    ranks = [
+        (client.correspondence.client.shapes != shapes, client.absent is not None)
+        for client in clients
     ]
-    of_other_widths, _, chosen = min(ranked)
+    fittest = [n for n, rank in enumerate(ranks) if rank == min(ranks)]
+    of_other_widths, _ = min(ranks)
+    chosen = fittest[0 if of_other_widths else choose([clients[n] for n in fittest])]
     client, name = clients[chosen], f"client {order[chosen]}"
     if of_other_widths:
         return _placed(client, target_state), name, None
     lacking = {key: target_state[key] for key in client.absent or ()}
     return dict(client.state()) | lacking, name, chosen
+
+
+def _most_resemble(clients: Sequence[Client], reference: Mapping[str, Tensor]) -> bool:
+    """Whether at least half of the clients come from the reference: no single one can decide."""
+    yes = no = 0
+    for client in clients:
+        resembles = _resembles(client.state(), reference)
+        yes, no = yes + resembles, no + (not resembles)
+        if 2 * yes >= len(clients) or 2 * no > len(clients):
+            break
+    return 2 * yes >= len(clients)
 
 
 def _resembles(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:

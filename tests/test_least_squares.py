@@ -284,7 +284,7 @@ def test_statistics_are_asked_for() -> None:
     with pytest.raises(ff.FusionError, match="2 models but 1 statistics"):
         ff.average(models, combine="least-squares", statistics=[None])
     with pytest.raises(ff.FusionError, match="combine must be one of"):
-        ff.average(models, combine="median")  # type: ignore[arg-type]
+        ff.average(models, combine="mode")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

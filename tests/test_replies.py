@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from flwr_fusion.strategy import OTFusion
-from flwr_fusion.strategy.replies import RejectedReply, decode_array
+from flwr_fusion.strategy.arrays import decode_array
+from flwr_fusion.strategy.reasons import RejectedReply
 from tests.grid import InProcessGrid, Mutation
 
 NODES = 4
@@ -431,7 +432,8 @@ def test_error_replies_of_the_superlink_are_left_out() -> None:
 def test_lost_reply_is_left_out() -> None:
     result = run(InProcessGrid(client_app(), NODES, lost=[BAD]))
     assert_same(result.arrays, expected([0, 1, 3]))
-    assert result.train_metrics_clientapp[1]["rejected"] == 0
+    assert result.train_metrics_clientapp[1]["rejected"] == 1
+    assert result.train_metrics_clientapp[1]["rejected-no-reply"] == 1
 
 
 def test_lost_reply_is_logged_with_its_node(flower_log: pytest.LogCaptureFixture) -> None:
@@ -529,8 +531,10 @@ def test_evaluation_metrics_that_do_not_fit_together_do_not_end_the_run(
     evaluated([bad, *good] if first else [*good, bad])
 
 
-def test_no_evaluation_reply_gives_no_metrics() -> None:
-    assert evaluated([RecordDict(), RecordDict()]) is None
+def test_no_good_evaluation_reply_gives_no_metrics_but_the_rejections() -> None:
+    assert evaluated([RecordDict(), RecordDict()]) == {"rejected": 2, "rejected-records": 2}
+    strategy = OTFusion(model=network(), example_inputs=INPUTS)
+    assert strategy.aggregate_evaluate(1, []) is None
 
 
 # --- The decoder ----------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
+import torch
 from torch import Tensor
 
 from flwr_fusion.combine import RunningMean
@@ -48,6 +50,39 @@ class Client:
         state = self.state() if state is None else state
         absent = self.absent or frozenset()
         mean.add(state, sign * self.weight, self.correspondence, maps, absent)
+
+
+def heaviest(clients: Sequence[Client]) -> int:
+    """Return the heaviest client: they come in this order."""
+    return 0
+
+
+def most_central(clients: Sequence[Client], matching: Matching) -> int:
+    """Return the client to which half of the others can be aligned at the least cost.
+
+    A client that has nothing in common with the others, whatever its weights, is never chosen
+    while most of the others have.
+
+    Parameters
+    ----------
+    clients : sequence of Client
+        Of the fused architecture, widths included.
+    matching : Matching
+        How channels are matched.
+
+    Returns
+    -------
+    int
+        Its number; every client is aligned to every other one.
+    """
+    costs = torch.full((len(clients), len(clients)), torch.nan)
+    for n, reference in enumerate(clients):
+        state = reference.state()
+        for k, client in enumerate(clients):
+            if k != n:
+                found = align_by_weights(state, client.state(), client.correspondence, matching)
+                costs[n, k] = fmean(found.costs.values()) if found.costs else 0.0
+    return int(costs.nanmedian(1).values.argmin()) if len(clients) > 1 else 0
 
 
 def refine_as_barycentre(

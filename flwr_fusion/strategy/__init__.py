@@ -3,5 +3,15 @@
 from flwr_fusion.strategy.cla import CLAFusion
 from flwr_fusion.strategy.fusion import FusionStrategy
 from flwr_fusion.strategy.named import NeuronTransplantation, OTFusion
+from flwr_fusion.strategy.reasons import Reason, Rejection
+from flwr_fusion.strategy.validation import Validation
 
-__all__ = ["CLAFusion", "FusionStrategy", "NeuronTransplantation", "OTFusion"]
+__all__ = [
+    "CLAFusion",
+    "FusionStrategy",
+    "NeuronTransplantation",
+    "OTFusion",
+    "Reason",
+    "Rejection",
+    "Validation",
+]

@@ -17,8 +17,15 @@ from flwr_fusion.client import ARCHITECTURE_KEY, ARCHITECTURE_RECORD
 from flwr_fusion.errors import FusionError
 from flwr_fusion.fuse import FusionReport, FusionResult
 from flwr_fusion.start import common_start
-from flwr_fusion.strategy.fusion import FusionStrategy, loaded
-from flwr_fusion.strategy.replies import RejectedReply, arrays_of, check_arrays
+from flwr_fusion.strategy.arrays import arrays_of, check_arrays
+from flwr_fusion.strategy.checkpoint import Checkpoint
+from flwr_fusion.strategy.fusion import FusionStrategy, checked, loaded
+from flwr_fusion.strategy.reasons import Reason, RejectedReply
+from flwr_fusion.strategy.validation import Answer, answers_of
+from flwr_fusion.strategy.waiting import KnownNodes
+
+# How often a node that does not answer is asked which architecture it runs.
+_MOST_QUESTIONS = 3
 
 
 class CLAFusion(FusionStrategy):
@@ -96,6 +103,7 @@ class CLAFusion(FusionStrategy):
         self.architecture_reports: dict[int, dict[str, FusionReport]] = {}
         self.architecture_metrics: dict[int, dict[str, MetricRecord]] = {}
         self._left_out: set[int] = set()
+        self._questions: dict[int, int] = {}
         self._present: set[int] = set()
         super().__init__(
             cla_fusion, self.architectures[self.architecture], example_inputs, **arguments
@@ -130,6 +138,7 @@ class CLAFusion(FusionStrategy):
         """
         self.node_architectures.clear()
         self._left_out.clear()
+        self._questions.clear()
         if initial_arrays is not None:
             self._start_from(initial_arrays)
         return super().start(grid, self.arrays[self.architecture], *args, **kwargs)
@@ -170,13 +179,58 @@ class CLAFusion(FusionStrategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Aggregate the metrics of all good replies, and of each architecture's on their own."""
-        good = self._good_evaluations(replies)
-        by_name: dict[str, list[Message]] = {}
-        for message in good:
-            by_name.setdefault(self._name_of(message.metadata.src_node_id), []).append(message)
-        evaluated = {name: self._evaluated(messages) for name, messages in by_name.items()}
+        good, rejections = self._good_evaluations(replies)
+        by_name: dict[str, list[Answer]] = {}
+        for answer in good:
+            by_name.setdefault(self._name_of(answer.node_id), []).append(answer)
+        evaluated = {name: self._evaluated(answers, ()) for name, answers in by_name.items()}
         self.architecture_metrics[server_round] = {n: m for n, m in evaluated.items() if m}
-        return self._evaluated(good)
+        return self._evaluated(good, rejections)
+
+    def global_arrays(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
+        """Return the global model in every architecture that it has been fused into.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The global model in the chosen architecture.
+
+        Returns
+        -------
+        dict of str to ArrayRecord
+            The others are fused from these when they are needed.
+        """
+        fused = {name: self.arrays[name] for name in sorted(self._up_to_date)}
+        return fused | {self.architecture: arrays}
+
+    def details_of(self, server_round: int) -> dict[str, Any]:
+        """Return what a round's checkpoint says of it beside its metrics, ready for JSON."""
+        reports = self.architecture_reports.get(server_round, {})
+        nodes = {str(node): name for node, name in self.node_architectures.items()}
+        return super().details_of(server_round) | {
+            "node_architectures": nodes,
+            "report": {name: report.to_dict() for name, report in reports.items()},
+        }
+
+    def _restored(self, checkpoint: Checkpoint) -> ArrayRecord:
+        unknown = sorted(checkpoint.arrays.keys() - self.architectures.keys())
+        if unknown:
+            raise FusionError(
+                f"the checkpoint of round {checkpoint.server_round} has architectures {unknown}, "
+                f"which are not among {sorted(self.architectures)}"
+            )
+        names = {self.architecture, *checkpoint.arrays}
+        self.arrays |= {name: checked(checkpoint, name, self.architectures[name]) for name in names}
+        self._up_to_date = names
+        return self.arrays[self.architecture]
+
+    def _check_wrapper(self) -> None:
+        super()._check_wrapper()
+        if self._patience is None and len(self.architectures) > 1:
+            raise FusionError(
+                "clients of several architectures need the strategy's own start(): a wrapper, such "
+                "as Flower's for differential privacy, sees the arrays of one architecture only"
+            )
 
     def _try_to_fuse_into(self, name: str) -> None:
         models = list(self.architectures.values())
@@ -213,6 +267,9 @@ class CLAFusion(FusionStrategy):
             result = self._fuse(self.method, options, [chosen], [1.0], [None], model, None)
             self.arrays[name] = arrays_of(result.model.state_dict())
             self._up_to_date.add(name)
+
+    def _sent_to(self, node_id: int) -> ArrayRecord | None:
+        return self.arrays[self._name_of(node_id)]
 
     def _name_of(self, node_id: int) -> str:
         return self.node_architectures.get(node_id, self.architecture)
@@ -257,17 +314,18 @@ class CLAFusion(FusionStrategy):
         """Return the grid without the nodes whose architecture is not known."""
         if len(self.architectures) == 1:
             return grid
-        return cast(Grid, _KnownNodes(grid, self._nodes))
+        return cast(Grid, KnownNodes(grid, self._nodes))
 
     def _nodes(self, grid: Grid) -> list[int]:
-        """Return the nodes that take part, asking those that have not been asked yet."""
+        """Return the nodes that take part, asking those that have not answered yet."""
         nodes = list(grid.get_node_ids())
         new = [n for n in nodes if n not in self.node_architectures and n not in self._left_out]
         if new:
             self._ask(new, grid)
         known = [node for node in nodes if node in self.node_architectures]
         self._present = set(known)
-        if not known and len(nodes) >= max(1, self.min_available_nodes):
+        hopeless = nodes and self._left_out.issuperset(nodes)
+        if not self.node_architectures and hopeless and len(nodes) >= self.min_available_nodes:
             raise FusionError(
                 f"none of {len(nodes)} nodes runs a known architecture: its ClientApp must answer "
                 "queries with flwr_fusion.client.declare_architecture, and one of the names "
@@ -279,44 +337,34 @@ class CLAFusion(FusionStrategy):
         question = RecordDict(
             {ARCHITECTURE_RECORD: ConfigRecord({"known": list(self.architectures)})}
         )
-        messages = self._construct_messages(question, nodes, MessageType.QUERY)
-        answers = {
-            reply.metadata.src_node_id: reply
-            for reply in grid.send_and_receive(messages, timeout=self.query_timeout)
-        }
-        for node in nodes:
-            name, reason = _declared(answers.get(node))
-            if name in self.architectures:
-                self.node_architectures[node] = name
-                continue
-            self._left_out.add(node)
-            known = sorted(self.architectures)
-            reason = reason or f"it runs {name!r:.60}, which is not among {known}"
-            log(WARNING, "node %s is left out: %.300s", node, reason)
+        messages = list(self._construct_messages(question, nodes, MessageType.QUERY))
+        asked = [message.metadata for message in messages]
+        replies = grid.send_and_receive(messages, timeout=self.query_timeout)
+        answers, rejections = answers_of(replies, asked)
+        for answer in answers:
+            name, reason = self._declared(answer)
+            if name is not None:
+                self.node_architectures[answer.node_id] = name
+            else:
+                self._leave_out(answer.node_id, reason)
+        for rejection in rejections:
+            node = rejection.node_id
+            # A node that was busy or away may still answer; a ClientApp that cannot never will.
+            self._questions[node] = self._questions.get(node, 0) + 1
+            if rejection.reason is Reason.ERROR or self._questions[node] >= _MOST_QUESTIONS:
+                text = f"it did not say which architecture it runs: {rejection.text}"
+                self._leave_out(node, text)
 
+    def _leave_out(self, node: int, reason: str) -> None:
+        self._left_out.add(node)
+        log(WARNING, "node %s is left out: %.300s", node, reason)
 
-def _declared(reply: Message | None) -> tuple[str, str]:
-    """Return the architecture that a node has declared, or why there is none."""
-    if reply is None:
-        return "", "it did not say which architecture it runs"
-    if reply.has_error():
-        return "", f"it could not say which architecture it runs: {reply.error.reason}"
-    record = reply.content.config_records.get(ARCHITECTURE_RECORD)
-    name = record.get(ARCHITECTURE_KEY) if record is not None else None
-    if not isinstance(name, str):
-        return "", "its answer names no architecture"
-    return name, ""
-
-
-class _KnownNodes:
-    """A grid that shows only the nodes which take part."""
-
-    def __init__(self, grid: Grid, nodes: Callable[[Grid], list[int]]) -> None:
-        self._grid = grid
-        self._nodes = nodes
-
-    def get_node_ids(self) -> list[int]:
-        return self._nodes(self._grid)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._grid, name)
+    def _declared(self, answer: Answer) -> tuple[str | None, str]:
+        """Return the architecture that a node has declared, or why there is none."""
+        record = answer.content.config_records.get(ARCHITECTURE_RECORD)
+        name = record.get(ARCHITECTURE_KEY) if record is not None else None
+        if not isinstance(name, str):
+            return None, "its answer names no architecture"
+        if name not in self.architectures:
+            return None, f"it runs {name!r:.60}, which is not among {sorted(self.architectures)}"
+        return name, ""

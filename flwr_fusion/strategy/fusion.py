@@ -6,32 +6,46 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from logging import ERROR, INFO, WARNING
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
 
 from flwr_fusion.channels import verified_graph
+from flwr_fusion.combination import wants_statistics
 from flwr_fusion.errors import FusionError
 from flwr_fusion.fuse import FusionReport, FusionResult
 from flwr_fusion.prepare import BuiltOnAccess, with_state
 from flwr_fusion.statistics import Statistics
-from flwr_fusion.strategy.replies import (
-    RejectedReply,
+from flwr_fusion.strategy.arrays import arrays_of, check_arrays, state_of
+from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
+from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection
+from flwr_fusion.strategy.run import EvaluateFunction, run_of
+from flwr_fusion.strategy.validation import (
+    Answer,
     Update,
-    arrays_of,
-    check_arrays,
-    nodes_with_several_replies,
+    Validation,
+    answers_of,
+    counts_of,
+    good_updates,
     read_statistics,
-    read_update,
     read_weight,
-    state_of,
+)
+from flwr_fusion.strategy.waiting import (
+    ImpatientGrid,
+    NotEnoughNodesError,
+    Patience,
+    PatientGrid,
 )
 
 FusionMethod = Callable[..., FusionResult]
+
+ONLY_ARCHITECTURE = "model"
+"""Name of the global model in the checkpoints of a strategy with one architecture."""
 
 
 class FusionStrategy(FedAvg):
@@ -39,7 +53,7 @@ class FusionStrategy(FedAvg):
 
     Clients are ordinary Flower clients: one array record, one metric record with the number of
     examples. Every reply is checked; a bad one is logged with its node and reason, counted in the
-    round's metrics as ``rejected``, and left out.
+    round's metrics as ``rejected`` and ``rejected-REASON`` (`Reason`), and left out.
 
     Parameters
     ----------
@@ -56,6 +70,17 @@ class FusionStrategy(FedAvg):
         Options of the method that hold in the first rounds only, with the number of rounds, for
         steps that help early and cost late: ``{"combine": 3}``. Afterwards the method's default
         holds.
+    validation : Validation, optional
+        Limits for the clients' number of examples and size of update.
+    min_train_replies : int
+        A round with fewer good replies keeps the last good model.
+    checkpoint_dir : str or Path, optional
+        Folder in which every round leaves a checkpoint: a safetensors file for each architecture,
+        and JSON with metrics, rejections, report and hashes.
+    resume : bool
+        Go on from the latest whole checkpoint in `checkpoint_dir`, where there is one.
+    keep_checkpoints : int
+        How many of the latest checkpoints are kept.
     **arguments
         Arguments of Flower's ``FedAvg`` keep their names and meaning; all others are options of
         the method.
@@ -64,6 +89,8 @@ class FusionStrategy(FedAvg):
     ----------
     reports : dict of int to FusionReport
         What each round's fusion did.
+    rejections : dict of int to list of Rejection
+        For each round the replies to training that were left out, and why.
 
     Raises
     ------
@@ -77,6 +104,11 @@ class FusionStrategy(FedAvg):
         model: nn.Module,
         example_inputs: Any,
         only_first_rounds: Mapping[str, int] | None = None,
+        validation: Validation | None = None,
+        min_train_replies: int = 1,
+        checkpoint_dir: str | Path | None = None,
+        resume: bool = False,
+        keep_checkpoints: int = 3,
         **arguments: Any,
     ) -> None:
         fedavg = inspect.signature(FedAvg.__init__).parameters.keys() & arguments.keys()
@@ -86,9 +118,22 @@ class FusionStrategy(FedAvg):
         self.example_inputs = example_inputs
         self.options = arguments
         self.only_first_rounds = dict(only_first_rounds or {})
+        self.validation = Validation() if validation is None else validation
+        self.min_train_replies = min_train_replies
+        self.resume = resume
         self.reports: dict[int, FusionReport] = {}
+        self.rejections: dict[int, list[Rejection]] = {}
+        self._checkpoints = (
+            None if checkpoint_dir is None else CheckpointFolder(checkpoint_dir, keep_checkpoints)
+        )
         self._sent: ArrayRecord | None = None
-        self._asked: set[int] = set()
+        self._asked: list[Metadata] = []
+        # Set by start(): under a wrapper of Flower's, another strategy's start() runs the rounds.
+        self._patience: Patience | None = None
+        self._had_nodes = False
+        _check_replies_wanted(min_train_replies)
+        if resume and checkpoint_dir is None:
+            raise FusionError("resume=True needs checkpoint_dir=: the folder to go on from")
         _check_options(method, arguments)
         _check_schedule(self.only_first_rounds, arguments)
         # Whatever the method cannot do is refused here, not after the first round of training.
@@ -106,18 +151,81 @@ class FusionStrategy(FedAvg):
         log(INFO, "\t│\t└──Channel groups: %d can move, %d are fixed", self._free, self._fixed)
         super().summary()
 
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFunction | None = None,
+    ) -> Result:
+        """Run the federation.
+
+        Parameters
+        ----------
+        grid : Grid
+            As for every strategy.
+        initial_arrays : ArrayRecord
+            The first global model; not used where the run goes on from a checkpoint.
+        num_rounds : int
+            Number of rounds, those before the checkpoint included.
+        timeout : float, optional
+            Seconds that a round waits for replies, and from the second round on for nodes.
+            Default: an hour until all replies have come once, then three times the longest time
+            that all took, but at least five minutes.
+        train_config, evaluate_config, evaluate_fn
+            As for Flower's ``Strategy.start``.
+
+        Returns
+        -------
+        Result
+            The last good global model, and the metrics of all rounds.
+
+        Raises
+        ------
+        FusionError
+            If the arrays do not fit the model, if there are checkpoints and `resume` is not set,
+            or if none of them is whole or the latest is of another network.
+        """
+        done = self._checkpoint_to_resume()
+        if done is not None:
+            initial_arrays = self._restored(done)
+        self._patience = Patience(timeout)
+        self._had_nodes = False
+        return run_of(self, self._checkpoints, done).rounds_of(
+            cast(Grid, PatientGrid(grid, self._patience)),
+            initial_arrays,
+            num_rounds,
+            evaluate_fn,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+        )
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Remember the global model that is sent out, then configure training as FedAvg does."""
+        """Remember the global model that is sent out, then configure training as FedAvg does.
+
+        From the second round on, a round for which too few nodes are connected in time is left
+        out.
+        """
+        self._check_wrapper()
         try:
             check_arrays(arrays, self.model.state_dict())
         except RejectedReply as error:
             raise FusionError(f"the arrays to send do not fit the model: {error}") from error
         self._sent = arrays
-        messages = list(super().configure_train(server_round, arrays, config, grid))
-        self._asked = {message.metadata.dst_node_id for message in messages}
-        return messages
+        configure = partial(super().configure_train, server_round, arrays, config)
+        return self._asking(configure, grid)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Configure evaluation as FedAvg does; leave it out if too few nodes are connected."""
+        configure = partial(super().configure_evaluate, server_round, arrays, config)
+        return self._asking(configure, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -134,83 +242,163 @@ class FusionStrategy(FedAvg):
         Returns
         -------
         tuple of (ArrayRecord or None, MetricRecord or None)
-            The fused model, or None to keep the last one if there is no good reply; the clients'
-            metrics by FedAvg's aggregation with ``rejected`` (bad and error replies) and
-            ``share-moved`` (share of channels that the fusion moved); where clients attached
-            statistics also ``with-statistics``, the number of usable ones.
+            The fused model, or None to keep the last one if there are not enough good replies;
+            the clients' metrics by FedAvg's aggregation with ``rejected`` (replies and nodes left
+            out), ``rejected-REASON`` for each reason, and ``share-moved`` (share of channels that
+            the fusion moved); where clients attached statistics also ``with-statistics``, the
+            number of usable ones.
         """
-        replies = list(replies)
-        silent = self._asked - {message.metadata.src_node_id for message in replies}
-        if silent:
-            log(WARNING, "aggregate_train: no reply from nodes %s", sorted(silent))
-        valid, errors = self._check_and_log_replies(replies, is_train=True, validate=False)
-        updates = self._good_updates(valid)
-        rejected = len(valid) + len(errors) - len(updates)
-        if not updates:
-            log(ERROR, "aggregate_train: no good reply in round %s; the model stays", server_round)
-            return None, MetricRecord({"rejected": rejected})
-
-        def received(k: int) -> nn.Module:
-            return loaded(self._model_of(updates[k].node_id), updates[k].arrays)
-
-        models = BuiltOnAccess(len(updates), received)
-        weights = [update.weight for update in updates]
+        answers, rejections = answers_of(replies, self._asked)
+        keys = self.arrayrecord_key, self.weighted_by_key
+        updates, bad = good_updates(answers, self._model_of, self._sent_to, self.validation, *keys)
+        rejections += bad
         method, options = self.method_of_round(server_round)
-        statistics = self._statistics(updates) if _takes(method, "statistics") else []
-        if options.get("combine", "mean") != "mean" and None in statistics:
+        statistics: list[Statistics | None] = []
+        if _takes(method, "statistics"):
+            statistics, bad = self._statistics(updates)
+            rejections += bad
+        self.rejections[server_round] = rejections
+        _log_replies("aggregate_train", len(updates), rejections)
+        if len(updates) < self.min_train_replies:
+            log(
+                ERROR,
+                "aggregate_train: %d good replies in round %s, %d are needed; the model stays",
+                len(updates),
+                server_round,
+                self.min_train_replies,
+            )
+            return None, _metrics(counts_of(rejections))
+        if wants_statistics(options.get("combine")) and None in statistics:
             log(
                 WARNING,
                 "%d of %d replies have no usable statistics; see flwr_fusion.client",
                 statistics.count(None),
                 len(statistics),
             )
-        arrays, report = self._fuse_updates(
-            server_round, partial(self._fuse, method, options, models, weights, statistics)
-        )
+
+        def received(k: int) -> nn.Module:
+            return loaded(self._model_of(updates[k].node_id), updates[k].arrays)
+
+        models = BuiltOnAccess(len(updates), received)
+        weights = [update.weight for update in updates]
+        fuse = partial(self._fuse, method, options, models, weights, statistics)
+        try:
+            arrays, report = self._fuse_updates(server_round, fuse)
+        except FusionError as error:
+            nodes = [update.node_id for update in updates]
+            log(
+                ERROR,
+                "aggregate_train: the replies of round %s cannot be fused, the model stays: %s "
+                "(clients 0, 1, ... are nodes %s)",
+                server_round,
+                error,
+                nodes,
+            )
+            return None, _metrics(counts_of(rejections))
         self.reports[server_round] = report
         contents = [update.content for update in updates]
         metrics = self._aggregated(self.train_metrics_aggr_fn, contents)
-        metrics["rejected"] = rejected
-        metrics["share-moved"] = report.share_moved
+        counts: dict[str, float] = dict(counts_of(rejections)) | {"share-moved": report.share_moved}
         if any(own is not None for own in statistics):
-            metrics["with-statistics"] = sum(own is not None for own in statistics)
-        return arrays, metrics
+            counts["with-statistics"] = sum(own is not None for own in statistics)
+        return arrays, _metrics(counts, metrics)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Aggregate the metrics of all evaluation replies that carry a usable weight."""
-        return self._evaluated(self._good_evaluations(replies))
+        answers, rejections = self._good_evaluations(replies)
+        return self._evaluated(answers, rejections)
 
-    def _good_evaluations(self, replies: Iterable[Message]) -> list[Message]:
-        valid, _ = self._check_and_log_replies(list(replies), is_train=False, validate=False)
+    def global_arrays(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
+        """Return the global model by architecture, for a checkpoint.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The global model in the strategy's architecture.
+
+        Returns
+        -------
+        dict of str to ArrayRecord
+            Here there is one architecture, "model".
+        """
+        return {ONLY_ARCHITECTURE: arrays}
+
+    def details_of(self, server_round: int) -> dict[str, Any]:
+        """Return what a round's checkpoint says of it beside its metrics, ready for JSON."""
+        report = self.reports.get(server_round)
+        return {
+            "method": getattr(self.method_of_round(server_round)[0], "__name__", ""),
+            "rejected": [
+                {"node": r.node_id, "reason": r.reason, "text": r.text}
+                for r in self.rejections.get(server_round, [])
+            ],
+            "report": None if report is None else report.to_dict(),
+        }
+
+    def _restored(self, checkpoint: Checkpoint) -> ArrayRecord:
+        """Take over the global model of a checkpoint, and return it in the own architecture."""
+        return checked(checkpoint, ONLY_ARCHITECTURE, self.model)
+
+    def _checkpoint_to_resume(self) -> Checkpoint | None:
+        if self._checkpoints is None:
+            return None
+        if self.resume:
+            return self._checkpoints.latest()
+        rounds = self._checkpoints.rounds()
+        if rounds:
+            raise FusionError(
+                f"{self._checkpoints.path} holds checkpoints of rounds {rounds}: set resume=True "
+                "to go on from the latest, or choose an empty checkpoint_dir"
+            )
+        return None
+
+    def _check_wrapper(self) -> None:
+        """Refuse what a wrapper would break whose own start() runs the rounds."""
+        if self._patience is None and self._checkpoints is not None:
+            raise FusionError(
+                "checkpoint_dir= works with the strategy's own start() alone: under a wrapper, "
+                "such as Flower's for differential privacy, checkpoints would hold the model "
+                "before its noise is added"
+            )
+
+    def _asking(
+        self, configure: Callable[[Grid], Iterable[Message]], grid: Grid
+    ) -> Iterable[Message]:
+        """Return the messages of an exchange, and remember who is asked; none without nodes."""
+        if self._had_nodes:
+            patience = self._patience or Patience()
+            grid = cast(Grid, ImpatientGrid(grid, patience.for_nodes()))
+        try:
+            messages = list(configure(grid))
+        except NotEnoughNodesError as reason:
+            log(ERROR, "too few nodes, the model stays: %s", reason)
+            messages = []
+        self._had_nodes = self._had_nodes or bool(messages)
+        self._asked = [message.metadata for message in messages]
+        return messages
+
+    def _good_evaluations(self, replies: Iterable[Message]) -> tuple[list[Answer], list[Rejection]]:
+        answers, rejections = answers_of(replies, self._asked)
         good = []
-        for message in valid:
+        for answer in answers:
             try:
-                read_weight(message.content, self.weighted_by_key)
-                good.append(message)
+                read_weight(answer.content, self.weighted_by_key)
+                good.append(answer)
             except RejectedReply as reason:
-                _log_rejection("aggregate_evaluate", message, reason)
-        return good
+                rejections.append(Rejection(answer.node_id, reason.reason, str(reason)))
+        _log_replies("aggregate_evaluate", len(good), rejections)
+        return good, rejections
 
-    def _evaluated(self, messages: Sequence[Message]) -> MetricRecord | None:
-        contents = [message.content for message in messages]
-        return self._aggregated(self.evaluate_metrics_aggr_fn, contents) if contents else None
-
-    def _good_updates(self, messages: Sequence[Message]) -> list[Update]:
-        ambiguous = nodes_with_several_replies(messages)
-        updates = []
-        for message in messages:
-            try:
-                if message.metadata.src_node_id in ambiguous:
-                    raise RejectedReply("the node sent a second reply: which one counts is unknown")
-                template = self._model_of(message.metadata.src_node_id).state_dict()
-                updates.append(
-                    read_update(message, template, self.arrayrecord_key, self.weighted_by_key)
-                )
-            except RejectedReply as rejection:
-                _log_rejection("aggregate_train", message, rejection)
-        return updates
+    def _evaluated(
+        self, answers: Sequence[Answer], rejections: Sequence[Rejection]
+    ) -> MetricRecord | None:
+        contents = [answer.content for answer in answers]
+        counts = counts_of(rejections) if rejections else {}
+        if not contents:
+            return _metrics(counts) if counts else None
+        return _metrics(counts, self._aggregated(self.evaluate_metrics_aggr_fn, contents))
 
     def _aggregated(
         self, aggregate: Callable[[list[RecordDict], str], MetricRecord], contents: list[RecordDict]
@@ -224,6 +412,10 @@ class FusionStrategy(FedAvg):
     def _model_of(self, node_id: int) -> nn.Module:
         """Return a network of the architecture that a node trains."""
         return self.model
+
+    def _sent_to(self, node_id: int) -> ArrayRecord | None:
+        """Return the arrays that a node was sent."""
+        return self._sent
 
     def _fuse_updates(
         self, server_round: int, fuse: Callable[[nn.Module, nn.Module | None], FusionResult]
@@ -249,17 +441,20 @@ class FusionStrategy(FedAvg):
         over = {name for name, last in self.only_first_rounds.items() if server_round > last}
         return self.method, {n: value for n, value in self.options.items() if n not in over}
 
-    def _statistics(self, updates: Sequence[Update]) -> list[Statistics | None]:
+    def _statistics(
+        self, updates: Sequence[Update]
+    ) -> tuple[list[Statistics | None], list[Rejection]]:
         """Return what the clients measured; None for a reply without usable statistics."""
         statistics: list[Statistics | None] = []
+        rejections = []
         for update in updates:
             try:
                 model = self._model_of(update.node_id)
                 statistics.append(read_statistics(update.content, model))
             except RejectedReply as reason:
-                log(WARNING, "aggregate_train: node %s: %s", update.node_id, reason)
+                rejections.append(Rejection(update.node_id, reason.reason, str(reason)))
                 statistics.append(None)
-        return statistics
+        return statistics, rejections
 
     def _fuse(
         self,
@@ -313,5 +508,49 @@ def _check_schedule(schedule: Mapping[str, int], options: Mapping[str, Any]) -> 
             raise FusionError(f"only_first_rounds['{name}'] must be a number, not {rounds!r}")
 
 
-def _log_rejection(where: str, message: Message, reason: Exception) -> None:
-    log(WARNING, "%s: rejected node %s: %s", where, message.metadata.src_node_id, reason)
+def _check_replies_wanted(number: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise FusionError(f"min_train_replies must be at least 1, not {number!r}")
+
+
+def checked(checkpoint: Checkpoint, name: str, model: nn.Module) -> ArrayRecord:
+    """Return a checkpoint's arrays of an architecture, in the order of its model."""
+    if name not in checkpoint.arrays:
+        raise FusionError(
+            f"the checkpoint of round {checkpoint.server_round} holds {sorted(checkpoint.arrays)}, "
+            f"not {name!r}: it is of another strategy or other architectures"
+        )
+    arrays, template = checkpoint.arrays[name], model.state_dict()
+    try:
+        check_arrays(arrays, template)
+    except RejectedReply as error:
+        raise FusionError(
+            f"the checkpoint of round {checkpoint.server_round} is of another network: {error}"
+        ) from error
+    return ArrayRecord({key: arrays[key] for key in template})
+
+
+def _metrics(counts: Mapping[str, float], clients: MetricRecord | None = None) -> MetricRecord:
+    """Return the clients' metrics with the strategy's own, which no client can replace."""
+    own = {key: value for key, value in (clients or {}).items() if not _is_ours(key)}
+    return MetricRecord({**own, **counts})
+
+
+def _is_ours(key: str) -> bool:
+    return key in ("rejected", "share-moved", "with-statistics") or key.startswith("rejected-")
+
+
+def _log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:
+    log(INFO, "%s: %d good replies, %d rejections", where, good, len(rejections))
+    for rejection in rejections:
+        if rejection.reason is Reason.STATISTICS:
+            log(WARNING, "%s: node %s: %s", where, rejection.node_id, rejection.text)
+        else:
+            log(
+                WARNING,
+                "%s: rejected node %s (%s): %s",
+                where,
+                rejection.node_id,
+                rejection.reason,
+                rejection.text,
+            )

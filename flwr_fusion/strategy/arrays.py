@@ -1,0 +1,161 @@
+"""Arrays on the wire: read without trusting what they say of themselves, checked, written."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flwr_fusion.strategy.reasons import Reason, RejectedReply
+
+# Far above any weight of a network, far below where sums of squares overflow single precision.
+_LARGEST_VALUE = 1e12
+_KINDS = {"f": "floating-point", "i": "integer", "u": "integer", "b": "boolean"}
+
+
+def check_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None:
+    """Check that arrays are those of a model: names, shapes, kinds, finite and not huge.
+
+    Parameters
+    ----------
+    arrays : ArrayRecord
+        What was received.
+    template : mapping of str to Tensor
+        State dict of the model; integer tables (indices, masks) must have its values.
+
+    Raises
+    ------
+    RejectedReply
+        Naming the first array at fault.
+    """
+    missing, extra = template.keys() - arrays.keys(), arrays.keys() - template.keys()
+    if missing or extra:
+        raise RejectedReply(
+            Reason.NAMES,
+            f"the arrays are not the model's: missing {sorted(missing)[:5]}, "
+            f"unknown {sorted(extra)[:5]}",
+        )
+    for name, like in template.items():
+        _check_array(name, arrays[name], like)
+
+
+def _check_array(name: str, array: Array, like: Tensor) -> None:
+    values = decode_array(name, array, tuple(like.shape))
+    expected = torch.empty(0, dtype=like.dtype).float() if like.is_floating_point() else like
+    kind = np.asarray(expected.new_empty(0).cpu().numpy()).dtype.kind
+    if _KINDS.get(values.dtype.kind) != _KINDS[kind]:
+        raise RejectedReply(
+            Reason.TYPE, f"array '{name}' holds {values.dtype}, not {_KINDS[kind]} numbers"
+        )
+    if values.dtype.kind != "f" and values.ndim and not np.array_equal(values, like.cpu().numpy()):
+        raise RejectedReply(
+            Reason.TABLE, f"array '{name}' is an integer table that differs from the model's"
+        )
+    if values.dtype.kind == "f" and values.size:
+        largest = float(np.abs(values).max())
+        if not math.isfinite(largest):
+            raise RejectedReply(Reason.NON_FINITE, f"array '{name}' has non-finite values")
+        if largest > min(_LARGEST_VALUE, torch.finfo(like.dtype).max):
+            raise RejectedReply(Reason.MAGNITUDE, f"array '{name}' has values up to {largest:.1e}")
+
+
+def decode_array(name: str, array: Array, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Read an array without trusting its header: nothing is allocated that was not received.
+
+    Parameters
+    ----------
+    name : str
+        Name for messages.
+    array : Array
+        The serialised array.
+    shape : tuple of int
+        The shape that it must have.
+
+    Returns
+    -------
+    ndarray
+        A read-only view of the received bytes.
+
+    Raises
+    ------
+    RejectedReply
+        If the bytes are no array, or one of another shape or length.
+    """
+    stream = io.BytesIO(array.data)
+    try:
+        version = npy.read_magic(stream)
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        received, fortran_order, dtype = read_header(stream)
+    except Exception as error:
+        raise RejectedReply(Reason.UNREADABLE, f"array '{name}' cannot be read: {error}") from error
+    if received != shape:
+        raise RejectedReply(
+            Reason.SHAPE, f"array '{name}' has shape {received}, the model's has {shape}"
+        )
+    if dtype.kind not in _KINDS or dtype.itemsize > 8:
+        raise RejectedReply(
+            Reason.TYPE, f"array '{name}' holds {dtype}, not numbers that PyTorch has"
+        )
+    size = math.prod(shape) * dtype.itemsize
+    payload = memoryview(array.data)[stream.tell() :]
+    if len(payload) != size:
+        raise RejectedReply(
+            Reason.UNREADABLE, f"array '{name}' has {len(payload)} bytes of data instead of {size}"
+        )
+    flat: NDArray[Any] = np.frombuffer(payload, dtype)
+    return flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)
+
+
+def state_of(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a checked array record, in the model's dtypes.
+
+    Parameters
+    ----------
+    arrays : ArrayRecord
+        Arrays that have passed `read_update`.
+    template : mapping of str to Tensor
+        State dict of the model.
+
+    Returns
+    -------
+    dict of str to Tensor
+        A state dict on the CPU.
+    """
+    state = {}
+    for name, like in template.items():
+        values = decode_array(name, arrays[name], tuple(like.shape))
+        native = np.array(values, dtype=values.dtype.newbyteorder("="))
+        state[name] = torch.from_numpy(native).to(like.dtype)
+    return state
+
+
+def arrays_of(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return a state dict as an array record; types that NumPy lacks travel in single precision.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        The state dict.
+
+    Returns
+    -------
+    ArrayRecord
+        What Flower sends.
+    """
+    return ArrayRecord({name: Array(_as_numpy(tensor)) for name, tensor in state.items()})
+
+
+def _as_numpy(tensor: Tensor) -> NDArray[Any]:
+    tensor = tensor.detach().cpu()
+    try:
+        return np.asarray(tensor.numpy())
+    except TypeError:
+        return np.asarray(tensor.float().numpy())

@@ -1,0 +1,248 @@
+"""Checkpoints of a federation: one folder for each round, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from logging import WARNING
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.common import log
+from safetensors.numpy import load, save
+
+from flwr_fusion.errors import FusionError
+
+_FORMAT = 1
+_DESCRIPTION = "checkpoint.json"
+_ROUND = "round-"
+_UNFINISHED = ".unfinished-"
+
+Metrics = dict[int, MetricRecord]
+
+
+@dataclass(frozen=True)
+class History:
+    """Metrics of all rounds so far, as in Flower's ``Result``."""
+
+    train_metrics_clientapp: Metrics = field(default_factory=dict)
+    evaluate_metrics_clientapp: Metrics = field(default_factory=dict)
+    evaluate_metrics_serverapp: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A federation after a round.
+
+    Parameters
+    ----------
+    server_round : int
+        The round that is finished.
+    arrays : dict of str to ArrayRecord
+        The global model by architecture.
+    history : History
+        Metrics of all rounds up to this one.
+    details : mapping
+        What else is worth keeping, ready for JSON: what was rejected, the fusion's report.
+    """
+
+    server_round: int
+    arrays: dict[str, ArrayRecord]
+    history: History
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class CheckpointFolder:
+    """A folder of checkpoints.
+
+    Every round has a folder of its own: a safetensors file for each architecture, and
+    ``checkpoint.json`` with the round, the metrics, what was rejected, the fusion's report and the
+    SHA-256 of every file and of itself. It is written under another name, flushed to the disk and
+    then renamed, so that a process that is killed leaves a whole checkpoint or none.
+
+    Parameters
+    ----------
+    path : str or Path
+        The folder; made if it is not there.
+    keep : int
+        How many of the latest checkpoints are kept.
+
+    Raises
+    ------
+    FusionError
+        If `keep` is below 1.
+    """
+
+    def __init__(self, path: str | Path, keep: int = 3) -> None:
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise FusionError(f"keep_checkpoints must be at least 1, not {keep!r}")
+        self.path = Path(path).expanduser().absolute()
+        self._keep = keep
+
+    def rounds(self) -> list[int]:
+        """Return the rounds that have a checkpoint, whole or not, in ascending order."""
+        if not self.path.is_dir():
+            return []
+        names = (entry.name.removeprefix(_ROUND) for entry in self.path.glob(f"{_ROUND}*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint and delete those that are too old."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path))
+        files = {}
+        for name, arrays in checkpoint.arrays.items():
+            data = save({key: array.numpy() for key, array in arrays.items()})
+            file = f"{quote(name, safe='')}.safetensors"
+            _write(unfinished / file, data)
+            files[name] = {"file": file, "sha256": hashlib.sha256(data).hexdigest()}
+        _write(unfinished / _DESCRIPTION, _described(checkpoint, files))
+        _flush_folder(unfinished)
+        folder = self._folder(checkpoint.server_round)
+        if folder.exists():  # One that was found broken.
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+        _flush_folder(self.path)
+        self._tidy()
+
+    def update(self, checkpoint: Checkpoint) -> None:
+        """Replace what is said of a round that has been written, such as its metrics."""
+        folder = self._folder(checkpoint.server_round)
+        files = json.loads((folder / _DESCRIPTION).read_bytes())["arrays"]
+        unfinished = folder / f"{_UNFINISHED}{_DESCRIPTION}"
+        _write(unfinished, _described(checkpoint, files))
+        unfinished.replace(folder / _DESCRIPTION)
+        _flush_folder(folder)
+
+    def latest(self) -> Checkpoint | None:
+        """Return the latest whole checkpoint, or None if there is no checkpoint at all.
+
+        Raises
+        ------
+        FusionError
+            If there are checkpoints, but all of them are damaged.
+        """
+        rounds = self.rounds()
+        for server_round in reversed(rounds):
+            try:
+                return self._read(server_round)
+            except _DamagedError as reason:
+                folder = self._folder(server_round)
+                log(WARNING, "checkpoint %s is damaged and not used: %s", folder, reason)
+        if rounds:
+            raise FusionError(
+                f"all checkpoints in {self.path} are damaged ({rounds}): restore one of them, or "
+                "choose an empty checkpoint_dir to begin again"
+            )
+        return None
+
+    def _folder(self, server_round: int) -> Path:
+        return self.path / f"{_ROUND}{server_round:05d}"
+
+    def _read(self, server_round: int) -> Checkpoint:
+        folder = self._folder(server_round)
+        try:
+            described = json.loads((folder / _DESCRIPTION).read_bytes())
+            if described.pop("sha256", None) != _hash_of(described):
+                raise _DamagedError(f"{_DESCRIPTION} does not have the content it was written with")
+            if described["format"] != _FORMAT or described["round"] != server_round:
+                raise _DamagedError(f"{_DESCRIPTION} is of another format or round")
+            arrays = {name: _arrays(folder, known) for name, known in described["arrays"].items()}
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            raise _DamagedError(f"it cannot be read: {error!r}") from error
+        history = {
+            kind: {int(r): _metrics_from_json(own) for r, own in described["history"][kind].items()}
+            for kind in History.__dataclass_fields__
+        }
+        return Checkpoint(server_round, arrays, History(**history), described["details"])
+
+    def _tidy(self) -> None:
+        """Delete checkpoints that are too old, and what killed processes left."""
+        for server_round in self.rounds()[: -self._keep]:
+            shutil.rmtree(self._folder(server_round))
+        for left in self.path.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left)
+
+
+class _DamagedError(Exception):
+    """A checkpoint that is torn or was changed."""
+
+
+def _described(checkpoint: Checkpoint, files: Mapping[str, Any]) -> bytes:
+    history = {
+        kind: {str(r): _json_of_metrics(m) for r, m in getattr(checkpoint.history, kind).items()}
+        for kind in History.__dataclass_fields__
+    }
+    content = {
+        "format": _FORMAT,
+        "round": checkpoint.server_round,
+        "arrays": files,
+        "history": history,
+        "details": _finite(checkpoint.details),
+    }
+    return json.dumps(content | {"sha256": _hash_of(content)}, indent=1, allow_nan=False).encode()
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _arrays(folder: Path, known: Mapping[str, str]) -> ArrayRecord:
+    data = (folder / Path(known["file"]).name).read_bytes()
+    if hashlib.sha256(data).hexdigest() != known["sha256"]:
+        raise _DamagedError(f"{known['file']} does not have the content it was written with")
+    return ArrayRecord({name: Array(value) for name, value in load(data).items()})
+
+
+def _json_of_metrics(metrics: MetricRecord) -> dict[str, Any]:
+    return {name: _finite(value) for name, value in metrics.items()}
+
+
+def _metrics_from_json(values: Mapping[str, Any]) -> MetricRecord:
+    def number(value: Any) -> Any:
+        return float(value) if isinstance(value, str) else value
+
+    return MetricRecord(
+        {
+            name: [number(v) for v in value] if isinstance(value, list) else number(value)
+            for name, value in values.items()
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    """Return a value in which NaN and infinity, which JSON lacks, are text."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(own) for own in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    # Windows cannot open folders, and needs no flush of their entries.
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

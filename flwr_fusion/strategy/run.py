@@ -1,0 +1,192 @@
+"""A run of a strategy: counted on from a checkpoint, and written to new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from logging import INFO
+from typing import Any, Protocol
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder, History
+
+EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class Resumable(Protocol):
+    """A strategy that says of itself what belongs into a checkpoint."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As Flower's."""
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """As Flower's."""
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As Flower's."""
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """As Flower's."""
+
+    def summary(self) -> None:
+        """As Flower's."""
+
+    def global_arrays(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
+        """Return the global model by architecture; ``arrays`` are those of the chosen one."""
+
+    def details_of(self, server_round: int) -> dict[str, Any]:
+        """Return what a round's checkpoint should say of it, ready for JSON."""
+
+
+class Run(Strategy):
+    """A strategy's rounds, counted from the checkpoint that they go on from.
+
+    Flower counts the rounds of every start from 1. Between it and the strategy, this one adds the
+    rounds that are done, so that the strategy, its subclasses, the clients, ``evaluate_fn`` and
+    the ``Result`` all see the true number.
+
+    Parameters
+    ----------
+    strategy : Resumable
+        What runs.
+    folder : CheckpointFolder, optional
+        Where every round is written.
+    done : Checkpoint, optional
+        What the run goes on from.
+    """
+
+    def __init__(
+        self, strategy: Resumable, folder: CheckpointFolder | None, done: Checkpoint | None
+    ) -> None:
+        self._strategy = strategy
+        self._folder = folder
+        self._done = 0 if done is None else done.server_round
+        self._history = History() if done is None else done.history
+        self._arrays = ArrayRecord()
+        self._written: Checkpoint | None = None
+
+    def rounds_of(
+        self,
+        grid: Grid,
+        arrays: ArrayRecord,
+        num_rounds: int,
+        evaluate_fn: EvaluateFunction | None,
+        **arguments: Any,
+    ) -> Result:
+        """Run the rounds that are not done, and return the result of all of them.
+
+        Parameters
+        ----------
+        grid : Grid
+            The nodes.
+        arrays : ArrayRecord
+            The global model to go on from.
+        num_rounds : int
+            Number of rounds in all.
+        evaluate_fn : callable, optional
+            As for Flower's ``Strategy.start``.
+        **arguments
+            Other arguments of it.
+
+        Returns
+        -------
+        Result
+            The last global model, and the metrics of all rounds, by their true numbers.
+        """
+        self._arrays = arrays
+        if self._done:
+            log(INFO, "Going on after round %s of %s", self._done, num_rounds)
+        result = self.start(
+            grid,
+            arrays,
+            max(0, num_rounds - self._done),
+            evaluate_fn=None if evaluate_fn is None else self._counting(evaluate_fn),
+            **arguments,
+        )
+        result.arrays = self._arrays
+        for kind in History.__dataclass_fields__:
+            setattr(result, kind, dict(getattr(self._history, kind)))
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Configure the round of the true number."""
+        return self._strategy.configure_train(self._done + server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate, then write the checkpoint."""
+        number = self._done + server_round
+        arrays, metrics = self._strategy.aggregate_train(number, replies)
+        self._arrays = self._arrays if arrays is None else arrays
+        self._keep(self._history.train_metrics_clientapp, number, metrics)
+        if self._folder is not None:
+            models = self._strategy.global_arrays(self._arrays)
+            details = self._strategy.details_of(number)
+            self._written = Checkpoint(number, models, self._history, details)
+            self._folder.write(self._written)
+        return arrays, metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Configure the round of the true number."""
+        return self._strategy.configure_evaluate(self._done + server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Aggregate, then add the metrics to the checkpoint."""
+        number = self._done + server_round
+        metrics = self._strategy.aggregate_evaluate(number, replies)
+        self._keep(self._history.evaluate_metrics_clientapp, number, metrics)
+        self._add_to_checkpoint()
+        return metrics
+
+    def summary(self) -> None:
+        """Log the strategy's own summary."""
+        self._strategy.summary()
+
+    def _counting(self, evaluate_fn: EvaluateFunction) -> EvaluateFunction:
+        kept = self._history.evaluate_metrics_serverapp
+
+        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            number = self._done + server_round
+            if server_round == 0 and number in kept:
+                return kept[number]
+            metrics = evaluate_fn(number, arrays)
+            self._keep(kept, number, metrics)
+            self._add_to_checkpoint()
+            return metrics
+
+        return evaluate
+
+    def _add_to_checkpoint(self) -> None:
+        if self._folder is not None and self._written is not None:
+            self._folder.update(self._written)
+
+    @staticmethod
+    def _keep(
+        kept: dict[int, MetricRecord], server_round: int, metrics: MetricRecord | None
+    ) -> None:
+        if metrics is not None:
+            kept[server_round] = metrics
+
+
+def run_of(strategy: Resumable, folder: CheckpointFolder | None, done: Checkpoint | None) -> Run:
+    """Return the run of a strategy; Flower logs its class, which therefore has the same name."""
+    named: type[Run] = type(type(strategy).__name__, (Run,), {})
+    return named(strategy, folder, done)

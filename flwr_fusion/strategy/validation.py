@@ -1,0 +1,365 @@
+"""Which replies take part in a round: every one is checked before it is used."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, Metadata, MetricRecord, RecordDict
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD
+from flwr_fusion.errors import FusionError
+from flwr_fusion.statistics import LayerStatistics, unpack
+from flwr_fusion.strategy.arrays import check_arrays, decode_array
+from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection
+
+RecordT = TypeVar("RecordT", ArrayRecord, MetricRecord)
+
+_LARGEST_WEIGHT = 1e15
+_LONGEST_TEXT = 300
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Limits beyond those which every reply must keep.
+
+    Parameters
+    ----------
+    max_examples : float, optional
+        A client with more examples counts as one with this many, so that no client can outweigh
+        the others by a number that nobody can check. Default: no limit.
+    max_update : float, optional
+        An update is rejected where it is more than this many times as large as the median of the
+        round's updates; the size is the root mean square of all values' changes, which networks
+        of different size have in common. Default: no limit.
+
+    Raises
+    ------
+    FusionError
+        If a limit is not positive, or `max_update` is below 1.
+
+    Examples
+    --------
+    >>> from flwr_fusion.strategy import Validation
+    >>> limits = Validation(max_examples=10_000, max_update=10)
+    """
+
+    max_examples: float | None = None
+    max_update: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_examples is not None and not 0 < self.max_examples < math.inf:
+            raise FusionError(f"max_examples must be positive, not {self.max_examples!r}")
+        if self.max_update is not None and not 1 <= self.max_update < math.inf:
+            raise FusionError(f"max_update must be at least 1, not {self.max_update!r}")
+
+
+@dataclass(frozen=True)
+class Update:
+    """A client's training result that has passed every check.
+
+    Parameters
+    ----------
+    node_id : int
+        The node that sent it.
+    weight : float
+        Its positive weight, such as its number of examples.
+    arrays : ArrayRecord
+        Arrays of the model's names, shapes and kinds, all finite.
+    content : RecordDict
+        The whole reply.
+    """
+
+    node_id: int
+    weight: float
+    arrays: ArrayRecord
+    content: RecordDict
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The one reply of a node, not yet checked.
+
+    Parameters
+    ----------
+    node_id : int
+        The node that was asked.
+    content : RecordDict
+        What it sent.
+    """
+
+    node_id: int
+    content: RecordDict
+
+
+def answers_of(
+    replies: Iterable[Message], asked: Sequence[Metadata]
+) -> tuple[list[Answer], list[Rejection]]:
+    """Sort out replies that are errors, missing, late, or not the only one of their node.
+
+    A reply belongs to the node that the message it replies to was sent to: the SuperLink reports
+    SuperNodes that are gone under its own id.
+
+    Parameters
+    ----------
+    replies : iterable of Message
+        What was received, in any order.
+    asked : sequence of Metadata
+        Metadata of the messages that were sent; their ids may be unknown, then every reply counts
+        for the node that it names.
+
+    Returns
+    -------
+    tuple of (list of Answer, list of Rejection)
+        The nodes' answers, and what was sorted out.
+    """
+    node_of = {sent.message_id: sent.dst_node_id for sent in asked if sent.message_id}
+    rejections = []
+    by_node: dict[int, list[Message]] = {}
+    for reply in replies:
+        reply_to = reply.metadata.reply_to_message_id
+        if node_of and reply_to not in node_of:
+            source, text = reply.metadata.src_node_id, "it replies to no message of this round"
+            rejections.append(Rejection(source, Reason.UNEXPECTED, text))
+            continue
+        by_node.setdefault(node_of.get(reply_to, reply.metadata.src_node_id), []).append(reply)
+    silent = {sent.dst_node_id for sent in asked} - by_node.keys()
+    text = "no reply before the round ended"
+    rejections += [Rejection(node, Reason.NO_REPLY, text) for node in sorted(silent)]
+    answers = []
+    for node, messages in by_node.items():
+        first, *others = messages
+        text = "the node sent a second reply"
+        if any(not _same_content(first, other) for other in others):
+            text += ": which one counts is unknown"
+            rejections += [Rejection(node, Reason.DUPLICATE, text)] * len(messages)
+            continue
+        rejections += [Rejection(node, Reason.DUPLICATE, text)] * len(others)
+        if first.has_error():
+            reason = str(first.error.reason)[:_LONGEST_TEXT]
+            rejections.append(Rejection(node, Reason.ERROR, reason))
+        else:
+            answers.append(Answer(node, first.content))
+    return answers, rejections
+
+
+def _same_content(one: Message, other: Message) -> bool:
+    if one.has_error() or other.has_error():
+        return one.has_error() and other.has_error()
+    return bool(one.content == other.content)
+
+
+def good_updates(
+    answers: Iterable[Answer],
+    model_of: Callable[[int], nn.Module],
+    sent_to: Callable[[int], ArrayRecord | None],
+    validation: Validation,
+    arrays_key: str,
+    weight_key: str,
+) -> tuple[list[Update], list[Rejection]]:
+    """Check the answers to a training message.
+
+    Parameters
+    ----------
+    answers : iterable of Answer
+        One for each node.
+    model_of : callable
+        Returns a network of the architecture that a node trains.
+    sent_to : callable
+        Returns the arrays that a node was sent, which its update is measured from.
+    validation : Validation
+        Limits.
+    arrays_key, weight_key : str
+        Names of the array record and of the metric that weighs the client.
+
+    Returns
+    -------
+    tuple of (list of Update, list of Rejection)
+        What takes part, and what does not.
+    """
+    updates, rejections = [], []
+    for answer in answers:
+        template = model_of(answer.node_id).state_dict()
+        try:
+            updates.append(read_update(answer, template, arrays_key, weight_key))
+        except RejectedReply as rejection:
+            rejections.append(Rejection(answer.node_id, rejection.reason, str(rejection)))
+    if validation.max_update is not None:
+        too_large = _too_large(updates, sent_to, validation.max_update)
+        updates = [u for u in updates if u.node_id not in {r.node_id for r in too_large}]
+        rejections += too_large
+    if validation.max_examples is not None:
+        limit = validation.max_examples
+        updates = [replace(update, weight=min(update.weight, limit)) for update in updates]
+    return updates, rejections
+
+
+def read_update(
+    answer: Answer, template: Mapping[str, Tensor], arrays_key: str, weight_key: str
+) -> Update:
+    """Check one answer to a training message.
+
+    Parameters
+    ----------
+    answer : Answer
+        What a node sent.
+    template : mapping of str to Tensor
+        State dict that the client was asked to train.
+    arrays_key, weight_key : str
+        Names of the array record and of the metric that weighs the client.
+
+    Returns
+    -------
+    Update
+        The checked reply.
+
+    Raises
+    ------
+    RejectedReply
+        If a record, name, shape, type, value or weight is not as it must be.
+    """
+    content = answer.content
+    arrays = _one_record(dict(content.array_records), arrays_key, "ArrayRecord")
+    weight = read_weight(content, weight_key)
+    check_arrays(arrays, template)
+    return Update(answer.node_id, weight, arrays, content)
+
+
+def read_statistics(content: RecordDict, model: nn.Module) -> dict[str, LayerStatistics] | None:
+    """Read the statistics that `flwr_fusion.client.attach_statistics` put on a reply.
+
+    Parameters
+    ----------
+    content : RecordDict
+        The reply.
+    model : nn.Module
+        The network that the client was asked to train.
+
+    Returns
+    -------
+    dict of str to LayerStatistics, or None
+        None if there are none.
+
+    Raises
+    ------
+    RejectedReply
+        If they cannot be read or do not fit the model.
+    """
+    record = content.config_records.get(STATISTICS_RECORD)
+    if record is None:
+        return None
+    data = record.get(STATISTICS_KEY)
+    if not isinstance(data, bytes):
+        text = f"its statistics hold no bytes '{STATISTICS_KEY}'"
+        raise RejectedReply(Reason.STATISTICS, text)
+    try:
+        statistics = unpack(load(data), model)
+    except Exception as error:  # What safetensors and PyTorch raise on foreign bytes varies.
+        text = f"its statistics cannot be used: {error}"
+        raise RejectedReply(Reason.STATISTICS, text) from error
+    if not statistics:
+        raise RejectedReply(Reason.STATISTICS, "its statistics are empty")
+    return statistics
+
+
+def read_weight(content: RecordDict, weight_key: str) -> float:
+    """Return the positive weight in a reply's metrics.
+
+    Parameters
+    ----------
+    content : RecordDict
+        The reply.
+    weight_key : str
+        Name of the metric.
+
+    Returns
+    -------
+    float
+        The weight.
+
+    Raises
+    ------
+    RejectedReply
+        If there is not exactly one metric record, or no positive number of sensible size in it.
+    """
+    metrics: Mapping[str, object] = _one_record(dict(content.metric_records), "", "MetricRecord")
+    weight = metrics.get(weight_key)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        text = f"metric '{weight_key}' is {weight!r:.100}, not a number"
+        raise RejectedReply(Reason.EXAMPLES, text)
+    if not 0 < weight <= _LARGEST_WEIGHT:
+        text = (
+            f"metric '{weight_key}' is {weight!r:.100}: it must be positive and at most "
+            f"{_LARGEST_WEIGHT:.0e}"
+        )
+        raise RejectedReply(Reason.EXAMPLES, text)
+    return float(weight)
+
+
+def counts_of(rejections: Sequence[Rejection]) -> dict[str, int]:
+    """Return a round's metrics of its rejections: ``rejected``, and ``rejected-REASON`` for each.
+
+    Parameters
+    ----------
+    rejections : sequence of Rejection
+        What was rejected.
+
+    Returns
+    -------
+    dict of str to int
+        Statistics are not counted as ``rejected``, because their update takes part.
+    """
+    counts = Counter(rejection.reason for rejection in rejections)
+    total = len(rejections) - counts[Reason.STATISTICS]
+    return {"rejected": total} | {f"rejected-{reason}": counts[reason] for reason in sorted(counts)}
+
+
+def _one_record(records: Mapping[str, RecordT], key: str, kind: str) -> RecordT:
+    if key in records:
+        return records[key]
+    if len(records) != 1:
+        names = sorted(records)
+        text = f"it has {len(records)} {kind}s ({names!r:.200}), not one"
+        raise RejectedReply(Reason.RECORDS, text)
+    return next(iter(records.values()))
+
+
+def _too_large(
+    updates: Sequence[Update], sent_to: Callable[[int], ArrayRecord | None], limit: float
+) -> list[Rejection]:
+    sizes = {}
+    for update in updates:
+        sent = sent_to(update.node_id)
+        if sent is not None:
+            sizes[update.node_id] = _size_of_change(update.arrays, sent)
+    usual = median(sizes.values()) if sizes else 0.0
+    return [
+        Rejection(
+            node,
+            Reason.MAGNITUDE,
+            f"its update is {size / usual:.1f} times as large as the round's median, "
+            f"the limit is {limit:g}",
+        )
+        for node, size in sizes.items()
+        if size > limit * usual > 0
+    ]
+
+
+def _size_of_change(arrays: ArrayRecord, sent: ArrayRecord) -> float:
+    """Return the root mean square of the changes of all floating-point values."""
+    total, count = 0.0, 0
+    for name, array in sent.items():
+        before: Any = array.numpy()
+        if before.dtype.kind != "f" or not before.size:
+            continue
+        after = decode_array(name, arrays[name], before.shape)
+        total += float(np.square(np.subtract(after, before, dtype=np.float64)).sum())
+        count += before.size
+    return math.sqrt(total / count) if count else 0.0
