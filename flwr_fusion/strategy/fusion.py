@@ -541,7 +541,8 @@ def _is_ours(key: str) -> bool:
 
 
 def _log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:
-    log(INFO, "%s: %d good replies, %d rejections", where, good, len(rejections))
+    if good or rejections:
+        log(INFO, "%s: %d good replies, %d rejections", where, good, len(rejections))
     for rejection in rejections:
         if rejection.reason is Reason.STATISTICS:
             log(WARNING, "%s: node %s: %s", where, rejection.node_id, rejection.text)

@@ -106,7 +106,8 @@ class Run(Strategy):
         """
         self._arrays = arrays
         if self._done:
-            log(INFO, "Going on after round %s of %s", self._done, num_rounds)
+            text = "Going on after round %s of %s: what Flower calls round 1 is round %s"
+            log(INFO, text, self._done, num_rounds, self._done + 1)
         result = self.start(
             grid,
             arrays,

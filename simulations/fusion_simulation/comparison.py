@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +19,9 @@ SWEEP_WEIGHTS = tuple(step / 10 for step in range(11))
 class ClientModel:
     """What one client sent in the last round."""
 
-    partition_id: int
+    name: str
     model: nn.Module
     examples: int
-
-    @property
-    def name(self) -> str:
-        """Client A for partition 0, client B for partition 1, and so on."""
-        letters = string.ascii_uppercase
-        if self.partition_id < len(letters):
-            return f"Client {letters[self.partition_id]}"
-        return f"Client {self.partition_id}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +34,7 @@ class Row:
     special_label_accuracy: float
 
 
+WEIGHTINGS = ("by images", "equal")
 OT_FUSION = "OT fusion"
 
 
@@ -110,7 +102,8 @@ class Comparison:
             self._row(client.name, f"{client.examples} images", member)
             for client, member in zip(self.clients, self._members, strict=True)
         ]
-        for label, weights, own in (("by images", counts, fused), ("equal", equal, None)):
+        by_images, equally = WEIGHTINGS
+        for label, weights, own in ((by_images, counts, fused), (equally, equal, None)):
             rows += [
                 self._row(name, label, self._fused(fuse, weights))
                 for name, fuse in self.methods.items()

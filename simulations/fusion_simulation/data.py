@@ -102,6 +102,46 @@ def normalise(raw: LabelledImages, dataset: str) -> LabelledImages:
     return LabelledImages(images, raw.labels)
 
 
+def load_own_data(path: str, dataset: str) -> LabelledImages:
+    """Load the normalised training images of a node that has its own.
+
+    Parameters
+    ----------
+    path : str
+        Absolute path of an ``.npz`` file with ``images``, bytes of shape (n, channels, height,
+        width), and ``labels``, integers of shape (n,).
+    dataset : str
+        The data set whose classes, image shape and scale they have.
+
+    Returns
+    -------
+    LabelledImages
+        The images.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read, or is not of this kind.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["images"], file["labels"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"data-path={path!r} cannot be read: {error}") from error
+    shape = DATASETS[dataset].shape
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+        raise ValueError(
+            f"images in {path!r} must be bytes of shape (n, {', '.join(map(str, shape))}), "
+            f"not {images.dtype} of {images.shape}"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels in {path!r} must be {len(images)} integers")
+    if labels.min() < 0 or labels.max() >= LABELS:
+        raise ValueError(f"labels in {path!r} must be from 0 to {LABELS - 1}")
+    raw = LabelledImages(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+    return normalise(raw, dataset)
+
+
 def load_partition(settings: Settings, partition_id: int, partitions: int) -> LabelledImages:
     """Load the normalised training images of one client.
 
@@ -143,6 +183,11 @@ def partition_indices(labels: np.ndarray, settings: Settings, partitions: int) -
     list of numpy.ndarray
         For each client the indices of its images.
     """
+    if settings.partition == "own":
+        raise ValueError(
+            "partition='own' needs nodes with their own data: start the SuperNodes with "
+            "--node-config 'data-path=\"/absolute/path.npz\"'"
+        )
     generator = np.random.default_rng(settings.seed)
     if settings.partition == "label-skill":
         check_label_skill(partitions)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flwr_fusion import StageMatch
-from fusion_simulation.comparison import AVERAGE, ENSEMBLE, Row, Sweep
+from fusion_simulation.comparison import AVERAGE, ENSEMBLE, WEIGHTINGS, Row, Sweep
 from fusion_simulation.settings import Settings
 
 # Fits a terminal of 100 columns after Flower has put its prefix before the line.
@@ -79,7 +79,7 @@ class Report:
         table.add_column(self.label_column, justify="right")
         previous = self.rows[0]
         for row in self.rows:
-            if row.weights != previous.weights and not row.name.startswith("Client"):
+            if row.weights != previous.weights and row.weights in WEIGHTINGS:
                 table.add_section()
             table.add_row(*_cells(row))
             previous = row

@@ -62,6 +62,9 @@ def run(grid: Grid, context: Context) -> None:
         evaluate_fn=evaluator(strategy, first, test, settings.special_label),
     )
     seconds = {"federation": time.perf_counter() - begin}
+    if not strategy.replies:
+        print("no client has trained in this run: there is nothing to compare", flush=True)
+        return
     cla = isinstance(strategy, CLAFusion)
     methods = cla_methods(settings, models, test, calibration) if cla else None
     report = compare(settings, strategy, result, build, test, methods, seconds)
@@ -166,7 +169,7 @@ def compare(
 ) -> Report:
     """Evaluate the last round's clients in every combination, and collect the report."""
     begin = time.perf_counter()
-    clients = strategy.client_models(lambda partition_id: build(settings.model_of(partition_id)))
+    clients = strategy.client_models(build)
     comparison = Comparison(clients, test, settings.special_label, methods)
     rows = comparison.rows(fused_models(settings, strategy, result, build))
     sweep = comparison.sweep() if len(comparison.clients) == NODES_NEEDED else None

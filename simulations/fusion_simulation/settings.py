@@ -10,7 +10,7 @@ from typing import Any
 CHOICES: dict[str, tuple[str, ...]] = {
     "dataset": ("digits", "mnist", "fashion-mnist", "cifar10"),
     "repair": ("auto", "none"),
-    "partition": ("label-skill", "dirichlet", "iid"),
+    "partition": ("label-skill", "dirichlet", "iid", "own"),
 }
 LABELS = 10
 MLP_WIDTHS = (400, 200, 100, 50, 25)
@@ -42,6 +42,8 @@ class Settings:
     num_server_rounds: int
     seed: int
     output_dir: str
+    checkpoint_dir: str
+    resume: bool
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
@@ -122,12 +124,17 @@ class Settings:
             raise ValueError(f"seed must not be negative, got {self.seed}")
 
     def _check_folders(self) -> None:
-        for key, folder in (("data-dir", self.data_dir), ("output-dir", self.output_dir)):
+        for key in ("data-dir", "output-dir", "checkpoint-dir"):
+            folder = getattr(self, key.replace("-", "_"))
             if folder and not Path(folder).expanduser().is_absolute():
                 raise ValueError(
                     f"{key} must be an absolute path, got {folder!r}: "
                     "a Flower run does not work in the folder it is started from"
                 )
+        if self.resume and not self.checkpoint_dir:
+            raise ValueError("resume=true needs checkpoint-dir, the folder to go on from")
+        if self.checkpoint_dir and self.strategy in ("fedavg", "fedprox"):
+            raise ValueError(f"strategy={self.strategy!r} is Flower's: it writes no checkpoints")
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:

@@ -10,15 +10,21 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg, FedProx
 from torch import Tensor, nn
 
-from flwr_fusion.strategy import CLAFusion, NeuronTransplantation, OTFusion
+from flwr_fusion.strategy import (
+    CLAFusion,
+    FusionStrategy,
+    NeuronTransplantation,
+    OTFusion,
+    Reason,
+)
 from fusion_simulation.comparison import ClientModel
 from fusion_simulation.settings import Settings
 
-COMBINE_RULES = ("mean", "least-squares")
+COMBINE_RULES = ("mean", "least-squares", "median", "trimmed-mean", "krum")
 
 
 class RecordReplies(FedAvg):
-    """Keep the replies of the latest round and the time of every aggregation."""
+    """Keep the good replies of the latest round that had any, and the time of aggregations."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -28,10 +34,10 @@ class RecordReplies(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Aggregate as the strategy does; stop the run if no client was successful."""
+        """Aggregate as the strategy does; stop the run if no client has ever been successful."""
         received = list(replies)
-        self.replies = [reply for reply in received if not reply.has_error()]
-        if not self.replies:
+        successful = [reply for reply in received if not reply.has_error()]
+        if not successful and not self.replies:
             reasons = [reply.error.reason for reply in received]
             raise RuntimeError(
                 f"no client trained in round {server_round}; the first reason: "
@@ -40,25 +46,37 @@ class RecordReplies(FedAvg):
         begin = time.perf_counter()
         aggregated = super().aggregate_train(server_round, received)
         self.aggregation_seconds.append(time.perf_counter() - begin)
+        rejected = self._rejected_in(server_round)
+        good = [reply for reply in successful if reply.metadata.src_node_id not in rejected]
+        self.replies = good or self.replies
         return aggregated
 
-    def client_models(self, build: Callable[[int], nn.Module]) -> list[ClientModel]:
-        """Return the models of the latest replies, in the order of their partitions.
+    def _rejected_in(self, server_round: int) -> set[int]:
+        if not isinstance(self, FusionStrategy):
+            return set()
+        return {r.node_id for r in self.rejections[server_round] if r.reason != Reason.STATISTICS}
+
+    def client_models(self, build: Callable[[str], nn.Module]) -> list[ClientModel]:
+        """Return the models of the latest good replies, in the order of the clients' names.
 
         Parameters
         ----------
         build : callable
-            Returns a new model for a partition, into which the client's weights are loaded.
+            Returns a new model of a name, into which the client's weights are loaded.
 
         Returns
         -------
         list of ClientModel
             The clients' models.
         """
-        return sorted(
-            (_client_model(reply, build) for reply in self.replies),
-            key=lambda client: client.partition_id,
-        )
+        clients = []
+        for reply in self.replies:
+            try:
+                clients.append(_client_model(reply, build))
+            except (KeyError, RuntimeError, ValueError) as error:
+                node = reply.metadata.src_node_id
+                print(f"node {node} is not in the report: {error!r:.300}", flush=True)
+        return sorted(clients, key=lambda client: (len(client.name), client.name))
 
 
 class RecordingFedAvg(RecordReplies):
@@ -146,7 +164,16 @@ def _options(settings: Settings) -> dict[str, Any]:
         ),
         "combine": settings.combine,
         "repair": settings.repair,
+        **_checkpoints(settings),
+    }
+
+
+def _checkpoints(settings: Settings) -> dict[str, Any]:
+    """Return what all strategies of this package share."""
+    return {
         "fraction_evaluate": 0.0,
+        "checkpoint_dir": settings.checkpoint_dir or None,
+        "resume": settings.resume,
     }
 
 
@@ -154,7 +181,7 @@ def _neuron_transplantation(
     settings: Settings, model: nn.Module, example_inputs: Tensor
 ) -> RecordReplies:
     return RecordingNeuronTransplantation(
-        model=model, example_inputs=example_inputs, fraction_evaluate=0.0
+        model=model, example_inputs=example_inputs, **_checkpoints(settings)
     )
 
 
@@ -166,13 +193,13 @@ STRATEGIES: dict[str, Callable[[Settings, nn.Module, Tensor], RecordReplies]] = 
 }
 
 
-def _client_model(reply: Message, build: Callable[[int], nn.Module]) -> ClientModel:
+def _client_model(reply: Message, build: Callable[[str], nn.Module]) -> ClientModel:
     content = reply.content
-    partition_id = int(content.config_records["client"]["partition-id"])  # type: ignore[arg-type]
-    model = build(partition_id)
+    client = content.config_records["client"]
+    model = build(str(client["model"]))
     model.load_state_dict(content.array_records["arrays"].to_torch_state_dict())
     return ClientModel(
-        partition_id=partition_id,
+        name=str(client["name"]),
         model=model,
         examples=int(content.metric_records["metrics"]["num-examples"]),  # type: ignore[arg-type]
     )
