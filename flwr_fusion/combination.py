@@ -46,6 +46,12 @@ def wants_statistics(combine: object) -> bool:
     return combine == "least-squares" or isinstance(combine, LeastSquares)
 
 
+def least_clients(combine: object) -> int:
+    """Return how many clients an argument, of whichever method, needs as a rule."""
+    rule = _RULES.get(combine) if isinstance(combine, str) else combine
+    return rule.least_clients if isinstance(rule, Krum) else 1
+
+
 def is_robust(rule: Rule) -> bool:
     """Return whether all clients count the same under a rule."""
     return isinstance(rule, (TrimmedMean, Krum))

@@ -70,6 +70,11 @@ class Krum:
             if value is not None and (isinstance(value, bool) or not value >= least):
                 raise FusionError(f"{name} must be at least {least}, not {value!r}")
 
+    @property
+    def least_clients(self) -> int:
+        """How many clients are needed."""
+        return 2 * self.malicious + 3
+
 
 def trimmed_mean(values: Tensor, present: Tensor, share: float) -> Tensor:
     """Return the trimmed mean of each position over the clients that have it.
@@ -119,10 +124,10 @@ def krum_selection(distances: Tensor, rule: Krum) -> list[int]:
         If there are too few clients.
     """
     clients = len(distances)
-    if clients < 2 * rule.malicious + 3:
+    if clients < rule.least_clients:
         raise FusionError(
-            f"Krum with malicious={rule.malicious} needs at least {2 * rule.malicious + 3} "
-            f"clients, there are {clients}"
+            f"Krum with malicious={rule.malicious} needs at least {rule.least_clients} clients, "
+            f"there are {clients}"
         )
     neighbours = distances.clone().fill_diagonal_(torch.inf).sort(1).values
     scores = neighbours[:, : clients - rule.malicious - 2].sum(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import time
 import tracemalloc
@@ -34,6 +33,7 @@ import flwr_fusion as ff
 from flwr_fusion.strategy import OTFusion
 from flwr_fusion.strategy.arrays import decode_array
 from flwr_fusion.strategy.reasons import RejectedReply
+from tests.faults import Explosive, forged_header, npy_bytes, pickled
 from tests.grid import InProcessGrid, Mutation
 
 NODES = 4
@@ -157,37 +157,8 @@ def raw_array(data: bytes) -> Array:
     return Array(dtype="float32", shape=SHAPE, stype="numpy.ndarray", data=data)
 
 
-def npy_bytes(array: np.ndarray, allow_pickle: bool = False) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array, allow_pickle=allow_pickle)
-    return stream.getvalue()
-
-
-def forged_header(shape: tuple[int, ...], descr: str = "<f4") -> bytes:
-    """Return an array whose header promises more than its 48 bytes of data."""
-    stream = io.BytesIO()
-    header = {"descr": descr, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, header)
-    return stream.getvalue() + bytes(48)
-
-
-class Explosive:
-    """Unpickling this leaves a trace."""
-
-    exploded: list[bool] = []  # noqa: RUF012
-
-    def __reduce__(self) -> tuple[Callable[[bool], None], tuple[bool]]:
-        return _explode, (True,)
-
-
-def _explode(value: bool) -> None:
-    Explosive.exploded.append(value)
-
-
 def object_array(_: bytes) -> bytes:
-    array = np.empty(SHAPE, dtype=object)
-    array[:] = Explosive()
-    return npy_bytes(array, allow_pickle=True)
+    return pickled(SHAPE)
 
 
 def without_key(content: RecordDict) -> None:

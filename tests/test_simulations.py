@@ -279,7 +279,7 @@ def test_cifar_folder_with_one_batch(cifar_dir: Path, tmp_path: Path) -> None:
 def small_comparison() -> Comparison:
     test = load_split("digits", train=False)
     clients = [
-        ClientModel(f"Client {"AB"[number]}", build_model("mlp-8-6", "digits", number), examples)
+        ClientModel(f"Client {'AB'[number]}", build_model("mlp-8-6", "digits", number), examples)
         for number, examples in enumerate((100, 300))
     ]
     few = LabelledImages(test.images[:50], test.labels[:50])

@@ -14,6 +14,7 @@ from torch import nn
 
 from flwr_fusion.cla import cla_fusion
 from flwr_fusion.client import ARCHITECTURE_KEY, ARCHITECTURE_RECORD
+from flwr_fusion.combination import least_clients
 from flwr_fusion.errors import FusionError
 from flwr_fusion.fuse import FusionReport, FusionResult
 from flwr_fusion.start import common_start
@@ -233,7 +234,7 @@ class CLAFusion(FusionStrategy):
             )
 
     def _try_to_fuse_into(self, name: str) -> None:
-        models = list(self.architectures.values())
+        models = list(self.architectures.values()) * least_clients(self.options.get("combine"))
         weights, statistics = [1.0] * len(models), [None] * len(models)
         target = self.architectures[name]
         try:

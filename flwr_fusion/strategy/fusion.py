@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
 
 from flwr_fusion.channels import verified_graph
-from flwr_fusion.combination import wants_statistics
+from flwr_fusion.combination import least_clients, wants_statistics
 from flwr_fusion.errors import FusionError
 from flwr_fusion.fuse import FusionReport, FusionResult
 from flwr_fusion.prepare import BuiltOnAccess, with_state
@@ -73,7 +73,8 @@ class FusionStrategy(FedAvg):
     validation : Validation, optional
         Limits for the clients' number of examples and size of update.
     min_train_replies : int
-        A round with fewer good replies keeps the last good model.
+        A round with fewer good replies keeps the last good model; at least as many as the method
+        needs.
     checkpoint_dir : str or Path, optional
         Folder in which every round leaves a checkpoint: a safetensors file for each architecture,
         and JSON with metrics, rejections, report and hashes.
@@ -119,7 +120,6 @@ class FusionStrategy(FedAvg):
         self.options = arguments
         self.only_first_rounds = dict(only_first_rounds or {})
         self.validation = Validation() if validation is None else validation
-        self.min_train_replies = min_train_replies
         self.resume = resume
         self.reports: dict[int, FusionReport] = {}
         self.rejections: dict[int, list[Rejection]] = {}
@@ -142,7 +142,11 @@ class FusionStrategy(FedAvg):
         self._free = len(groups) - self._fixed
         if not self._free:
             log(WARNING, "no channels of %s can be matched: fusion is plain averaging", type(model))
-        self._fuse(method, self.options, [model], [1.0], [None], model, None)
+        needed = least_clients(self.options.get("combine"))
+        self.min_train_replies = max(min_train_replies, needed)
+        self._fuse(
+            method, self.options, [model] * needed, [1.0] * needed, [None] * needed, model, None
+        )
 
     def summary(self) -> None:
         """Log the fusion method and its options, then FedAvg's configuration."""
