@@ -134,8 +134,9 @@ def answers_of(
     text = "no reply before the round ended"
     rejections += [Rejection(node, Reason.NO_REPLY, text) for node in sorted(silent)]
     answers = []
-    for node, messages in by_node.items():
-        first, *others = messages
+    # In the order of nodes: sums of metrics do not depend on the order of arrival.
+    for node in sorted(by_node, key=str):
+        first, *others = messages = by_node[node]
         text = "the node sent a second reply"
         if any(not _same_content(first, other) for other in others):
             text += ": which one counts is unknown"
