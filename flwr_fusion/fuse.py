@@ -28,7 +28,12 @@ from flwr_fusion.matching.align import (
     align_by_activations,
     align_by_weights,
 )
-from flwr_fusion.matching.barycentre import Client, heaviest, most_central, refine_as_barycentre
+from flwr_fusion.matching.barycentre import (
+    Client,
+    heaviest,
+    most_central,
+    refine_as_barycentre,
+)
 from flwr_fusion.matching.costs import ACTIVATION_COSTS, activation_costs
 from flwr_fusion.matching.transport import Solver
 from flwr_fusion.prepare import (

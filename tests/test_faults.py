@@ -107,8 +107,9 @@ class Harness:
         self.grid = InProcessGrid(client_app(several), nodes)
         self._start = record(shallow().state_dict())
         self._kept: dict[str, ArrayRecord] = {}
+        if isinstance(strategy, FusionStrategy):
+            strategy.start(self.grid, self._start, num_rounds=0)
         if isinstance(strategy, CLAFusion):
-            strategy.start(self.grid, num_rounds=0)
             self._kept = dict(strategy.arrays)
             self._start = strategy.arrays["shallow"]
 

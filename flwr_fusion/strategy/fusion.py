@@ -261,6 +261,10 @@ class FusionStrategy(FedAvg):
         if _takes(method, "statistics"):
             statistics, bad = self._statistics(updates)
             rejections += bad
+        if self._patience is None and any(own is not None for own in statistics):
+            # Under a wrapper they would pass by its clipping and noise.
+            log(WARNING, "statistics are used in rounds of the strategy's own start() only")
+            statistics = [None] * len(updates)
         self.rejections[server_round] = rejections
         _log_replies("aggregate_train", len(updates), rejections)
         if len(updates) < self.min_train_replies:
@@ -360,6 +364,12 @@ class FusionStrategy(FedAvg):
 
     def _check_wrapper(self) -> None:
         """Refuse what a wrapper would break whose own start() runs the rounds."""
+        if self._patience is None and wants_statistics(self.options.get("combine")):
+            raise FusionError(
+                "combine='least-squares' works with the strategy's own start() alone: under a "
+                "wrapper, such as Flower's for differential privacy, the clients' statistics would "
+                "pass by its clipping and noise"
+            )
         if self._patience is None and self._checkpoints is not None:
             raise FusionError(
                 "checkpoint_dir= works with the strategy's own start() alone: under a wrapper, "

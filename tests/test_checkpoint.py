@@ -1,0 +1,369 @@
+"""Checkpoints: whole or not used, and a resumed federation ends like one that was not stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, Result
+from safetensors.numpy import load_file
+from torch import nn
+
+import flwr_fusion as ff
+from flwr_fusion.strategy import CLAFusion, FusionStrategy, NeuronTransplantation, OTFusion
+from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder, History
+from tests.grid import InProcessGrid
+from tests.kill_and_resume import trial, undisturbed_run
+from tests.test_faults import client_app as mixed_app
+from tests.test_faults import deep, shallow
+from tests.test_replies import INPUTS, NODES, assert_same, client_app, network, record, state_in
+
+NAN = float("nan")
+
+
+def strategy(folder: Path, **options: Any) -> OTFusion:
+    return OTFusion(network(), INPUTS, min_train_nodes=NODES, checkpoint_dir=folder, **options)
+
+
+def run(
+    folder: Path,
+    rounds: int,
+    grid: InProcessGrid | None = None,
+    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    **options: Any,
+) -> Result:
+    grid = grid or InProcessGrid(client_app(), NODES)
+    start = record(network().state_dict())
+    return strategy(folder, **options).start(grid, start, rounds, evaluate_fn=evaluate_fn)
+
+
+# --- Killed ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kills"), [("ot", 3), ("cla", 2)])
+def test_killed_federations_end_as_if_nothing_had_happened(name: str, kills: int) -> None:
+    undisturbed, seconds = undisturbed_run(name)
+    draw = random.Random(1)
+    for _ in range(kills):
+        reached, well = trial(name, seconds, draw, undisturbed)
+        assert well, reached
+
+
+# --- Resumed --------------------------------------------------------------------------------------
+
+
+def test_resumed_rounds_have_their_true_numbers(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        asked.append(server_round)
+        return MetricRecord({"x": server_round})
+
+    expected = run(tmp_path / "whole", 4, evaluate_fn=evaluate)
+    assert asked == [0, 1, 2, 3, 4]
+    asked.clear()
+    run(tmp_path / "halves", 2, evaluate_fn=evaluate)
+    grid = InProcessGrid(client_app(), NODES)
+    numbers = []
+
+    class Subclass(OTFusion):
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            numbers.append(server_round)
+            return super().aggregate_train(server_round, replies)
+
+    resumed = Subclass(
+        network(), INPUTS, min_train_nodes=NODES, checkpoint_dir=tmp_path / "halves", resume=True
+    )
+    config = ConfigRecord()
+    result = resumed.start(grid, ArrayRecord(), 4, train_config=config, evaluate_fn=evaluate)
+    assert asked == [0, 1, 2, 3, 4]
+    assert numbers == [3, 4]
+    assert config["server-round"] == 4
+    assert_same(result.arrays, state_in(expected.arrays))
+    for kind in History.__dataclass_fields__:
+        assert getattr(result, kind) == getattr(expected, kind), kind
+    assert sorted(resumed.reports) == [3, 4]
+
+
+def test_finished_federation_is_given_back_without_a_round(tmp_path: Path) -> None:
+    expected = run(tmp_path, 2)
+    grid = InProcessGrid(client_app(), NODES)
+    result = run(tmp_path, 2, grid, resume=True)
+    assert not grid.sent
+    assert_same(result.arrays, state_in(expected.arrays))
+    assert result.train_metrics_clientapp == expected.train_metrics_clientapp
+
+
+def test_resume_without_checkpoints_begins(tmp_path: Path) -> None:
+    result = run(tmp_path / "new", 1, resume=True)
+    assert sorted(result.train_metrics_clientapp) == [1]
+
+
+def test_checkpoints_are_not_overwritten_without_resume(tmp_path: Path) -> None:
+    run(tmp_path, 2)
+    with pytest.raises(ff.FusionError, match=r"rounds \[1, 2\]: set resume=True"):
+        run(tmp_path, 2)
+
+
+def test_rounds_without_a_good_reply_leave_a_checkpoint_of_the_last_model(tmp_path: Path) -> None:
+    nothing = InProcessGrid(client_app(), NODES, failing=range(NODES))
+    result = run(tmp_path, 1, nothing)
+    assert_same(result.arrays, network().state_dict())
+    resumed = run(tmp_path, 2, resume=True)
+    fresh = run(tmp_path / "fresh", 1)
+    assert_same(resumed.arrays, state_in(fresh.arrays))
+    assert resumed.train_metrics_clientapp[1]["rejected-error"] == NODES
+
+
+def test_cut_off_evaluation_is_made_up_for(tmp_path: Path) -> None:
+    def killed(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        if server_round == 2:
+            raise KeyboardInterrupt
+        return MetricRecord({"x": server_round})
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 3, evaluate_fn=killed)
+    result = run(tmp_path, 3, evaluate_fn=lambda r, a: MetricRecord({"x": r}), resume=True)
+    assert result.evaluate_metrics_serverapp == {r: {"x": r} for r in range(4)}
+
+
+def test_other_network_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, 1)
+    wider = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    other = OTFusion(wider, INPUTS, checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(ff.FusionError, match=r"round 1 is of another network: array '0\.weight'"):
+        other.start(InProcessGrid(client_app(), NODES), ArrayRecord(), 2)
+    several = CLAFusion({"a": shallow(), "b": deep()}, INPUTS, checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(ff.FusionError, match=r"architectures \['model'\]"):
+        several.start(InProcessGrid(client_app(), NODES), num_rounds=2)
+
+
+def test_transplantation_is_not_repeated(tmp_path: Path) -> None:
+    start = record(network().state_dict())
+    options: dict[str, Any] = {"min_train_nodes": NODES, "checkpoint_dir": tmp_path}
+    first = NeuronTransplantation(network(), INPUTS, **options)
+    first.start(InProcessGrid(client_app(), NODES), start, 1)
+    second = NeuronTransplantation(network(), INPUTS, resume=True, **options)
+    second.start(InProcessGrid(client_app(), NODES), start, 2)
+    assert first.reports[1].method == "neuron_transplantation"
+    assert second.reports[2].method == "average"
+
+
+# --- What is in a checkpoint ----------------------------------------------------------------------
+
+
+def test_content_of_a_checkpoint(tmp_path: Path) -> None:
+    def spoil(partition: int, reply: Message) -> list[Message]:
+        if partition == 1:
+            reply.content.array_records["arrays"]["0.weight"] = Array(np.zeros(3, np.float32))
+        return [reply]
+
+    grid = InProcessGrid(client_app(), NODES, mutate=spoil)
+    result = run(tmp_path, 1, grid)
+    folder = tmp_path / "round-00001"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint.json",
+        "model.safetensors",
+    ]
+    for name, array in load_file(folder / "model.safetensors").items():
+        np.testing.assert_array_equal(array, result.arrays[name].numpy())
+    content = json.loads((folder / "checkpoint.json").read_text())
+    assert content["round"] == 1
+    (rejected,) = content["details"]["rejected"]
+    assert rejected["node"] == grid.node_ids[1]
+    assert rejected["reason"] == "shape"
+    assert "0.weight" in rejected["text"]
+    assert content["details"]["method"] == "ot_fusion"
+    assert content["details"]["report"]["reference"] == "the given reference"
+
+
+def test_every_architecture_has_a_file(tmp_path: Path) -> None:
+    architectures = {"../a": shallow(), "b/c": deep()}
+    strategy = CLAFusion(architectures, INPUTS, checkpoint_dir=tmp_path)
+    strategy.arrays = dict(strategy.arrays)
+    folder = CheckpointFolder(tmp_path)
+    arrays = strategy.global_arrays(strategy.arrays["../a"])
+    folder.write(Checkpoint(1, arrays, History(), {}))
+    assert sorted(path.name for path in (tmp_path / "round-00001").iterdir()) == [
+        "..%2Fa.safetensors",
+        "b%2Fc.safetensors",
+        "checkpoint.json",
+    ]
+    latest = folder.latest()
+    assert latest is not None
+    assert latest.arrays.keys() == arrays.keys()
+
+
+def test_architectures_are_taken_over_from_a_checkpoint(tmp_path: Path) -> None:
+    def federation(rounds: int, **options: Any) -> CLAFusion:
+        architectures = {"shallow": shallow(), "deep": deep()}
+        strategy = CLAFusion(architectures, INPUTS, min_train_nodes=NODES, **options)
+        strategy.start(InProcessGrid(mixed_app(True), NODES), num_rounds=rounds)
+        return strategy
+
+    whole = federation(2)
+    federation(1, checkpoint_dir=tmp_path)
+    resumed = federation(2, checkpoint_dir=tmp_path, resume=True)
+    for name, arrays in whole.arrays.items():
+        assert_same(resumed.arrays[name], state_in(arrays))
+
+
+def test_metrics_of_every_kind_come_back(tmp_path: Path) -> None:
+    metrics = MetricRecord({"a": 1, "b": 1.0, "c": [1, 2], "d": [0.5, math.inf], "e": 2**62})
+    history = History({1: metrics}, {}, {0: MetricRecord({"nan": NAN, "minus": -math.inf})})
+    folder = CheckpointFolder(tmp_path)
+    folder.write(Checkpoint(1, {"model": record(network().state_dict())}, history, {"nan": NAN}))
+    text = (tmp_path / "round-00001" / "checkpoint.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    latest = folder.latest()
+    assert latest is not None
+    assert latest.history.train_metrics_clientapp[1] == metrics
+    assert type(latest.history.train_metrics_clientapp[1]["b"]) is float
+    back = latest.history.evaluate_metrics_serverapp[0]
+    assert math.isnan(back["nan"])  # type: ignore[arg-type]
+    assert back["minus"] == -math.inf
+
+
+def test_types_and_empty_arrays_come_back(tmp_path: Path) -> None:
+    values = [np.float16(1.5), np.int64(3), np.zeros((0, 2)), np.array([True]), np.ones((2, 1))]
+    arrays = ArrayRecord({str(k): Array(np.asarray(v)) for k, v in enumerate(values)})
+    folder = CheckpointFolder(tmp_path)
+    folder.write(Checkpoint(1, {"model": arrays}, History(), {}))
+    latest = folder.latest()
+    assert latest is not None
+    for name, array in arrays.items():
+        back = latest.arrays["model"][name].numpy()
+        assert back.dtype == array.numpy().dtype
+        np.testing.assert_array_equal(back, array.numpy())
+
+
+# --- Damage ---------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def other_metrics(path: Path) -> None:
+    content = json.loads(path.read_text())
+    content["history"]["train_metrics_clientapp"]["1"]["loss"] = 0.0
+    path.write_text(json.dumps(content))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "cut weights": ("model.safetensors", cut),
+    "changed weights": ("model.safetensors", flip),
+    "no weights": ("model.safetensors", Path.unlink),
+    "cut description": ("checkpoint.json", cut),
+    "changed metrics": ("checkpoint.json", other_metrics),
+    "no description": ("checkpoint.json", Path.unlink),
+    "empty description": ("checkpoint.json", lambda path: path.write_bytes(b"")),  # type: ignore[dict-item]
+    "list for description": ("checkpoint.json", lambda path: path.write_text("[]")),  # type: ignore[dict-item]
+    "description of nothing": ("checkpoint.json", lambda path: path.write_text("{}")),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    kind: str, tmp_path: Path, flower_log: pytest.LogCaptureFixture
+) -> None:
+    expected = run(tmp_path, 3)
+    name, damage = DAMAGE[kind]
+    damage(tmp_path / "round-00003" / name)
+    flower_log.clear()
+    result = run(tmp_path, 3, resume=True)
+    assert "round-00003 is damaged" in flower_log.text
+    assert "after round 2 of 3" in flower_log.text
+    assert_same(result.arrays, state_in(expected.arrays))
+    # The damaged one has been replaced.
+    assert CheckpointFolder(tmp_path).latest().server_round == 3  # type: ignore[union-attr]
+
+
+def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
+    run(tmp_path, 2)
+    for path in tmp_path.glob("*/model.safetensors"):
+        cut(path)
+    with pytest.raises(ff.FusionError, match=r"all checkpoints in .* are damaged \(\[1, 2\]\)"):
+        run(tmp_path, 3, resume=True)
+
+
+def test_checkpoint_under_another_rounds_name_is_not_used(tmp_path: Path) -> None:
+    run(tmp_path, 1)
+    shutil.copytree(tmp_path / "round-00001", tmp_path / "round-00007")
+    latest = CheckpointFolder(tmp_path).latest()
+    assert latest is not None
+    assert latest.server_round == 1
+
+
+# --- The folder -----------------------------------------------------------------------------------
+
+
+def test_number_of_checkpoints_is_bounded(tmp_path: Path) -> None:
+    left = tmp_path / ".unfinished-killed"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    run(tmp_path, 5, keep_checkpoints=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00004", "round-00005"]
+    # All metrics are in the last one.
+    result = run(tmp_path, 5, resume=True)
+    assert sorted(result.train_metrics_clientapp) == [1, 2, 3, 4, 5]
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "round-old").mkdir()
+    run(tmp_path, 2, keep_checkpoints=1)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "notes.txt",
+        "round-00002",
+        "round-old",
+    ]
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True])
+def test_bad_number_to_keep_is_refused(keep: Any, tmp_path: Path) -> None:
+    with pytest.raises(ff.FusionError, match="keep_checkpoints"):
+        strategy(tmp_path, keep_checkpoints=keep)
+
+
+def test_resume_needs_a_folder() -> None:
+    with pytest.raises(ff.FusionError, match="checkpoint_dir"):
+        OTFusion(network(), INPUTS, resume=True)
+
+
+# --- Wrappers -------------------------------------------------------------------------------------
+
+
+def test_checkpoints_before_the_noise_are_refused(tmp_path: Path) -> None:
+    private = DifferentialPrivacyServerSideFixedClipping(strategy(tmp_path), 1.0, 1.0, NODES)
+    with pytest.raises(ff.FusionError, match="before its noise is added"):
+        private.start(
+            InProcessGrid(client_app(), NODES), record(network().state_dict()), num_rounds=1
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_architectures_under_a_wrapper_are_refused() -> None:
+    inner: FusionStrategy = CLAFusion({"a": shallow(), "b": deep()}, torch.zeros(2, 3))
+    private = DifferentialPrivacyServerSideFixedClipping(inner, 1.0, 1.0, NODES)
+    with pytest.raises(ff.FusionError, match="need the strategy's own start"):
+        private.start(
+            InProcessGrid(mixed_app(True), NODES), record(shallow().state_dict()), num_rounds=1
+        )
