@@ -116,7 +116,7 @@ def honest(request: pytest.FixtureRequest) -> tuple[list[nn.Module], nn.Module |
     return models, None if request.param else start
 
 
-def tested_accuracy(model: nn.Module) -> float:
+def final_accuracy(model: nn.Module) -> float:
     return accuracy(model, CENTRED[ORDER[1300:]], LABELS[ORDER[1300:]])
 
 
@@ -135,13 +135,13 @@ def test_one_bad_client_does_not_decide(
 
     def found(combine: Any) -> float:
         fused = ff.ot_fusion([*models, bad], weights, combine=combine, **options).model
-        return tested_accuracy(fused)
+        return final_accuracy(fused)
 
     without = ff.ot_fusion(models, combine=rule, **options).model
     # Values of networks that have nothing but their function in common scatter: each of them
     # alone is less robust then than which client is chosen.
     lost = 0.1 if start is None and rule != "krum" else 0.05
-    assert found(rule) > tested_accuracy(without) - lost
+    assert found(rule) > final_accuracy(without) - lost
     assert found("mean") < 0.6
 
 

@@ -1,0 +1,171 @@
+"""Limits of a strategy's own: size of updates, number of examples; statistics that do not fit."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from safetensors.torch import load, save
+
+import flwr_fusion as ff
+from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD
+from flwr_fusion.strategy import CLAFusion, OTFusion, Reason, Validation
+from tests.faults import Fault
+from tests.grid import InProcessGrid
+from tests.test_faults import INPUTS as OTHER_INPUTS
+from tests.test_faults import STRATEGIES, Harness, assert_equal, deep, shallow
+from tests.test_replies import (
+    BAD,
+    EXAMPLES,
+    INPUTS,
+    NODES,
+    assert_same,
+    client_app,
+    expected,
+    lines_about,
+    network,
+    record,
+    state_in,
+)
+
+
+def far(factor: float) -> Any:
+    """Return what makes the bad client's update larger."""
+    start = network().state_dict()
+
+    def mutate(partition: int, reply: Message) -> list[Message]:
+        if partition == BAD:
+            arrays = state_in(reply.content.array_records["arrays"])
+            moved = {n: start[n] + factor * (t - start[n]) for n, t in arrays.items()}
+            reply.content["arrays"] = record(moved)
+        return [reply]
+
+    return mutate
+
+
+def run(grid: InProcessGrid, **limits: float) -> tuple[OTFusion, ArrayRecord, Any]:
+    validation = Validation(**limits)
+    strategy = OTFusion(network(), INPUTS, min_train_nodes=NODES, validation=validation)
+    result = strategy.start(grid, record(network().state_dict()), 1)
+    return strategy, result.arrays, result.train_metrics_clientapp[1]
+
+
+@pytest.mark.parametrize(("factor", "left_out"), [(1.5, False), (30.0, True)])
+def test_update_far_larger_than_the_others_is_left_out(
+    factor: float, left_out: bool, flower_log: pytest.LogCaptureFixture
+) -> None:
+    grid = InProcessGrid(client_app(), NODES, mutate=far(factor))
+    strategy, arrays, metrics = run(grid, max_update=5)
+    assert metrics["rejected"] == int(left_out)
+    if left_out:
+        assert_same(arrays, expected([0, 1, 3]))
+        (rejection,) = strategy.rejections[1]
+        assert (rejection.node_id, rejection.reason) == (grid.node_ids[BAD], Reason.MAGNITUDE)
+        assert "the limit is 5" in lines_about(flower_log, grid.node_ids[BAD])
+
+
+def test_updates_are_compared_across_architectures() -> None:
+    strategy = CLAFusion(
+        {"shallow": shallow(), "deep": deep()}, OTHER_INPUTS, validation=Validation(max_update=5)
+    )
+    harness = Harness(strategy, 7)
+
+    def huge(reply: Message, draw: random.Random) -> list[Message]:
+        arrays = reply.content.array_records["arrays"]
+        for name, array in arrays.items():
+            if array.numpy().dtype.kind == "f":
+                arrays[name] = Array(np.asarray(array.numpy() * 1000))
+        return [reply]
+
+    _, metrics = harness.round({4: Fault("huge", (), huge)}, random.Random(0))
+    assert metrics is not None
+    assert metrics["rejected-magnitude"] == 1
+    assert strategy.rejections[1][0].node_id == harness.grid.node_ids[4]
+
+
+def test_limit_of_examples_bounds_the_weight() -> None:
+    _, arrays, metrics = run(InProcessGrid(client_app(), NODES), max_examples=100)
+    models = []
+    for partition in range(NODES):
+        models.append(network())
+        models[-1].load_state_dict(expected([partition]))
+    weights = [min(count, 100) for count in EXAMPLES]
+    start = network()
+    fused = ff.ot_fusion(models, weights, example_inputs=INPUTS, target=start, reference=start)
+    assert_same(arrays, fused.model.state_dict())
+    assert metrics["rejected"] == 0
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_examples": 0}, {"max_examples": -1}, {"max_update": 0.5}, {"max_update": np.nan}],
+)
+def test_bad_limits_are_refused(limits: dict[str, float]) -> None:
+    with pytest.raises(ff.FusionError, match=next(iter(limits))):
+        Validation(**limits)
+
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+
+KINDS = ("nan", "huge", "negative", "shape", "type", "layer", "missing", "cut", "garbage")
+
+
+def spoiled(tensors: dict[str, torch.Tensor], draw: random.Random) -> bytes:
+    """Return statistics of a network that cannot be right."""
+    name = draw.choice(sorted(tensors))
+    tensor = tensors[name].clone()
+    kind = draw.choice(KINDS)
+    if kind == "negative":
+        name = draw.choice([n for n in sorted(tensors) if n.endswith("variance")])
+        tensor = -1 - tensors[name].abs()
+    if kind in ("nan", "huge"):
+        tensor.view(-1)[draw.randrange(tensor.numel())] = float("nan") if kind == "nan" else 1e30
+    if kind == "shape":
+        tensor = torch.cat([tensor, tensor])
+    if kind == "type":
+        tensor = tensor.to(draw.choice([torch.int64, torch.complex64, torch.bool]))
+    changed = {**tensors, name: tensor}
+    if kind == "layer":
+        changed = {f"other{key}": value for key, value in tensors.items()}
+    if kind == "missing":
+        del changed[draw.choice([n for n in sorted(tensors) if n.endswith("mean")])]
+    data = save({key: value.contiguous() for key, value in changed.items()})
+    if kind == "cut":
+        return data[: draw.randrange(len(data))]
+    return draw.randbytes(50) if kind == "garbage" else data
+
+
+@pytest.mark.parametrize("strategy", ["ot least squares", "cla"])
+def test_bad_statistics_are_named_and_the_update_is_kept(
+    strategy: str, flower_log: pytest.LogCaptureFixture
+) -> None:
+    harness = Harness(STRATEGIES[strategy](), 7)
+
+    def absent(reply: Message, draw: random.Random) -> list[Message]:
+        del reply.content[STATISTICS_RECORD]
+        return [reply]
+
+    def bad(reply: Message, draw: random.Random) -> list[Message]:
+        data = reply.content.config_records[STATISTICS_RECORD][STATISTICS_KEY]
+        assert isinstance(data, bytes)
+        data = spoiled(load(data), draw)
+        reply.content[STATISTICS_RECORD] = ConfigRecord({STATISTICS_KEY: data})
+        return [reply]
+
+    draw = random.Random(0)
+    arrays, _ = harness.round({2: Fault("absent", (), absent)}, draw)
+    without = harness.models(arrays)
+    for _ in range(25):
+        flower_log.clear()
+        arrays, metrics = harness.round({2: Fault("bad", (), bad)}, draw)
+        assert metrics is not None
+        assert_equal(harness.models(arrays), without)
+        assert metrics["rejected"] == 0
+        assert metrics["rejected-statistics"] == 1
+        assert metrics["with-statistics"] == 6
+        assert "statistics" in lines_about(flower_log, harness.grid.node_ids[2])
