@@ -264,8 +264,9 @@ def ot_fusion(
         Network whose architecture the result has. Default: the one with the most parameters.
     reference : nn.Module, optional
         Network of the target's architecture to align to, such as the global model that the
-        clients were trained from. It is used where the heaviest client's weights still resemble
-        it (cosine above 0.2); otherwise, and by default, the heaviest client is the reference.
+        clients were trained from. It is used where at least half of the clients still resemble it
+        (cosine of the weights above 0.2); otherwise, and by default, the heaviest client is the
+        reference, or the most central one where all count the same.
     align_by : {"weights", "activations"}
         Ground cost: squared Euclidean distance of weights, or distance of pre-activations on
         `calibration`.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import ot
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
@@ -133,6 +132,9 @@ def _exact_plan(
     cost: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return the optimal plan, certified by its dual potentials."""
+    # POT takes longer to import than all else here, at every start of a client that needs none.
+    import ot
+
     iterations = max(1_000_000, 100 * cost.size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -147,6 +149,8 @@ def _entropic(
     cost: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64], solver: Solver
 ) -> NDArray[np.float64]:
     """Return an entropic plan; the regularisation is relative to the scale of the cost."""
+    import ot
+
     shifted = cost - cost.min()
     shifted = shifted / (shifted.mean() or 1.0)
     with warnings.catch_warnings():
