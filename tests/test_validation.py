@@ -160,7 +160,7 @@ def test_bad_statistics_are_named_and_the_update_is_kept(
     draw = random.Random(0)
     arrays, _ = harness.round({2: Fault("absent", (), absent)}, draw)
     without = harness.models(arrays)
-    for _ in range(25):
+    for _ in range(10):
         flower_log.clear()
         arrays, metrics = harness.round({2: Fault("bad", (), bad)}, draw)
         assert metrics is not None

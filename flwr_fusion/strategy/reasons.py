@@ -9,7 +9,13 @@ from flwr_fusion.errors import FusionError
 
 
 class Reason(StrEnum):
-    """Code of a rejection; ``rejected-CODE`` in a round's metrics counts how often it occurred."""
+    """Code of a rejection; ``rejected-CODE`` in a round's metrics counts how often it occurred.
+
+    Parameters
+    ----------
+    value : str
+        The code.
+    """
 
     ERROR = "error"
     """The client raised, or the SuperLink reports that its SuperNode is gone."""
