@@ -30,7 +30,6 @@ from flwr_fusion.matching.align import (
 )
 from flwr_fusion.matching.barycentre import (
     Client,
-    heaviest,
     most_central,
     refine_as_barycentre,
 )
@@ -390,7 +389,7 @@ def fuse_by_transport(
     named = {k: f"client {k}" for k in order}
     clients = clients_of(models, shares, named, target, graph, example_inputs, absent)
     known = checked_statistics(statistics, rule, models, order)
-    choose = partial(most_central, matching=matching) if is_robust(rule) else heaviest
+    choose = partial(most_central, matching=matching) if is_robust(rule) else None
     base, base_name, base_client = reference_of(clients, order, target, reference, choose)
     base_model = with_state(target, base) if align_by == "activations" else None
 

@@ -269,12 +269,12 @@ def reference_of(
     order: Sequence[int],
     target: nn.Module,
     reference: nn.Module | None,
-    choose: Callable[[Sequence[Client]], int],
+    choose: Callable[[Sequence[Client]], int] | None = None,
 ) -> tuple[dict[str, Tensor], str, int | None]:
     """Return the state dict to align to, its name, and which client it is as it stands.
 
     A given reference is used if at least half of the clients resemble it. Otherwise it is one of
-    the clients, which ``choose`` picks among those that are equally fit.
+    the clients: of those that are equally fit the heaviest, or the one that ``choose`` picks.
     """
     device = next(target.parameters()).device
     target_state = {name: tensor.to(device) for name, tensor in detached_state(target).items()}
@@ -292,7 +292,9 @@ def reference_of(
     ]
     fittest = [n for n, rank in enumerate(ranks) if rank == min(ranks)]
     of_other_widths, _ = min(ranks)
-    chosen = fittest[0 if of_other_widths else choose([clients[n] for n in fittest])]
+    chosen = fittest[0]
+    if choose is not None and not of_other_widths:
+        chosen = fittest[choose([clients[n] for n in fittest])]
     client, name = clients[chosen], f"client {order[chosen]}"
     if of_other_widths:
         return _placed(client, target_state), name, None

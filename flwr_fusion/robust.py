@@ -176,7 +176,26 @@ def robustly_combined(
             uncovered = template[name] if rows is None else template[name][rows]
             middle = torch.where(middle.isnan(), uncovered.to(middle), middle)
             (fused if rows is None else fused[rows]).copy_(middle)
+        state |= _middle_counters(clients, template, rule.share)
     return {name: state[name] for name in template}
+
+
+def _middle_counters(
+    clients: Sequence[Client], template: Mapping[str, Tensor], share: float
+) -> dict[str, Tensor]:
+    """Return the trimmed mean of single integers, such as numbers of batches."""
+    states = [client.state() for client in clients]
+    found = {}
+    for name, like in template.items():
+        if _is_float(like) or like.dim():
+            continue
+        pairs = zip(clients, states, strict=True)
+        own = [s[name].to(like.device) for c, s in pairs if name not in (c.absent or ())]
+        if own:
+            values = torch.stack(own).double()
+            middle = trimmed_mean(values, torch.ones_like(values, dtype=torch.bool), share)
+            found[name] = middle.round().to(like.dtype)
+    return found
 
 
 def squared_distances(

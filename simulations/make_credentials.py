@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if (arguments.folder / "server.pem").exists():
-        print(f"{arguments.folder / 'server.pem'} is there already")
+        print(f"{arguments.folder / 'server.pem'} is there already, and keeps its names")
     else:
         write_server_certificate(arguments.folder, arguments.host)
     for site in arguments.sites:
@@ -70,13 +70,14 @@ def write_server_certificate(folder: Path, hosts: list[str]) -> None:
     )
     pem = serialization.Encoding.PEM
     write(folder / "ca.crt", authority_certificate.public_bytes(pem))
-    write(folder / "server.pem", server_certificate.public_bytes(pem))
     write_secret(
         folder / "server.key",
         server_key.private_bytes(
             pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ),
     )
+    # Last: where it is there, all is.
+    write(folder / "server.pem", server_certificate.public_bytes(pem))
 
 
 def write_site_key(folder: Path, site: str) -> None:

@@ -113,6 +113,22 @@ def with_value(values: list[float]) -> Spoil:
     return spoil
 
 
+def with_negative_variance(reply: Message, draw: Draw) -> list[Message]:
+    arrays = arrays_in(reply)
+    key = draw.choice([name for name in arrays if name.endswith("running_var")])
+    values = np.array(arrays[key].numpy())
+    values[draw.randrange(len(values))] = -draw.uniform(1e-3, 100)
+    arrays[key] = Array(values)
+    return [reply]
+
+
+def with_counter(reply: Message, draw: Draw) -> list[Message]:
+    arrays = arrays_in(reply)
+    key = draw.choice([name for name in arrays if name.endswith("num_batches_tracked")])
+    arrays[key] = Array(np.asarray(draw.choice([-(2**63), -(2**60), 2**62])))
+    return [reply]
+
+
 def with_shape(reply: Message, draw: Draw) -> list[Message]:
     key = a_key(reply, draw, least_axes=1)
     array = arrays_in(reply)[key].numpy()
@@ -227,7 +243,7 @@ def with_examples(reply: Message, draw: Draw) -> list[Message]:
 
 def as_error(reply: Message, draw: Draw) -> list[Message]:
     reasons = ["out of memory", "", "x" * 5000, "Traceback: {} %s \x00"]
-    return [error_for(reply, draw.randrange(9), draw.choice(reasons))]
+    return [error_for(reply, draw.randrange(3), draw.choice(reasons))]
 
 
 def as_dead_supernode(reply: Message, draw: Draw) -> list[Message]:
@@ -269,6 +285,8 @@ def copy_addresses(reply: Message, other: Message) -> None:
 FAULTS = (
     Fault("a value is NaN or infinite", (Reason.NON_FINITE,), with_value([math.nan, math.inf])),
     Fault("a value is huge", (Reason.MAGNITUDE,), with_value([1e13, -1e30, 1e300])),
+    Fault("a variance is negative", (Reason.MAGNITUDE,), with_negative_variance),
+    Fault("a counter is huge", (Reason.MAGNITUDE,), with_counter),
     Fault("an array has another shape", (Reason.SHAPE,), with_shape),
     Fault("an array holds no or other numbers", (Reason.TYPE,), with_type),
     Fault("an array is garbage or cut off", (Reason.UNREADABLE, Reason.SHAPE), with_bytes),
@@ -279,7 +297,7 @@ FAULTS = (
     Fault("records are missing or too many", (Reason.RECORDS,), with_records),
     Fault("the number of examples is none", (Reason.EXAMPLES,), with_examples),
     Fault("the client raises", (Reason.ERROR,), as_error),
-    Fault("the SuperNode dies", (Reason.ERROR,), as_dead_supernode),
+    Fault("the SuperNode dies", (Reason.UNAVAILABLE,), as_dead_supernode),
     Fault("the reply is lost", (Reason.NO_REPLY,), lost),
     Fault("the reply is of another round", (Reason.UNEXPECTED, Reason.NO_REPLY), late),
     Fault("two different replies", (Reason.DUPLICATE,), two_different),

@@ -187,7 +187,7 @@ def test_content_of_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_every_architecture_has_a_file(tmp_path: Path) -> None:
-    architectures = {"../a": shallow(), "b/c": deep()}
+    architectures = {"../a": shallow(), "b/c": deep(), "\u5b57" * 60: shallow()}
     strategy = CLAFusion(architectures, INPUTS, checkpoint_dir=tmp_path)
     strategy.arrays = dict(strategy.arrays)
     folder = CheckpointFolder(tmp_path)
@@ -195,6 +195,7 @@ def test_every_architecture_has_a_file(tmp_path: Path) -> None:
     folder.write(Checkpoint(1, arrays, History(), {}))
     assert sorted(path.name for path in (tmp_path / "round-00001").iterdir()) == [
         "..%2Fa.safetensors",
+        "2.safetensors",
         "b%2Fc.safetensors",
         "checkpoint.json",
     ]
@@ -234,7 +235,10 @@ def test_metrics_of_every_kind_come_back(tmp_path: Path) -> None:
 
 
 def test_types_and_empty_arrays_come_back(tmp_path: Path) -> None:
-    values = [np.float16(1.5), np.int64(3), np.zeros((0, 2)), np.array([True]), np.ones((2, 1))]
+    values: list[Any] = [np.float16(1.5), np.int64(3), np.zeros((0, 2)), np.array([True])]
+    # Not in the order that they are written in.
+    cube = np.arange(24.0).reshape(2, 3, 4)
+    values += [cube.T, np.asfortranarray(cube), cube[::-1, ::2], cube.astype(">f8").T]
     arrays = ArrayRecord({str(k): Array(np.asarray(v)) for k, v in enumerate(values)})
     folder = CheckpointFolder(tmp_path)
     folder.write(Checkpoint(1, {"model": arrays}, History(), {}))
@@ -242,7 +246,7 @@ def test_types_and_empty_arrays_come_back(tmp_path: Path) -> None:
     assert latest is not None
     for name, array in arrays.items():
         back = latest.arrays["model"][name].numpy()
-        assert back.dtype == array.numpy().dtype
+        assert back.dtype == array.numpy().dtype.newbyteorder("=")
         np.testing.assert_array_equal(back, array.numpy())
 
 
@@ -335,6 +339,51 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
         "round-00002",
         "round-old",
     ]
+
+
+def test_damaged_later_rounds_do_not_push_whole_ones_out(tmp_path: Path) -> None:
+    run(tmp_path, 5, keep_checkpoints=5)
+    for number in (4, 5):
+        cut(tmp_path / f"round-{number:05d}" / "model.safetensors")
+    grid = InProcessGrid(client_app(), NODES)
+
+    def stop(server_round: int, arrays: ArrayRecord) -> None:
+        if server_round == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 6, grid, evaluate_fn=stop, resume=True, keep_checkpoints=1)
+    assert CheckpointFolder(tmp_path).rounds() == [4]
+    assert sorted(run(tmp_path, 6, resume=True).train_metrics_clientapp) == [1, 2, 3, 4, 5, 6]
+
+
+def test_odd_names_in_the_folder_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "round-7").mkdir()
+    (tmp_path / "round-00009").write_text("a file")
+    (tmp_path / ".unfinished-file").write_text("a file")
+    (tmp_path / "round-00008").symlink_to(tmp_path / "round-7")
+    run(tmp_path, 2, keep_checkpoints=1)
+    assert CheckpointFolder(tmp_path).rounds() == [2]
+
+
+def test_folder_that_cannot_be_made_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    grid = InProcessGrid(client_app(), NODES)
+    with pytest.raises(ff.FusionError, match="cannot be written"):
+        run(tmp_path / "file", 1, grid)
+    assert not grid.sent
+
+
+def test_full_disk_does_not_end_the_federation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flower_log: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CheckpointFolder, "write", full)
+    result = run(tmp_path, 2)
+    assert sorted(result.train_metrics_clientapp) == [1, 2]
+    assert "no checkpoint of round 2: [Errno 28]" in flower_log.text
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5, True])

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 from torch import nn
 
 import flwr_fusion as ff
 from flwr_fusion.client import attach_statistics, declare_architecture
 from flwr_fusion.strategy import CLAFusion
+from flwr_fusion.strategy.waiting import Patience, PatientGrid
 from tests.grid import InProcessGrid
 from tests.test_replies import lines_about
 from tests.test_strategy import (
@@ -255,7 +257,8 @@ def test_node_that_joins_later_is_asked_and_gets_a_model_of_the_round() -> None:
     strategy.start(grid, num_rounds=2, evaluate_fn=join)
     before = load(ARCHITECTURES["narrow"](), strategy.arrays["narrow"])
     assert sorted(strategy.architecture_reports[2]) == ["deep", "shallow"]
-    messages = strategy.configure_train(3, strategy.arrays["deep"], ConfigRecord(), grid)
+    own = cast(Grid, PatientGrid(grid, Patience()))
+    messages = strategy.configure_train(3, strategy.arrays["deep"], ConfigRecord(), own)
     (narrow,) = [m for m in messages if m.metadata.dst_node_id == hidden]
     sent = load(ARCHITECTURES["narrow"](), narrow.content["arrays"])
     # What it gets is made from the global model, no longer the start.

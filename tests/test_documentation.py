@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,8 @@ def test_public_names_have_docstrings(name: str) -> None:
 @pytest.mark.parametrize("name", public_names())
 def test_parameters_are_documented(name: str) -> None:
     thing = public(name)
-    if inspect.isclass(thing) and issubclass(thing, Exception):
+    # The signatures of exceptions and enumerations are Python's.
+    if inspect.isclass(thing) and issubclass(thing, Exception | Enum):
         return
     documentation = inspect.getdoc(thing) or ""
     for parameter in inspect.signature(thing).parameters.values():

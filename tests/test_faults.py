@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
@@ -21,13 +23,14 @@ from flwr_fusion.strategy import (
     NeuronTransplantation,
     OTFusion,
 )
+from flwr_fusion.strategy.waiting import Patience, PatientGrid
 from tests.faults import FAULTS, Explosive, Fault
 from tests.grid import InProcessGrid
 from tests.test_replies import lines_about, record, state_in, trained
 
 GOOD = 6
 BAD = tuple(range(GOOD, GOOD + 13))
-"""In each of 16 rounds 13 bad replies: 208 for every strategy, 13 of each fault."""
+"""In each of 18 rounds 13 bad replies: 234 for every strategy, 13 of each fault."""
 NODES = GOOD + len(BAD)
 INPUTS = torch.zeros(2, 3)
 
@@ -107,9 +110,8 @@ class Harness:
         self.grid = InProcessGrid(client_app(several), nodes)
         self._start = record(shallow().state_dict())
         self._kept: dict[str, ArrayRecord] = {}
-        if isinstance(strategy, FusionStrategy):
-            strategy.start(self.grid, self._start, num_rounds=0)
         if isinstance(strategy, CLAFusion):
+            strategy.start(self.grid, num_rounds=0)
             self._kept = dict(strategy.arrays)
             self._start = strategy.arrays["shallow"]
 
@@ -124,7 +126,9 @@ class Harness:
         self.grid._mutate = mutate
         if isinstance(self.strategy, CLAFusion):
             self.strategy.arrays = dict(self._kept)
-        messages = self.strategy.configure_train(1, self._start, ConfigRecord(), self.grid)
+        # As in the strategy's own start().
+        grid = cast(Grid, PatientGrid(self.grid, Patience()))
+        messages = self.strategy.configure_train(1, self._start, ConfigRecord(), grid)
         return self.strategy.aggregate_train(1, self.grid.send_and_receive(messages))
 
     def models(self, arrays: ArrayRecord | None) -> list[ArrayRecord]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from flwr_fusion.robust import krum_selection, trimmed_mean
-from flwr_fusion.strategy import CLAFusion, OTFusion
-from tests.test_faults import INPUTS, deep, shallow
+from flwr_fusion.strategy import CLAFusion, FusionStrategy, NeuronTransplantation, OTFusion
+from tests.grid import InProcessGrid
+from tests.test_faults import INPUTS, client_app, deep, shallow
+from tests.test_replies import record
 from tests.test_strategy import (
     DIGIT,
     IMAGES,
@@ -46,6 +49,7 @@ def wide_network(seed: int) -> nn.Sequential:
 
 @given(st.integers(1, 9), st.floats(0, 0.5))
 def test_trimmed_mean_is_scipys(clients: int, share: float) -> None:
+    torch.manual_seed(clients)
     values = torch.randn(clients, 3, 4, dtype=torch.float64)
     found = trimmed_mean(values, torch.ones(clients, 1, 1, dtype=torch.bool), share)
     cut = min(int(share * clients), (clients - 1) // 2)
@@ -200,14 +204,28 @@ def test_order_and_weights_of_clients_do_not_matter(rule: Any) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_averaging_takes_the_rules_too(rule: Any) -> None:
+    torch.manual_seed(0)
     models = [shallow() for _ in range(5)]
-    for k, model in enumerate(models):
-        model.load_state_dict({n: t + 0 * k for n, t in model.state_dict().items()})
+    for model in models:
+        moved = {n: t + 0.01 * torch.randn(t.shape) for n, t in model.named_parameters()}
+        model.load_state_dict(model.state_dict() | moved)
+    bad = shallow()
     with torch.no_grad():
-        models[4][0].weight.fill_(1e6)  # type: ignore[index]
-    fused = ff.average(models, combine=rule).model.state_dict()
-    for name, tensor in models[0].state_dict().items():
-        torch.testing.assert_close(fused[name], tensor)
+        bad[0].weight.fill_(1e6)  # type: ignore[index]
+    # The bad one comes first, and again when the others have been turned round.
+    for clients in ([bad, *models], [*models[::-1], bad]):
+        fused = ff.average(clients, combine=rule).model.state_dict()
+        for name, tensor in shallow().state_dict().items():
+            torch.testing.assert_close(fused[name], tensor, atol=0.03, rtol=0)
+
+
+def test_counters_are_those_of_most_clients() -> None:
+    models = [shallow() for _ in range(5)]
+    for model, count in zip(models, [7, 8, 9, 8, 10**15], strict=True):
+        model[1].num_batches_tracked.fill_(count)  # type: ignore[index]
+    fused = ff.average(models, combine="median").model.state_dict()["1.num_batches_tracked"]
+    assert fused.dtype == torch.int64
+    assert int(fused) == 8
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -223,8 +241,23 @@ def test_clients_of_different_depth_and_width(rule: Any) -> None:
         }
 
 
-def test_strategies_wait_for_as_many_replies_as_krum_needs() -> None:
-    assert OTFusion(shallow(), INPUTS, combine="krum").min_train_replies == 5
-    assert OTFusion(shallow(), INPUTS, combine=ff.Krum(2)).min_train_replies == 7
-    several = CLAFusion({"a": shallow(), "b": deep()}, INPUTS, combine=ff.Krum(1))
-    assert several.min_train_replies == 5
+@pytest.mark.parametrize(("nodes", "moves"), [(4, False), (5, True)])
+def test_strategies_need_as_many_replies_as_krum(
+    nodes: int, moves: bool, flower_log: pytest.LogCaptureFixture
+) -> None:
+    strategy = OTFusion(
+        shallow(), INPUTS, combine="krum", only_first_rounds={"combine": 1}, fraction_evaluate=0.0
+    )
+    start = record(shallow().state_dict())
+    strategy.start(InProcessGrid(client_app(False), nodes), start, 2)
+    assert (1 in strategy.reports) is moves
+    # From the second round on it is the mean, which needs one.
+    assert 2 in strategy.reports
+    assert ("4 good replies in round 1, 5 are needed" in flower_log.text) is not moves
+
+
+def test_several_architectures_are_tried_out_with_as_many_clients_as_krum_needs() -> None:
+    CLAFusion({"a": shallow(), "b": deep()}, INPUTS, combine=ff.Krum(2))
+    method = partial(ff.ot_fusion, combine="krum")
+    FusionStrategy(method, shallow(), INPUTS)
+    NeuronTransplantation(shallow(), INPUTS, otherwise=method)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from safetensors.torch import load, save
 
 import flwr_fusion as ff
@@ -18,6 +19,7 @@ from tests.faults import Fault
 from tests.grid import InProcessGrid
 from tests.test_faults import INPUTS as OTHER_INPUTS
 from tests.test_faults import STRATEGIES, Harness, assert_equal, deep, shallow
+from tests.test_faults import client_app as bn_app
 from tests.test_replies import (
     BAD,
     EXAMPLES,
@@ -169,3 +171,78 @@ def test_bad_statistics_are_named_and_the_update_is_kept(
         assert metrics["rejected-statistics"] == 1
         assert metrics["with-statistics"] == 6
         assert "statistics" in lines_about(flower_log, harness.grid.node_ids[2])
+
+
+# --- Metrics --------------------------------------------------------------------------------------
+
+
+def with_metrics(**values: Any) -> Any:
+    def mutate(partition: int, reply: Message) -> list[Message]:
+        if partition == BAD:
+            reply.content["metrics"] = MetricRecord({"num-examples": 70, **values})
+        return [reply]
+
+    return mutate
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"loss": [1.0]}, {"loss": 1.0, "more": 2}, {"Loss": 1.0}],
+    ids=["missing", "list", "more", "other name"],
+)
+def test_metrics_unlike_the_others_are_left_out_alone(values: dict[str, Any]) -> None:
+    grid = InProcessGrid(client_app(), NODES, mutate=with_metrics(**values))
+    strategy, arrays, metrics = run(grid)
+    assert_same(arrays, expected([0, 1, 2, 3]))
+    assert metrics["loss"] == pytest.approx(np.average([0, 1, 3], weights=[100, 250, 180]))
+    assert (metrics["rejected"], metrics["rejected-metrics"]) == (0, 1)
+    assert strategy.rejections[1][0].node_id == grid.node_ids[BAD]
+
+
+def test_limit_of_examples_holds_for_metrics_too() -> None:
+    def heavy(partition: int, reply: Message) -> list[Message]:
+        if partition == BAD:
+            reply.content["metrics"] = MetricRecord({"num-examples": 10**15, "loss": 1e6})
+        return [reply]
+
+    _, _, metrics = run(InProcessGrid(client_app(), NODES, mutate=heavy), max_examples=100)
+    assert metrics["loss"] == pytest.approx(np.mean([0, 1, 1e6, 3]))
+
+
+def test_names_of_the_strategys_own_metrics_are_not_the_clients() -> None:
+    mutate = with_metrics(loss=1.0, rejected=99)
+    _, _, metrics = run(InProcessGrid(client_app(), NODES, mutate=mutate))
+    assert metrics["rejected"] == 0
+
+
+# --- Results that could not be sent ---------------------------------------------------------------
+
+
+def test_fused_model_that_could_not_be_sent_keeps_the_last_one(
+    tmp_path: Path, flower_log: pytest.LogCaptureFixture
+) -> None:
+    """Each value passes the limit, the fused running variance would not."""
+
+    def large(partition: int, reply: Message) -> list[Message]:
+        if partition == BAD:
+            arrays = reply.content.array_records["arrays"]
+            arrays["0.weight"] = Array(np.asarray(arrays["0.weight"].numpy() * 1e9))
+        return [reply]
+
+    def strategy(resume: bool) -> OTFusion:
+        return OTFusion(
+            shallow(),
+            OTHER_INPUTS,
+            calibration=torch.randn(20, 3),
+            min_train_nodes=4,
+            checkpoint_dir=tmp_path,
+            resume=resume,
+        )
+
+    start = record(shallow().state_dict())
+    grid = InProcessGrid(bn_app(False), 4, mutate=large)
+    result = strategy(resume=False).start(grid, start, 2)
+    assert_same(result.arrays, shallow().state_dict())
+    assert "the fused model cannot be used" in flower_log.text
+    resumed = strategy(resume=True).start(InProcessGrid(bn_app(False), 4), start, 3)
+    assert resumed.train_metrics_clientapp[3]["rejected"] == 0

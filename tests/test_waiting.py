@@ -17,7 +17,16 @@ from tests.grid import InProcessGrid
 from tests.test_faults import INPUTS as OTHER_INPUTS
 from tests.test_faults import client_app as mixed_app
 from tests.test_faults import deep, shallow
-from tests.test_replies import INPUTS, NODES, assert_same, client_app, expected, network, record
+from tests.test_replies import (
+    INPUTS,
+    NODES,
+    assert_same,
+    client_app,
+    expected,
+    lines_about,
+    network,
+    record,
+)
 
 
 def start(strategy: FusionStrategy, grid: Grid, rounds: int, **arguments: Any) -> Any:
@@ -30,19 +39,34 @@ def start(strategy: FusionStrategy, grid: Grid, rounds: int, **arguments: Any) -
 def test_patience_learns_from_complete_exchanges() -> None:
     patience = Patience()
     assert patience.for_replies(MessageType.TRAIN) == LONGEST
-    patience.learn(MessageType.TRAIN, 200)
-    patience.learn(MessageType.TRAIN, 150)
+    patience.learn(MessageType.TRAIN, 200, complete=True)
+    patience.learn(MessageType.TRAIN, 150, complete=True)
     assert patience.for_replies(MessageType.TRAIN) == 600
     assert patience.for_replies(MessageType.EVALUATE) == LONGEST
-    patience.learn(MessageType.EVALUATE, 1)
+    patience.learn(MessageType.EVALUATE, 1, complete=True)
     assert patience.for_replies(MessageType.EVALUATE) == SHORTEST
-    patience.learn(MessageType.TRAIN, 5000)
+    patience.learn(MessageType.TRAIN, 5000, complete=True)
     assert patience.for_replies(MessageType.TRAIN) == LONGEST
+
+
+def test_patience_grows_while_replies_are_missing() -> None:
+    patience = Patience()
+    patience.learn(MessageType.TRAIN, 3600, complete=False)
+    assert patience.for_replies(MessageType.TRAIN) == LONGEST
+    patience.learn(MessageType.TRAIN, 1, complete=True)
+    waits = []
+    for _ in range(20):
+        waits.append(patience.for_replies(MessageType.TRAIN))
+        patience.learn(MessageType.TRAIN, waits[-1], complete=False)
+    assert waits[:5] == [300, 600, 1200, 2400, 3600]
+    assert set(waits[4:]) == {LONGEST}
+    patience.learn(MessageType.TRAIN, 500, complete=True)
+    assert patience.for_replies(MessageType.TRAIN) == 1500
 
 
 def test_given_timeout_holds_in_every_round() -> None:
     patience = Patience(20)
-    patience.learn(MessageType.TRAIN, 200)
+    patience.learn(MessageType.TRAIN, 200, complete=True)
     assert patience.for_replies(MessageType.TRAIN) == 20
     assert patience.for_nodes() == 20
 
@@ -64,7 +88,7 @@ class Recording(InProcessGrid):
     ("timeout", "lost", "train"),
     [
         (None, (), [LONGEST, SHORTEST, SHORTEST]),
-        # Nobody knows how long the lost one would have taken.
+        # Nobody knows how long the lost one would have taken, nor one that has raised.
         (None, (2,), [LONGEST, LONGEST, LONGEST]),
         (7.0, (), [7.0, 7.0, 7.0]),
     ],
@@ -111,7 +135,7 @@ def test_replies_that_cannot_be_fused_keep_the_model(flower_log: pytest.LogCaptu
     result = start(strategy, grid, 1)
     assert_same(result.arrays, network().state_dict())
     assert "client 1 is odd" in flower_log.text
-    assert str(sorted(grid.node_ids, key=str)) in flower_log.text
+    assert all(lines_about(flower_log, node) for node in grid.node_ids)
 
 
 # --- Nodes ----------------------------------------------------------------------------------------
@@ -138,7 +162,7 @@ def test_round_without_nodes_is_left_out(flower_log: pytest.LogCaptureFixture) -
     result = start(strategy, grid, 3, timeout=1.5)
     assert time.monotonic() - begin < 20
     assert "too few nodes" in flower_log.text
-    assert result.train_metrics_clientapp[2] == {"rejected": 0}
+    assert sorted(result.train_metrics_clientapp) == [1, 3]
     after_one = expected([0, 1, 2, 3])
     assert_same(result.arrays, expected([0, 1, 2, 3], after_one))
 
@@ -194,3 +218,28 @@ def test_node_that_does_not_answer_is_asked_again(flower_log: pytest.LogCaptureF
     assert grid.partitions_asked("query").count(3) == 3
     assert f"node {silent} is left out" in flower_log.text
     assert silent not in strategy.node_architectures
+
+
+def test_silent_newcomer_does_not_cost_a_round() -> None:
+    strategy = CLAFusion(
+        {"shallow": shallow(), "deep": deep()}, OTHER_INPUTS, query_timeout=0.3, min_train_nodes=3
+    )
+    grid = InProcessGrid(mixed_app(True), 4)
+    everyone, ask = list(grid.node_ids), grid.send_and_receive
+    grid.get_node_ids = lambda: everyone[:3]  # type: ignore[method-assign]
+
+    def slowly(messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        sent = list(messages)
+        if sent[0].metadata.message_type == "query" and sent[0].metadata.dst_node_id == everyone[3]:
+            time.sleep(0.3)
+            return []
+        return ask(sent, timeout=timeout)
+
+    def join(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        if server_round:
+            grid.get_node_ids = lambda: everyone  # type: ignore[method-assign]
+        return MetricRecord({"round": server_round})
+
+    grid.send_and_receive = slowly  # type: ignore[method-assign]
+    result = strategy.start(grid, num_rounds=3, timeout=0.2, evaluate_fn=join)
+    assert [m["rejected"] for m in result.train_metrics_clientapp.values()] == [0, 0, 0]

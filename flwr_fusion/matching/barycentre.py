@@ -52,11 +52,6 @@ class Client:
         mean.add(state, sign * self.weight, self.correspondence, maps, absent)
 
 
-def heaviest(clients: Sequence[Client]) -> int:
-    """Return the heaviest client: they come in this order."""
-    return 0
-
-
 def most_central(clients: Sequence[Client], matching: Matching) -> int:
     """Return the client to which half of the others can be aligned at the least cost.
 

@@ -18,6 +18,7 @@ from flwr_fusion.strategy.reasons import Reason, RejectedReply
 
 # Far above any weight of a network, far below where sums of squares overflow single precision.
 _LARGEST_VALUE = 1e12
+_LARGEST_COUNT = 1e15
 _KINDS = {"f": "floating-point", "i": "integer", "u": "integer", "b": "boolean"}
 
 
@@ -45,6 +46,29 @@ def check_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None:
         )
     for name, like in template.items():
         _check_array(name, arrays[name], like)
+
+
+def check_plausible(arrays: ArrayRecord) -> None:
+    """Check what no training can lead to: negative variances, huge counters.
+
+    Counters may be negative: noise that a client adds to all it sends makes them so.
+
+    Parameters
+    ----------
+    arrays : ArrayRecord
+        Arrays that have passed `check_arrays`.
+
+    Raises
+    ------
+    RejectedReply
+        Naming the first array at fault.
+    """
+    for name, array in arrays.items():
+        values = np.asarray(array.numpy())
+        if name.rpartition(".")[2] == "running_var" and values.size and values.min() < 0:
+            raise RejectedReply(Reason.MAGNITUDE, f"array '{name}' has negative variances")
+        if values.dtype.kind in "iu" and not values.ndim and abs(int(values)) > _LARGEST_COUNT:
+            raise RejectedReply(Reason.MAGNITUDE, f"counter '{name}' is {int(values)}")
 
 
 def _check_array(name: str, array: Array, like: Tensor) -> None:
@@ -120,7 +144,7 @@ def state_of(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, T
     Parameters
     ----------
     arrays : ArrayRecord
-        Arrays that have passed `read_update`.
+        Arrays that have passed `check_arrays`.
     template : mapping of str to Tensor
         State dict of the model.
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord
 from flwr.common import log
+from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from flwr_fusion.errors import FusionError
@@ -25,6 +27,7 @@ _FORMAT = 1
 _DESCRIPTION = "checkpoint.json"
 _ROUND = "round-"
 _UNFINISHED = ".unfinished-"
+_LONGEST_NAME = 100
 
 Metrics = dict[int, MetricRecord]
 
@@ -91,17 +94,30 @@ class CheckpointFolder:
         """Return the rounds that have a checkpoint, whole or not, in ascending order."""
         if not self.path.is_dir():
             return []
-        names = (entry.name.removeprefix(_ROUND) for entry in self.path.glob(f"{_ROUND}*"))
-        return sorted(int(name) for name in names if name.isdecimal())
+        names = (
+            (entry.name, entry.name.removeprefix(_ROUND))
+            for entry in self.path.glob(f"{_ROUND}*")
+            if entry.is_dir() and not entry.is_symlink()
+        )
+        found = [(name, int(number)) for name, number in names if number.isdecimal()]
+        return sorted(number for name, number in found if self._folder(number).name == name)
+
+    def create(self) -> None:
+        """Make the folder; refuse one that cannot be written to."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self.path).cleanup()
+        except OSError as error:
+            raise FusionError(f"checkpoint_dir {self.path} cannot be written: {error}") from error
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and delete those that are too old."""
-        self.path.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path))
         files = {}
-        for name, arrays in checkpoint.arrays.items():
-            data = save({key: array.numpy() for key, array in arrays.items()})
-            file = f"{quote(name, safe='')}.safetensors"
+        for number, (name, arrays) in enumerate(checkpoint.arrays.items()):
+            data = save({key: _in_order(array) for key, array in arrays.items()})
+            quoted = quote(name, safe="")
+            file = f"{quoted if len(quoted) <= _LONGEST_NAME else number}.safetensors"
             _write(unfinished / file, data)
             files[name] = {"file": file, "sha256": hashlib.sha256(data).hexdigest()}
         _write(unfinished / _DESCRIPTION, _described(checkpoint, files))
@@ -111,7 +127,7 @@ class CheckpointFolder:
             shutil.rmtree(folder)
         unfinished.rename(folder)
         _flush_folder(self.path)
-        self._tidy()
+        self._tidy(checkpoint.server_round)
 
     def update(self, checkpoint: Checkpoint) -> None:
         """Replace what is said of a round that has been written, such as its metrics."""
@@ -156,20 +172,23 @@ class CheckpointFolder:
             if described["format"] != _FORMAT or described["round"] != server_round:
                 raise _DamagedError(f"{_DESCRIPTION} is of another format or round")
             arrays = {name: _arrays(folder, known) for name, known in described["arrays"].items()}
+            history = {
+                kind: {int(r): _metrics_from_json(own) for r, own in rounds.items()}
+                for kind, rounds in described["history"].items()
+            }
+            return Checkpoint(server_round, arrays, History(**history), described["details"])
         except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
             raise _DamagedError(f"it cannot be read: {error!r}") from error
-        history = {
-            kind: {int(r): _metrics_from_json(own) for r, own in described["history"][kind].items()}
-            for kind in History.__dataclass_fields__
-        }
-        return Checkpoint(server_round, arrays, History(**history), described["details"])
 
-    def _tidy(self) -> None:
+    def _tidy(self, written: int) -> None:
         """Delete checkpoints that are too old, and what killed processes left."""
-        for server_round in self.rounds()[: -self._keep]:
-            shutil.rmtree(self._folder(server_round))
-        for left in self.path.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(left)
+        # Later rounds are damaged: the run would have gone on from them.
+        later = [number for number in self.rounds() if number > written]
+        earlier = [number for number in self.rounds() if number <= written]
+        old = [self._folder(number) for number in [*later, *earlier[: -self._keep]]]
+        left = [path for path in self.path.glob(f"{_UNFINISHED}*") if path.is_dir()]
+        for path in [*old, *left]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class _DamagedError(Exception):
@@ -201,6 +220,12 @@ def _arrays(folder: Path, known: Mapping[str, str]) -> ArrayRecord:
     if hashlib.sha256(data).hexdigest() != known["sha256"]:
         raise _DamagedError(f"{known['file']} does not have the content it was written with")
     return ArrayRecord({name: Array(value) for name, value in load(data).items()})
+
+
+def _in_order(array: Array) -> NDArray[Any]:
+    """Return an array as safetensors takes it for granted: native, row after row."""
+    values: NDArray[Any] = array.numpy()
+    return np.array(values, dtype=values.dtype.newbyteorder("="), order="C")
 
 
 def _json_of_metrics(metrics: MetricRecord) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from flwr_fusion.fuse import FusionReport, FusionResult
 from flwr_fusion.start import common_start
 from flwr_fusion.strategy.arrays import arrays_of, check_arrays
 from flwr_fusion.strategy.checkpoint import Checkpoint
-from flwr_fusion.strategy.fusion import FusionStrategy, checked, loaded
+from flwr_fusion.strategy.fusion import FusionStrategy, checked, checked_result, loaded
 from flwr_fusion.strategy.reasons import Reason, RejectedReply
 from flwr_fusion.strategy.validation import Answer, answers_of
 from flwr_fusion.strategy.waiting import KnownNodes
@@ -93,6 +93,9 @@ class CLAFusion(FusionStrategy):
     ) -> None:
         if not isinstance(architectures, Mapping) or not architectures:
             raise FusionError("CLAFusion needs its architectures by name, at least one")
+        odd = [name for name in architectures if not isinstance(name, str) or not name]
+        if odd:
+            raise FusionError(f"architectures have names, texts that are not empty, not {odd}")
         self.architecture = next(iter(architectures)) if architecture is None else architecture
         if self.architecture not in architectures:
             raise FusionError(
@@ -128,7 +131,8 @@ class CLAFusion(FusionStrategy):
         initial_arrays : ArrayRecord, optional
             The first global model in the chosen architecture, such as one trained before; the
             other architectures' are fused from it. Default: the architectures' `common_start`,
-            which is the better one for training from scratch.
+            which is the better one for training from scratch; in a second start of one strategy,
+            where the first has ended.
         *args, **kwargs
             As for Flower's ``Strategy.start`` (``num_rounds``, ``timeout``, ``evaluate_fn``, ...).
 
@@ -227,7 +231,7 @@ class CLAFusion(FusionStrategy):
 
     def _check_wrapper(self) -> None:
         super()._check_wrapper()
-        if self._patience is None and len(self.architectures) > 1:
+        if not self._own_start and len(self.architectures) > 1:
             raise FusionError(
                 "clients of several architectures need the strategy's own start(): a wrapper, such "
                 "as Flower's for differential privacy, sees the arrays of one architecture only"
@@ -304,7 +308,7 @@ class CLAFusion(FusionStrategy):
         for name, model in self.architectures.items():
             if name in used:
                 result = fuse(model, loaded(model, self.arrays[name]))
-                fused[name] = arrays_of(result.model.state_dict())
+                fused[name] = checked_result(result, model)
                 reports[name] = result.report
         self.arrays |= fused
         self._up_to_date = set(fused)
@@ -352,6 +356,8 @@ class CLAFusion(FusionStrategy):
             node = rejection.node_id
             # A node that was busy or away may still answer; a ClientApp that cannot never will.
             self._questions[node] = self._questions.get(node, 0) + 1
+            if node in self.node_architectures:  # It gave the same answer twice.
+                continue
             if rejection.reason is Reason.ERROR or self._questions[node] >= _MOST_QUESTIONS:
                 text = f"it did not say which architecture it runs: {rejection.text}"
                 self._leave_out(node, text)

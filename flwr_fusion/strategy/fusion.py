@@ -21,9 +21,9 @@ from flwr_fusion.errors import FusionError
 from flwr_fusion.fuse import FusionReport, FusionResult
 from flwr_fusion.prepare import BuiltOnAccess, with_state
 from flwr_fusion.statistics import Statistics
-from flwr_fusion.strategy.arrays import arrays_of, check_arrays, state_of
+from flwr_fusion.strategy.arrays import arrays_of, check_arrays, check_plausible, state_of
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
-from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection
+from flwr_fusion.strategy.reasons import RejectedReply, Rejection
 from flwr_fusion.strategy.run import EvaluateFunction, run_of
 from flwr_fusion.strategy.validation import (
     Answer,
@@ -31,6 +31,7 @@ from flwr_fusion.strategy.validation import (
     Validation,
     answers_of,
     counts_of,
+    fitting_metrics,
     good_updates,
     read_statistics,
     read_weight,
@@ -40,6 +41,7 @@ from flwr_fusion.strategy.waiting import (
     NotEnoughNodesError,
     Patience,
     PatientGrid,
+    patience_of,
 )
 
 FusionMethod = Callable[..., FusionResult]
@@ -73,8 +75,7 @@ class FusionStrategy(FedAvg):
     validation : Validation, optional
         Limits for the clients' number of examples and size of update.
     min_train_replies : int
-        A round with fewer good replies keeps the last good model; at least as many as the method
-        needs.
+        A round with fewer good replies, or fewer than the method needs, keeps the last good model.
     checkpoint_dir : str or Path, optional
         Folder in which every round leaves a checkpoint: a safetensors file for each architecture,
         and JSON with metrics, rejections, report and hashes.
@@ -120,6 +121,7 @@ class FusionStrategy(FedAvg):
         self.options = arguments
         self.only_first_rounds = dict(only_first_rounds or {})
         self.validation = Validation() if validation is None else validation
+        self.min_train_replies = min_train_replies
         self.resume = resume
         self.reports: dict[int, FusionReport] = {}
         self.rejections: dict[int, list[Rejection]] = {}
@@ -128,8 +130,7 @@ class FusionStrategy(FedAvg):
         )
         self._sent: ArrayRecord | None = None
         self._asked: list[Metadata] = []
-        # Set by start(): under a wrapper of Flower's, another strategy's start() runs the rounds.
-        self._patience: Patience | None = None
+        self._own_start = False
         self._had_nodes = False
         _check_replies_wanted(min_train_replies)
         if resume and checkpoint_dir is None:
@@ -142,11 +143,13 @@ class FusionStrategy(FedAvg):
         self._free = len(groups) - self._fixed
         if not self._free:
             log(WARNING, "no channels of %s can be matched: fusion is plain averaging", type(model))
-        needed = least_clients(self.options.get("combine"))
-        self.min_train_replies = max(min_train_replies, needed)
-        self._fuse(
-            method, self.options, [model] * needed, [1.0] * needed, [None] * needed, model, None
-        )
+        self._try_out(method, self.options)
+
+    def _try_out(self, method: FusionMethod, options: Mapping[str, Any]) -> None:
+        """Fuse as many copies of the model as a method needs; what it cannot do, it refuses."""
+        count = least_clients(_combine_of(method, options))
+        models, weights = [self.model] * count, [1.0] * count
+        self._fuse(method, options, models, weights, [None] * count, self.model, None)
 
     def summary(self) -> None:
         """Log the fusion method and its options, then FedAvg's configuration."""
@@ -176,9 +179,10 @@ class FusionStrategy(FedAvg):
         num_rounds : int
             Number of rounds, those before the checkpoint included.
         timeout : float, optional
-            Seconds that a round waits for replies, and from the second round on for nodes.
-            Default: an hour until all replies have come once, then three times the longest time
-            that all took, but at least five minutes.
+            Seconds that training and evaluation wait for replies, and from the second round on
+            for nodes. Default for replies: an hour until all clients have answered in a round, then
+            three times the longest time that all took, doubled after every round in which some
+            were missing, between five minutes and an hour; for nodes: five minutes.
         train_config, evaluate_config, evaluate_fn
             As for Flower's ``Strategy.start``.
 
@@ -196,10 +200,9 @@ class FusionStrategy(FedAvg):
         done = self._checkpoint_to_resume()
         if done is not None:
             initial_arrays = self._restored(done)
-        self._patience = Patience(timeout)
         self._had_nodes = False
         return run_of(self, self._checkpoints, done).rounds_of(
-            cast(Grid, PatientGrid(grid, self._patience)),
+            cast(Grid, PatientGrid(grid, Patience(timeout))),
             initial_arrays,
             num_rounds,
             evaluate_fn,
@@ -215,6 +218,8 @@ class FusionStrategy(FedAvg):
         From the second round on, a round for which too few nodes are connected in time is left
         out.
         """
+        # Under a wrapper of Flower's, another strategy's start() runs the rounds.
+        self._own_start = patience_of(grid) is not None
         self._check_wrapper()
         try:
             check_arrays(arrays, self.model.state_dict())
@@ -255,34 +260,23 @@ class FusionStrategy(FedAvg):
         answers, rejections = answers_of(replies, self._asked)
         keys = self.arrayrecord_key, self.weighted_by_key
         updates, bad = good_updates(answers, self._model_of, self._sent_to, self.validation, *keys)
-        rejections += bad
         method, options = self.method_of_round(server_round)
-        statistics: list[Statistics | None] = []
-        if _takes(method, "statistics"):
-            statistics, bad = self._statistics(updates)
-            rejections += bad
-        if self._patience is None and any(own is not None for own in statistics):
-            # Under a wrapper they would pass by its clipping and noise.
-            log(WARNING, "statistics are used in rounds of the strategy's own start() only")
-            statistics = [None] * len(updates)
+        statistics, unusable = self._statistics(updates, method)
+        measured = [Answer(update.node_id, update.content) for update in updates]
+        fitting, odd = fitting_metrics(measured, keys[1], self.validation.max_examples)
+        rejections += [*bad, *unusable, *odd]
         self.rejections[server_round] = rejections
         _log_replies("aggregate_train", len(updates), rejections)
-        if len(updates) < self.min_train_replies:
-            log(
-                ERROR,
-                "aggregate_train: %d good replies in round %s, %d are needed; the model stays",
-                len(updates),
-                server_round,
-                self.min_train_replies,
-            )
+        if not updates and not rejections:
+            return None, None
+        needed = max(self.min_train_replies, least_clients(_combine_of(method, options)))
+        if len(updates) < needed:
+            text = "aggregate_train: %d good replies in round %s, %d are needed; the model stays"
+            log(ERROR, text, len(updates), server_round, needed)
             return None, _metrics(counts_of(rejections))
         if wants_statistics(options.get("combine")) and None in statistics:
-            log(
-                WARNING,
-                "%d of %d replies have no usable statistics; see flwr_fusion.client",
-                statistics.count(None),
-                len(statistics),
-            )
+            text = "%d of %d replies have no usable statistics; see flwr_fusion.client"
+            log(WARNING, text, statistics.count(None), len(statistics))
 
         def received(k: int) -> nn.Module:
             return loaded(self._model_of(updates[k].node_id), updates[k].arrays)
@@ -293,19 +287,12 @@ class FusionStrategy(FedAvg):
         try:
             arrays, report = self._fuse_updates(server_round, fuse)
         except FusionError as error:
-            nodes = [update.node_id for update in updates]
-            log(
-                ERROR,
-                "aggregate_train: the replies of round %s cannot be fused, the model stays: %s "
-                "(clients 0, 1, ... are nodes %s)",
-                server_round,
-                error,
-                nodes,
-            )
+            text = "aggregate_train: round %s cannot be fused, the model stays: %s (clients %s)"
+            nodes = {k: update.node_id for k, update in enumerate(updates)}
+            log(ERROR, text, server_round, error, nodes)
             return None, _metrics(counts_of(rejections))
         self.reports[server_round] = report
-        contents = [update.content for update in updates]
-        metrics = self._aggregated(self.train_metrics_aggr_fn, contents)
+        metrics = self._aggregated(self.train_metrics_aggr_fn, fitting)
         counts: dict[str, float] = dict(counts_of(rejections)) | {"share-moved": report.share_moved}
         if any(own is not None for own in statistics):
             counts["with-statistics"] = sum(own is not None for own in statistics)
@@ -352,6 +339,7 @@ class FusionStrategy(FedAvg):
     def _checkpoint_to_resume(self) -> Checkpoint | None:
         if self._checkpoints is None:
             return None
+        self._checkpoints.create()
         if self.resume:
             return self._checkpoints.latest()
         rounds = self._checkpoints.rounds()
@@ -364,13 +352,15 @@ class FusionStrategy(FedAvg):
 
     def _check_wrapper(self) -> None:
         """Refuse what a wrapper would break whose own start() runs the rounds."""
-        if self._patience is None and wants_statistics(self.options.get("combine")):
+        if self._own_start:
+            return
+        if wants_statistics(self.options.get("combine")):
             raise FusionError(
                 "combine='least-squares' works with the strategy's own start() alone: under a "
                 "wrapper, such as Flower's for differential privacy, the clients' statistics would "
                 "pass by its clipping and noise"
             )
-        if self._patience is None and self._checkpoints is not None:
+        if self._checkpoints is not None:
             raise FusionError(
                 "checkpoint_dir= works with the strategy's own start() alone: under a wrapper, "
                 "such as Flower's for differential privacy, checkpoints would hold the model "
@@ -382,7 +372,7 @@ class FusionStrategy(FedAvg):
     ) -> Iterable[Message]:
         """Return the messages of an exchange, and remember who is asked; none without nodes."""
         if self._had_nodes:
-            patience = self._patience or Patience()
+            patience = patience_of(grid) or Patience()
             grid = cast(Grid, ImpatientGrid(grid, patience.for_nodes()))
         try:
             messages = list(configure(grid))
@@ -395,32 +385,35 @@ class FusionStrategy(FedAvg):
 
     def _good_evaluations(self, replies: Iterable[Message]) -> tuple[list[Answer], list[Rejection]]:
         answers, rejections = answers_of(replies, self._asked)
-        good = []
+        weighted = []
         for answer in answers:
             try:
                 read_weight(answer.content, self.weighted_by_key)
-                good.append(answer)
+                weighted.append(answer)
             except RejectedReply as reason:
                 rejections.append(Rejection(answer.node_id, reason.reason, str(reason)))
-        _log_replies("aggregate_evaluate", len(good), rejections)
-        return good, rejections
+        limit = self.validation.max_examples
+        good, odd = fitting_metrics(weighted, self.weighted_by_key, limit)
+        _log_replies("aggregate_evaluate", len(good), [*rejections, *odd])
+        return good, [*rejections, *odd]
 
     def _evaluated(
         self, answers: Sequence[Answer], rejections: Sequence[Rejection]
     ) -> MetricRecord | None:
-        contents = [answer.content for answer in answers]
         counts = counts_of(rejections) if rejections else {}
-        if not contents:
+        if not answers:
             return _metrics(counts) if counts else None
-        return _metrics(counts, self._aggregated(self.evaluate_metrics_aggr_fn, contents))
+        return _metrics(counts, self._aggregated(self.evaluate_metrics_aggr_fn, answers))
 
     def _aggregated(
-        self, aggregate: Callable[[list[RecordDict], str], MetricRecord], contents: list[RecordDict]
+        self,
+        aggregate: Callable[[list[RecordDict], str], MetricRecord],
+        answers: Sequence[Answer],
     ) -> MetricRecord:
         try:
-            return aggregate(contents, self.weighted_by_key)
+            return aggregate([answer.content for answer in answers], self.weighted_by_key)
         except Exception as error:  # What clients put into their metrics must not end the run.
-            log(WARNING, "the clients' metrics do not fit together: %r", error)
+            log(WARNING, "the clients' metrics cannot be aggregated: %r", error)
             return MetricRecord()
 
     def _model_of(self, node_id: int) -> nn.Module:
@@ -437,7 +430,7 @@ class FusionStrategy(FedAvg):
         """Return the next global model; ``fuse`` takes the target and the model sent out."""
         sent = None if self._sent is None else loaded(self.model, self._sent)
         result = fuse(self.model, sent)
-        return arrays_of(result.model.state_dict()), result.report
+        return checked_result(result, self.model), result.report
 
     def method_of_round(self, server_round: int) -> tuple[FusionMethod, Mapping[str, Any]]:
         """Return the method that fuses a round, with its options.
@@ -456,11 +449,13 @@ class FusionStrategy(FedAvg):
         return self.method, {n: value for n, value in self.options.items() if n not in over}
 
     def _statistics(
-        self, updates: Sequence[Update]
+        self, updates: Sequence[Update], method: FusionMethod
     ) -> tuple[list[Statistics | None], list[Rejection]]:
         """Return what the clients measured; None for a reply without usable statistics."""
         statistics: list[Statistics | None] = []
-        rejections = []
+        rejections: list[Rejection] = []
+        if not _takes(method, "statistics"):
+            return statistics, rejections
         for update in updates:
             try:
                 model = self._model_of(update.node_id)
@@ -468,6 +463,10 @@ class FusionStrategy(FedAvg):
             except RejectedReply as reason:
                 rejections.append(Rejection(update.node_id, reason.reason, str(reason)))
                 statistics.append(None)
+        if not self._own_start and any(own is not None for own in statistics):
+            # Under a wrapper they would pass by its clipping and noise.
+            log(WARNING, "statistics are used in rounds of the strategy's own start() only")
+            statistics = [None] * len(updates)
         return statistics, rejections
 
     def _fuse(
@@ -493,6 +492,22 @@ class FusionStrategy(FedAvg):
 def loaded(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
     """Return a network of a model's architecture with the values of checked arrays."""
     return with_state(model, state_of(arrays, model.state_dict()))
+
+
+def checked_result(result: FusionResult, model: nn.Module) -> ArrayRecord:
+    """Return a fused model's arrays; refuse what could not be sent in the next round."""
+    arrays = arrays_of(result.model.state_dict())
+    try:
+        check_arrays(arrays, model.state_dict())
+        check_plausible(arrays)
+    except RejectedReply as error:
+        raise FusionError(f"the fused model cannot be used: {error}") from error
+    return arrays
+
+
+def _combine_of(method: FusionMethod, options: Mapping[str, Any]) -> object:
+    """Return the rule of combination, which a partial function may hold as well."""
+    return options.get("combine", getattr(method, "keywords", {}).get("combine"))
 
 
 def _takes(method: FusionMethod, name: str) -> bool:
@@ -558,7 +573,7 @@ def _log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None
     if good or rejections:
         log(INFO, "%s: %d good replies, %d rejections", where, good, len(rejections))
     for rejection in rejections:
-        if rejection.reason is Reason.STATISTICS:
+        if rejection.keeps_update:
             log(WARNING, "%s: node %s: %s", where, rejection.node_id, rejection.text)
         else:
             log(

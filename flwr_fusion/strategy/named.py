@@ -69,7 +69,7 @@ class NeuronTransplantation(FusionStrategy):
         self.transplant_rounds = transplant_rounds
         self.otherwise = otherwise
         super().__init__(neuron_transplantation, model, example_inputs, **arguments)
-        self._fuse(otherwise, {}, [model], [1.0], [None], model, None)
+        self._try_out(otherwise, {})
 
     def method_of_round(self, server_round: int) -> tuple[FusionMethod, Mapping[str, Any]]:
         """Return transplantation in its rounds, the other method in the others."""

@@ -7,18 +7,17 @@ from enum import StrEnum
 
 from flwr_fusion.errors import FusionError
 
+LONGEST_TEXT = 500
+"""Characters of a rejection's text: what clients send can be of any length."""
+
 
 class Reason(StrEnum):
-    """Code of a rejection; ``rejected-CODE`` in a round's metrics counts how often it occurred.
-
-    Parameters
-    ----------
-    value : str
-        The code.
-    """
+    """Code of a rejection; ``rejected-CODE`` in a round's metrics counts how often it occurred."""
 
     ERROR = "error"
-    """The client raised, or the SuperLink reports that its SuperNode is gone."""
+    """The ClientApp raised, or could not be loaded."""
+    UNAVAILABLE = "unavailable"
+    """The SuperLink reports that the SuperNode is gone, or its reply was lost on the way."""
     NO_REPLY = "no-reply"
     """Nothing came before the round ended."""
     UNEXPECTED = "unexpected"
@@ -26,7 +25,7 @@ class Reason(StrEnum):
     DUPLICATE = "duplicate"
     """The node replied more than once."""
     RECORDS = "records"
-    """Not exactly one array record or metric record."""
+    """Not exactly one metric record, or no array record that is known to be the model's."""
     NAMES = "names"
     """Arrays are missing or unknown."""
     UNREADABLE = "unreadable"
@@ -38,13 +37,15 @@ class Reason(StrEnum):
     NON_FINITE = "non-finite"
     """NaN or infinite values."""
     MAGNITUDE = "magnitude"
-    """Values, or an update, far larger than any that make sense."""
+    """Values, or an update, far larger than any that make sense; negative variances."""
     TABLE = "table"
     """An integer table (indices, a mask) that differs from the model's."""
     EXAMPLES = "examples"
     """A number of examples that is missing, not positive or no number."""
     STATISTICS = "statistics"
     """Statistics that cannot be used; the update itself takes part."""
+    METRICS = "metrics"
+    """Metrics of other names or lengths than most clients'; the update itself takes part."""
 
 
 class RejectedReply(FusionError):
@@ -59,7 +60,7 @@ class RejectedReply(FusionError):
     """
 
     def __init__(self, reason: Reason, text: str) -> None:
-        super().__init__(text)
+        super().__init__(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ...")
         self.reason = reason
 
 
@@ -80,3 +81,8 @@ class Rejection:
     node_id: int
     reason: Reason
     text: str
+
+    @property
+    def keeps_update(self) -> bool:
+        """Whether only something beside the update is left out."""
+        return self.reason in (Reason.STATISTICS, Reason.METRICS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from logging import INFO
+from logging import ERROR, INFO
 from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -137,8 +137,7 @@ class Run(Strategy):
         if self._folder is not None:
             models = self._strategy.global_arrays(self._arrays)
             details = self._strategy.details_of(number)
-            self._written = Checkpoint(number, models, self._history, details)
-            self._folder.write(self._written)
+            self._write(self._folder, Checkpoint(number, models, self._history, details))
         return arrays, metrics
 
     def configure_evaluate(
@@ -175,9 +174,22 @@ class Run(Strategy):
 
         return evaluate
 
+    def _write(self, folder: CheckpointFolder, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint; a disk that is full does not end the federation."""
+        self._written = None
+        try:
+            folder.write(checkpoint)
+            self._written = checkpoint
+        except OSError as error:
+            log(ERROR, "no checkpoint of round %s: %s", checkpoint.server_round, error)
+
     def _add_to_checkpoint(self) -> None:
-        if self._folder is not None and self._written is not None:
+        if self._folder is None or self._written is None:
+            return
+        try:
             self._folder.update(self._written)
+        except OSError as error:
+            log(ERROR, "the checkpoint of round %s: %s", self._written.server_round, error)
 
     @staticmethod
     def _keep(

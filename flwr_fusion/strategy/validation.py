@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD
 from flwr_fusion.errors import FusionError
 from flwr_fusion.statistics import LayerStatistics, unpack
-from flwr_fusion.strategy.arrays import check_arrays, decode_array
-from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection
+from flwr_fusion.strategy.arrays import check_arrays, check_plausible, decode_array
+from flwr_fusion.strategy.reasons import LONGEST_TEXT, Reason, RejectedReply, Rejection
 
 RecordT = TypeVar("RecordT", ArrayRecord, MetricRecord)
 
 _LARGEST_WEIGHT = 1e15
-_LONGEST_TEXT = 300
+# Codes of errors that the SuperLink reports, not the ClientApp: message, reply or node are gone.
+_UNAVAILABLE = (3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Validation:
     ----------
     max_examples : float, optional
         A client with more examples counts as one with this many, so that no client can outweigh
-        the others by a number that nobody can check. Default: no limit.
+        the others by a number that nobody can check, in the model as in the metrics. Default: no
+        limit.
     max_update : float, optional
         An update is rejected where it is more than this many times as large as the median of the
         round's updates; the size is the root mean square of all values' changes, which networks
-        of different size have in common. Default: no limit.
+        of different size have in common. It takes three clients, most of which change something.
+        Default: no limit.
 
     Raises
     ------
@@ -144,8 +147,8 @@ def answers_of(
             continue
         rejections += [Rejection(node, Reason.DUPLICATE, text)] * len(others)
         if first.has_error():
-            reason = str(first.error.reason)[:_LONGEST_TEXT]
-            rejections.append(Rejection(node, Reason.ERROR, reason))
+            reason = Reason.UNAVAILABLE if first.error.code in _UNAVAILABLE else Reason.ERROR
+            rejections.append(Rejection(node, reason, str(first.error.reason)[:LONGEST_TEXT]))
         else:
             answers.append(Answer(node, first.content))
     return answers, rejections
@@ -192,6 +195,9 @@ def good_updates(
             updates.append(read_update(answer, template, arrays_key, weight_key))
         except RejectedReply as rejection:
             rejections.append(Rejection(answer.node_id, rejection.reason, str(rejection)))
+        except Exception as error:  # Whatever a forged reply makes the check do.
+            text = f"it cannot be checked: {error!r:.{LONGEST_TEXT}}"
+            rejections.append(Rejection(answer.node_id, Reason.UNREADABLE, text))
     if validation.max_update is not None:
         too_large = _too_large(updates, sent_to, validation.max_update)
         updates = [u for u in updates if u.node_id not in {r.node_id for r in too_large}]
@@ -230,6 +236,7 @@ def read_update(
     arrays = _one_record(dict(content.array_records), arrays_key, "ArrayRecord")
     weight = read_weight(content, weight_key)
     check_arrays(arrays, template)
+    check_plausible(arrays)
     return Update(answer.node_id, weight, arrays, content)
 
 
@@ -290,7 +297,7 @@ def read_weight(content: RecordDict, weight_key: str) -> float:
     RejectedReply
         If there is not exactly one metric record, or no positive number of sensible size in it.
     """
-    metrics: Mapping[str, object] = _one_record(dict(content.metric_records), "", "MetricRecord")
+    metrics: Mapping[str, object] = _one_record(dict(content.metric_records), None, "MetricRecord")
     weight = metrics.get(weight_key)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         text = f"metric '{weight_key}' is {weight!r:.100}, not a number"
@@ -304,6 +311,64 @@ def read_weight(content: RecordDict, weight_key: str) -> float:
     return float(weight)
 
 
+def fitting_metrics(
+    answers: Sequence[Answer], weight_key: str, max_examples: float | None
+) -> tuple[list[Answer], list[Rejection]]:
+    """Return the answers whose metrics can be aggregated, with limited numbers of examples.
+
+    Parameters
+    ----------
+    answers : sequence of Answer
+        Answers that carry one metric record with a weight.
+    weight_key : str
+        Name of the metric that weighs the client.
+    max_examples : float, optional
+        Its limit.
+
+    Returns
+    -------
+    tuple of (list of Answer, list of Rejection)
+        Answers whose metrics have the names, and lists the lengths, that most clients' have; and
+        the others.
+    """
+    metrics = [next(iter(answer.content.metric_records.values())) for answer in answers]
+    shapes = [_shape_of(record) for record in metrics]
+    usual = max(Counter(shapes).items(), key=lambda item: (item[1], str(item[0])), default=((), 0))
+    fitting, rejections = [], []
+    for answer, record, shape in zip(answers, metrics, shapes, strict=True):
+        if shape != usual[0]:
+            text = f"its metrics are {_named(shape)}, most clients' are {_named(usual[0])}"
+            rejections.append(Rejection(answer.node_id, Reason.METRICS, text[:LONGEST_TEXT]))
+            continue
+        if max_examples is not None and float(record[weight_key]) > max_examples:  # type: ignore[arg-type]
+            name = next(iter(answer.content.metric_records))
+            limited = MetricRecord({**record, weight_key: max_examples})
+            answer = replace(answer, content=RecordDict({**answer.content, name: limited}))
+        fitting.append(answer)
+    return fitting, rejections
+
+
+_Shape = tuple[tuple[str, int | str], ...]
+
+
+def _shape_of(metrics: MetricRecord) -> _Shape:
+    """Return the names of metrics, and the lengths of those that are lists."""
+
+    def kind(value: object) -> int | str:
+        if isinstance(value, list):
+            return len(value)
+        return "number" if isinstance(value, (int, float)) else type(value).__name__
+
+    return tuple(sorted((name, kind(value)) for name, value in metrics.items()))
+
+
+def _named(shape: _Shape) -> str:
+    return (
+        ", ".join(name if kind == "number" else f"{name} ({kind})" for name, kind in shape)
+        or "none"
+    )
+
+
 def counts_of(rejections: Sequence[Rejection]) -> dict[str, int]:
     """Return a round's metrics of its rejections: ``rejected``, and ``rejected-REASON`` for each.
 
@@ -315,15 +380,15 @@ def counts_of(rejections: Sequence[Rejection]) -> dict[str, int]:
     Returns
     -------
     dict of str to int
-        Statistics are not counted as ``rejected``, because their update takes part.
+        Statistics and metrics are not counted as ``rejected``, because their update takes part.
     """
     counts = Counter(rejection.reason for rejection in rejections)
-    total = len(rejections) - counts[Reason.STATISTICS]
+    total = sum(not rejection.keeps_update for rejection in rejections)
     return {"rejected": total} | {f"rejected-{reason}": counts[reason] for reason in sorted(counts)}
 
 
-def _one_record(records: Mapping[str, RecordT], key: str, kind: str) -> RecordT:
-    if key in records:
+def _one_record(records: Mapping[str, RecordT], key: str | None, kind: str) -> RecordT:
+    if key is not None and key in records:
         return records[key]
     if len(records) != 1:
         names = sorted(records)

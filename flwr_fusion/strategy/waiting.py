@@ -18,19 +18,21 @@ _TIMED = (MessageType.TRAIN, MessageType.EVALUATE)
 
 
 class Patience:
-    """How long to wait for replies: a given time, or three times the longest complete exchange.
+    """How long to wait: a given time, or as long as clients have been seen to take.
 
     Parameters
     ----------
     timeout : float, optional
-        Seconds to wait in every round. Default: an hour until all replies have come once, then
-        three times the longest that a complete exchange has taken, but at least five minutes and
-        at most an hour.
+        Seconds to wait in every round. Default for replies: an hour until all clients have
+        answered once, then three times the longest that a complete exchange has taken, doubled
+        for every exchange since then in which replies were missing, between five minutes and an
+        hour. For nodes: five minutes.
     """
 
     def __init__(self, timeout: float | None = None) -> None:
         self._timeout = timeout
         self._longest: dict[str, float] = {}
+        self._incomplete: dict[str, int] = {}
 
     def for_replies(self, message_type: str) -> float:
         """Return the seconds to wait for the replies to messages of a type."""
@@ -38,15 +40,21 @@ class Patience:
             return self._timeout
         if message_type not in self._longest:
             return LONGEST
-        return min(LONGEST, max(SHORTEST, _FACTOR * self._longest[message_type]))
+        usual = max(SHORTEST, _FACTOR * self._longest[message_type])
+        return float(min(LONGEST, usual * 2 ** min(10, self._incomplete[message_type])))
 
     def for_nodes(self) -> float:
         """Return the seconds to wait for nodes that were there before."""
         return SHORTEST if self._timeout is None else self._timeout
 
-    def learn(self, message_type: str, seconds: float) -> None:
-        """Remember how long a complete exchange has taken."""
-        self._longest[message_type] = max(seconds, self._longest.get(message_type, 0.0))
+    def learn(self, message_type: str, seconds: float, complete: bool) -> None:
+        """Remember how long an exchange has taken, and whether all clients answered."""
+        if complete:
+            self._longest[message_type] = max(seconds, self._longest.get(message_type, 0.0))
+            self._incomplete[message_type] = 0
+        elif message_type in self._longest:
+            # A slow client that was not asked before must not be shut out for ever.
+            self._incomplete[message_type] += 1
 
 
 class GridView:
@@ -64,7 +72,7 @@ class PatientGrid(GridView):
 
     def __init__(self, grid: Grid, patience: Patience) -> None:
         super().__init__(grid)
-        self._patience = patience
+        self.patience = patience
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -73,14 +81,27 @@ class PatientGrid(GridView):
         sent = list(messages)
         if not sent:
             return []
-        kind = sent[0].metadata.message_type
+        # A type may have a name of its own behind a dot.
+        kind = sent[0].metadata.message_type.partition(".")[0]
         if kind not in _TIMED:
             return self._grid.send_and_receive(sent, timeout=timeout)
         begin = time.monotonic()
-        replies = list(self._grid.send_and_receive(sent, timeout=self._patience.for_replies(kind)))
-        if len(replies) >= len(sent):
-            self._patience.learn(kind, time.monotonic() - begin)
+        limit = self.patience.for_replies(kind)
+        replies = list(self._grid.send_and_receive(sent, timeout=limit))
+        # How long those took that raised says nothing of training.
+        if not any(reply.has_error() for reply in replies):
+            seconds = time.monotonic() - begin
+            self.patience.learn(kind, seconds, complete=len(replies) >= len(sent))
         return replies
+
+
+def patience_of(grid: object) -> Patience | None:
+    """Return the patience of a view of a grid, however many views lie above it."""
+    while isinstance(grid, GridView):
+        if isinstance(grid, PatientGrid):
+            return grid.patience
+        grid = grid._grid
+    return None
 
 
 class NotEnoughNodesError(Exception):
@@ -94,12 +115,17 @@ class ImpatientGrid(GridView):
         super().__init__(grid)
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
+        self._seen: list[int] = []
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the connected nodes; raise `NotEnoughNodesError` when the time is over."""
+        # Flower asks twice before it waits, and asking new nodes may have taken the time.
+        if len(self._seen) >= 2 and time.monotonic() > self._deadline:
+            raise NotEnoughNodesError(
+                f"{self._seen[-1]} nodes are connected after {self._seconds:g} s"
+            )
         nodes = list(self._grid.get_node_ids())
-        if time.monotonic() > self._deadline:
-            raise NotEnoughNodesError(f"{len(nodes)} nodes are connected after {self._seconds:g} s")
+        self._seen.append(len(nodes))
         return nodes
 
 

@@ -126,7 +126,7 @@ def load_own_data(path: str, dataset: str) -> LabelledImages:
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # What NumPy raises on other files varies.
         raise ValueError(f"data-path={path!r} cannot be read: {error}") from error
     shape = DATASETS[dataset].shape
     if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):

@@ -15,7 +15,6 @@ from flwr_fusion.strategy import (
     FusionStrategy,
     NeuronTransplantation,
     OTFusion,
-    Reason,
 )
 from fusion_simulation.comparison import ClientModel
 from fusion_simulation.settings import Settings
@@ -54,7 +53,8 @@ class RecordReplies(FedAvg):
     def _rejected_in(self, server_round: int) -> set[int]:
         if not isinstance(self, FusionStrategy):
             return set()
-        return {r.node_id for r in self.rejections[server_round] if r.reason != Reason.STATISTICS}
+        rejections = self.rejections[server_round]
+        return {rejection.node_id for rejection in rejections if not rejection.keeps_update}
 
     def client_models(self, build: Callable[[str], nn.Module]) -> list[ClientModel]:
         """Return the models of the latest good replies, in the order of the clients' names.
