@@ -124,6 +124,18 @@ def test_every_node_gets_the_global_model_in_its_own_architecture() -> None:
     assert number(strategy.architecture_metrics[5]["narrow"], "accuracy") > 0.7
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_clients_of_a_report_are_the_fused_nodes_in_their_order(seed: int) -> None:
+    strategy = cla_strategy(fraction_evaluate=0.0)
+    grid = InProcessGrid(mixed_app(), NODES, seed=seed, failing=[1])
+    strategy.start(grid, num_rounds=1)
+    nodes = strategy.fused_nodes[1]
+    assert set(nodes) == {node for k, node in enumerate(grid.node_ids) if k != 1}
+    report = strategy.architecture_reports[1]["deep"]
+    shallower = {nodes[k] for layers in report.layers for k in layers.clients}
+    assert shallower == {grid.node_ids[2], grid.node_ids[3]}
+
+
 def test_least_squares_and_evaluate_fn() -> None:
     strategy = cla_strategy(combine="least-squares", architecture="narrow", fraction_evaluate=0.0)
     seen: list[dict[str, float]] = []

@@ -91,6 +91,8 @@ class FusionStrategy(FedAvg):
     ----------
     reports : dict of int to FusionReport
         What each round's fusion did.
+    fused_nodes : dict of int to list of int
+        For each round the nodes whose updates were fused: client 0, 1, ... of its report.
     rejections : dict of int to list of Rejection
         For each round the replies to training that were left out, and why.
 
@@ -124,6 +126,7 @@ class FusionStrategy(FedAvg):
         self.min_train_replies = min_train_replies
         self.resume = resume
         self.reports: dict[int, FusionReport] = {}
+        self.fused_nodes: dict[int, list[int]] = {}
         self.rejections: dict[int, list[Rejection]] = {}
         self._checkpoints = (
             None if checkpoint_dir is None else CheckpointFolder(checkpoint_dir, keep_checkpoints)
@@ -292,6 +295,7 @@ class FusionStrategy(FedAvg):
             log(ERROR, text, server_round, error, nodes)
             return None, _metrics(counts_of(rejections))
         self.reports[server_round] = report
+        self.fused_nodes[server_round] = [update.node_id for update in updates]
         metrics = self._aggregated(self.train_metrics_aggr_fn, fitting)
         counts: dict[str, float] = dict(counts_of(rejections)) | {"share-moved": report.share_moved}
         if any(own is not None for own in statistics):
@@ -325,6 +329,7 @@ class FusionStrategy(FedAvg):
         report = self.reports.get(server_round)
         return {
             "method": getattr(self.method_of_round(server_round)[0], "__name__", ""),
+            "fused_nodes": self.fused_nodes.get(server_round, []),
             "rejected": [
                 {"node": r.node_id, "reason": r.reason, "text": r.text}
                 for r in self.rejections.get(server_round, [])

@@ -140,11 +140,11 @@ def cla_methods(
 
 def matched_layers(strategy: CLAFusion, server_round: int) -> dict[str, ff.StageMatch]:
     """Return the layers that corresponded in the last round, for each pair of architectures."""
-    assert isinstance(strategy, RecordReplies)
-    names = [strategy.node_architectures.get(r.metadata.src_node_id, "") for r in strategy.replies]
+    nodes = strategy.fused_nodes.get(server_round, [])
+    names = [strategy.node_architectures[node] for node in nodes]
     return {
         f"{names[layers.clients[0]]} in {target}": stage
-        for target, report in strategy.architecture_reports[server_round].items()
+        for target, report in strategy.architecture_reports.get(server_round, {}).items()
         for layers in report.layers
         for stage in layers.stages
         # Each pair once, seen from the deeper network.
