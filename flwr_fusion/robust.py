@@ -159,7 +159,8 @@ def robustly_combined(
     Returns
     -------
     dict of str to Tensor
-        Integer tensors are averaged as `RunningMean` does.
+        Integer tables are those of all clients, as for `RunningMean`; single integers follow the
+        rule.
     """
     chosen = list(range(len(clients)))
     if isinstance(rule, Krum):
@@ -184,11 +185,12 @@ def _middle_counters(
     clients: Sequence[Client], template: Mapping[str, Tensor], share: float
 ) -> dict[str, Tensor]:
     """Return the trimmed mean of single integers, such as numbers of batches."""
+    counters = {n: t for n, t in template.items() if not _is_float(t) and not t.dim()}
+    if not counters:  # Most networks have none, and to read all clients again takes time.
+        return {}
     states = [client.state() for client in clients]
     found = {}
-    for name, like in template.items():
-        if _is_float(like) or like.dim():
-            continue
+    for name, like in counters.items():
         pairs = zip(clients, states, strict=True)
         own = [s[name].to(like.device) for c, s in pairs if name not in (c.absent or ())]
         if own:
