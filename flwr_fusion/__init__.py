@@ -16,6 +16,12 @@ from flwr_fusion.fuse import (
     neuron_transplantation,
     ot_fusion,
 )
+from flwr_fusion.refine import (
+    RefinementReport,
+    RefinementResult,
+    distill,
+    fine_tune,
+)
 from flwr_fusion.robust import Krum, TrimmedMean
 from flwr_fusion.start import common_start
 
@@ -31,11 +37,15 @@ __all__ = [
     "LayerReport",
     "LeastSquares",
     "Place",
+    "RefinementReport",
+    "RefinementResult",
     "StageMatch",
     "TrimmedMean",
     "average",
     "cla_fusion",
     "common_start",
+    "distill",
+    "fine_tune",
     "match_layers",
     "neuron_transplantation",
     "ot_fusion",

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from flwr_fusion.channels import verified_graph
 from flwr_fusion.combination import check_statistics
 from flwr_fusion.depth.balance import DepthAligned, depth_aligned
-from flwr_fusion.depth.layers import LAYER_COSTS, StageMatch, StructuredNetwork, match_stages
+from flwr_fusion.depth.layers import (
+    LAYER_COSTS,
+    LayerCost,
+    StageMatch,
+    StructuredNetwork,
+    match_stages,
+)
 from flwr_fusion.depth.merging import MERGES, merged_layer, recorded
 from flwr_fusion.depth.moments import statistics_in_layers_of
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
@@ -54,7 +60,7 @@ def cla_fusion(
     example_inputs: Any,
     target: nn.Module | None = None,
     reference: nn.Module | None = None,
-    layer_cost: Literal["auto", "cka", "width", "wasserstein"] = "auto",
+    layer_cost: Literal["auto", "cka", "width", "wasserstein"] | LayerCost = "auto",
     balance: Literal["add", "merge"] = "add",
     merge: Literal["auto", "least-squares", "sum", "majority", "average", "linear"] = "auto",
     first_to_first: bool = True,
@@ -80,11 +86,13 @@ def cla_fusion(
         are added to networks that are shallower, and merged or left out in those that are deeper.
     reference : nn.Module, optional
         As for `ot_fusion`: a network of the target's architecture to align channels to.
-    layer_cost : {"auto", "cka", "width", "wasserstein"}
+    layer_cost : {"auto", "cka", "width", "wasserstein"} or callable
         Cost of matching two layers: 1 - linear CKA of their pre-activations on `calibration`, the
         squared difference of their widths relative to the widest layer, or the 1-Wasserstein
         distance between their channels' pre-activations. "auto": CKA where there is
-        `calibration`, else width.
+        `calibration`, else width. A function ``(client, its_layers, target, target_layers)`` of
+        two networks and the names of their layers (or blocks) in a stage returns its own costs, a
+        row for each of the client's.
     balance : {"add", "merge"}
         Without `target`: fuse into the layers of the deepest network, each as wide as the widest
         client's, or into the shallowest network (among equals the largest).
@@ -135,7 +143,8 @@ def cla_fusion(
     """
     started = time.perf_counter()
     check_rereadable(calibration)
-    check_option("layer_cost", layer_cost, LAYER_COSTS)
+    if not callable(layer_cost):
+        check_option("layer_cost", layer_cost, LAYER_COSTS)
     check_option("balance", balance, BALANCES)
     check_option("merge", merge, MERGES)
     order = participants(models, shares_of(models, weights))
@@ -224,7 +233,7 @@ class DepthAligner:
         self,
         order: Sequence[int],
         reference: nn.Module | None,
-        layer_cost: str,
+        layer_cost: str | LayerCost,
         **constraints: bool,
     ) -> None:
         """Match the layers of every architecture that differs from the target's in depth.

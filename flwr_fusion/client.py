@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from logging import INFO
 from operator import length_hint
 from typing import Any
@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import nn
 
 from flwr_fusion.errors import FusionError
+from flwr_fusion.inputs import first_of
 from flwr_fusion.statistics import input_moments, pack
 
 __all__ = ["attach_statistics", "declare_architecture"]
@@ -72,7 +73,7 @@ def attach_statistics(
             reply = Message(content=content, reply_to=message)
             return attach_statistics(reply, model, train_loader)
     """
-    batches = _Inputs(loader, inputs or _first)
+    batches = _Inputs(loader, inputs or first_of)
     statistics = input_moments(model, batches, **options)
     data = save(pack(statistics))
     reply.content[STATISTICS_RECORD] = ConfigRecord({STATISTICS_KEY: data})
@@ -118,15 +119,6 @@ def declare_architecture(message: Message, name: str) -> Message:
         raise FusionError(f"an architecture is declared by its name, not by {name!r}")
     content = RecordDict({ARCHITECTURE_RECORD: ConfigRecord({ARCHITECTURE_KEY: name})})
     return Message(content=content, reply_to=message)
-
-
-def _first(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        raise FusionError(
-            f"a batch is a mapping with {sorted(map(str, batch))}: say by inputs= what the network "
-            'is called with, for example inputs=lambda batch: batch["img"]'
-        )
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 class _Inputs:

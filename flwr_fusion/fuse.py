@@ -48,6 +48,7 @@ from flwr_fusion.prepare import (
     tied_tensors,
     with_state,
 )
+from flwr_fusion.refine import RefinementReport
 from flwr_fusion.repair import (
     FROM_CLIENTS,
     NOTHING_KNOWN,
@@ -129,6 +130,8 @@ class FusionReport:
         What was repaired after the fusion, or why nothing was.
     layers : tuple of LayerReport
         Which layers correspond, for clients of another depth.
+    refinement : RefinementReport, optional
+        What a strategy's refinement did to the fused network.
     """
 
     method: str
@@ -138,6 +141,7 @@ class FusionReport:
     least_squares: dict[str, str] = field(default_factory=dict)
     repair: str = "none"
     layers: tuple[LayerReport, ...] = ()
+    refinement: RefinementReport | None = None
 
     @property
     def share_moved(self) -> float:

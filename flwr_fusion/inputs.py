@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_fusion.errors import FusionError
 
@@ -25,11 +25,38 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def first_of(batch: Any) -> Any:
+    """Return the inputs of a data loader's batch: itself if it is a tensor, else its first part."""
+    if isinstance(batch, Mapping):
+        raise FusionError(
+            f"a batch is a mapping with {sorted(map(str, batch))}: say by inputs= what the network "
+            'is called with, for example inputs=lambda batch: batch["img"]'
+        )
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def batch_size(inputs: Any) -> int:
+    """Return the number of samples in a batch of inputs."""
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return len(leaf)
+    raise FusionError("a batch of inputs holds no tensor")
+
+
+def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Put a network into evaluation mode; every module gets its own mode back afterwards."""
+    return _in_mode(model, False)
+
+
+def training_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Put a network into training mode; every module gets its own mode back afterwards."""
+    return _in_mode(model, True)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, training_now: bool) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training_now)
     try:
         yield
     finally:

@@ -16,10 +16,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import call, evaluation_mode, moved_to
+from flwr_fusion.inputs import batch_size, call, evaluation_mode, moved_to
 
 __all__ = [
     "LayerStatistics",
@@ -547,7 +546,7 @@ def _enough(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
         return
     stride, seen = 1, 0
     for n, batch in enumerate(batches):
-        size = _batch_size(batch)
+        size = batch_size(batch)
         if n == 0:
             stride = max(1, length_hint(batches) * size // max(samples, 1))
         if n % stride:
@@ -558,13 +557,6 @@ def _enough(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
             return
 
 
-def _batch_size(batch: Any) -> int:
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return len(leaf)
-    raise FusionError("a batch of inputs holds no tensor")
-
-
 def _run(model: nn.Module, batches: Iterable[Any]) -> int:
     """Call a network on every batch; return the number of samples."""
     seen = 0
@@ -573,7 +565,7 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> int:
             call(model, moved_to(model, batch))
         except Exception as error:
             raise FusionError(f"the network cannot be run on a batch of inputs: {error}") from error
-        seen += _batch_size(batch)
+        seen += batch_size(batch)
     if not seen:
         raise FusionError("there are no batches of inputs to measure moments on")
     return seen

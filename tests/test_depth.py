@@ -372,6 +372,35 @@ def test_cka_and_wasserstein_compare_functions() -> None:
         assert own == pytest.approx([0.0] * 3, abs=1e-6)
 
 
+def test_a_cost_of_ones_own_decides_which_layers_correspond() -> None:
+    """The one correspondence without cost is taken, whichever side is deeper."""
+    wanted = (0, 2, 3)
+    networks = {True: mlp(16, 16, 16, 16), False: mlp(16, 16, 16)}
+    seen = []
+
+    def cost(client: nn.Module, ours: Any, target: nn.Module, theirs: Any) -> torch.Tensor:
+        seen.append((client, tuple(ours), target, tuple(theirs)))
+        deep_first = torch.ones(4, 3)
+        deep_first[wanted, range(3)] = 0.0
+        return deep_first if len(ours) == 4 else deep_first.T
+
+    for client_is_deep in (True, False):
+        client, target = networks[client_is_deep], networks[not client_is_deep]
+        match = match_stages(structured(client, VECTORS), structured(target, VECTORS), cost, None)[
+            0
+        ]
+        pairs = [pair if client_is_deep else pair[::-1] for pair in match.pairs]
+        assert tuple(deep for deep, _ in pairs) == wanted
+        assert seen[-1] == (client, match.client_units, target, match.target_units)
+
+
+def test_a_cost_of_the_wrong_shape_is_refused_with_both_networks_and_the_stage() -> None:
+    pair = structured(mlp(8, 8), VECTORS), structured(mlp(8, 8, 8), VECTORS, "the target")
+    message = r"client 0 .* the target .* stage 1 .*layer_cost must return \(2, 3\) costs"
+    with pytest.raises(ff.FusionError, match=message):
+        match_stages(*pair, lambda *_: torch.zeros(3, 2), None)
+
+
 @pytest.mark.parametrize(
     ("client", "target", "message"),
     [

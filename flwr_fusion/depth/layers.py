@@ -18,6 +18,9 @@ from flwr_fusion.inputs import call, evaluation_mode, moved_to
 from flwr_fusion.tracing import module_of
 
 LAYER_COSTS = ("auto", "cka", "width", "wasserstein")
+LayerCost = Callable[
+    [nn.Module, Sequence[str], nn.Module, Sequence[str]], Tensor | Sequence[Sequence[float]]
+]
 
 
 def match_layers(
@@ -145,7 +148,7 @@ class StageMatch:
 def match_stages(
     client: StructuredNetwork,
     target: StructuredNetwork,
-    layer_cost: str,
+    layer_cost: str | LayerCost,
     calibration: Any,
     *,
     first_to_first: bool = True,
@@ -157,11 +160,11 @@ def match_stages(
     ----------
     client, target : StructuredNetwork
         The two networks, of any depths.
-    layer_cost : {"auto", "cka", "width", "wasserstein"}
+    layer_cost : {"auto", "cka", "width", "wasserstein"} or callable
         Cost between units: 1 - linear CKA of their pre-activations on `calibration` (Kornblith
         et al. 2019), squared difference of their widths relative to the stage's widest, or
         1-Wasserstein distance between their channels' pre-activations. "auto": CKA with
-        calibration, else width.
+        calibration, else width. A `LayerCost` sees every stage whose depths differ.
     calibration : Tensor or iterable of inputs, optional
         A few hundred inputs.
     first_to_first, last_to_last : bool
@@ -182,7 +185,7 @@ def match_stages(
     _check_comparable(client, target)
     if layer_cost == "auto":
         layer_cost = "width" if calibration is None else "cka"
-    if layer_cost != "width" and calibration is None:
+    if isinstance(layer_cost, str) and layer_cost != "width" and calibration is None:
         raise FusionError(f"layer_cost={layer_cost!r} needs calibration=")
     kept = {"first_to_first": first_to_first, "last_to_last": last_to_last}
     stages = zip(client.structure.stages, target.structure.stages, strict=True)
@@ -245,7 +248,7 @@ def _stage_cost(
     target: Stage,
     client_model: nn.Module,
     target_model: nn.Module,
-    layer_cost: str,
+    layer_cost: str | LayerCost,
     calibration: Any,
 ) -> Tensor:
     """Return the cost of matching each client unit with each target unit of a stage."""
@@ -257,6 +260,14 @@ def _stage_cost(
         for ours, theirs in zip(*forms, strict=True):
             _check_same_form(ours, theirs)
         cost = 1.0 - torch.eye(len(client.units), dtype=torch.float64)
+    elif not isinstance(layer_cost, str):
+        names = [[unit.name for unit in stage.units] for stage in (client, target)]
+        cost = torch.as_tensor(layer_cost(client_model, names[0], target_model, names[1])).double()
+        expected = (len(client.units), len(target.units))
+        if cost.shape != expected or bool(cost.isnan().any()):
+            raise FusionError(
+                f"layer_cost must return {expected} costs that are numbers, not {cost.tolist()}"
+            )
     elif layer_cost == "width":
         widths = [
             torch.tensor([float(_width(unit, model)) for unit in stage.units]).double()

@@ -22,6 +22,7 @@ from flwr_fusion.strategy.arrays import arrays_of, check_arrays
 from flwr_fusion.strategy.checkpoint import Checkpoint
 from flwr_fusion.strategy.fusion import FusionStrategy, checked, checked_result, loaded
 from flwr_fusion.strategy.reasons import Reason, RejectedReply
+from flwr_fusion.strategy.refinement import Refinement
 from flwr_fusion.strategy.validation import Answer, answers_of
 from flwr_fusion.strategy.waiting import KnownNodes
 
@@ -236,6 +237,13 @@ class CLAFusion(FusionStrategy):
                 "clients of several architectures need the strategy's own start(): a wrapper, such "
                 "as Flower's for differential privacy, sees the arrays of one architecture only"
             )
+
+    def _try_out_refinement(self, refine: Refinement) -> None:
+        for name, model in self.architectures.items():
+            try:
+                refine.try_out(model)
+            except FusionError as error:
+                raise FusionError(f"architecture {name!r}: {error}") from error
 
     def _try_to_fuse_into(self, name: str) -> None:
         models = list(self.architectures.values()) * least_clients(self.options.get("combine"))

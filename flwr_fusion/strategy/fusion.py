@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -24,6 +25,7 @@ from flwr_fusion.statistics import Statistics
 from flwr_fusion.strategy.arrays import arrays_of, check_arrays, check_plausible, state_of
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
 from flwr_fusion.strategy.reasons import RejectedReply, Rejection
+from flwr_fusion.strategy.refinement import Refinement, check_refinement
 from flwr_fusion.strategy.run import EvaluateFunction, run_of
 from flwr_fusion.strategy.validation import (
     Answer,
@@ -46,6 +48,7 @@ from flwr_fusion.strategy.waiting import (
 
 FusionMethod = Callable[..., FusionResult]
 
+_OWN_METRICS = ("rejected", "share-moved", "with-statistics", "refinement-loss")
 ONLY_ARCHITECTURE = "model"
 """Name of the global model in the checkpoints of a strategy with one architecture."""
 
@@ -74,6 +77,9 @@ class FusionStrategy(FedAvg):
         holds.
     validation : Validation, optional
         Limits for the clients' number of examples and size of update.
+    refine : FineTuning, Distillation or an object like them, optional
+        What is done with the fused network after the fusion, in the rounds that it names. If it
+        fails, the fused network stays as it is.
     min_train_replies : int
         A round with fewer good replies, or fewer than the method needs, keeps the last good model.
     checkpoint_dir : str or Path, optional
@@ -109,6 +115,7 @@ class FusionStrategy(FedAvg):
         example_inputs: Any,
         only_first_rounds: Mapping[str, int] | None = None,
         validation: Validation | None = None,
+        refine: Refinement | None = None,
         min_train_replies: int = 1,
         checkpoint_dir: str | Path | None = None,
         resume: bool = False,
@@ -123,6 +130,7 @@ class FusionStrategy(FedAvg):
         self.options = arguments
         self.only_first_rounds = dict(only_first_rounds or {})
         self.validation = Validation() if validation is None else validation
+        self.refine = refine
         self.min_train_replies = min_train_replies
         self.resume = resume
         self.reports: dict[int, FusionReport] = {}
@@ -147,12 +155,18 @@ class FusionStrategy(FedAvg):
         if not self._free:
             log(WARNING, "no channels of %s can be matched: fusion is plain averaging", type(model))
         self._try_out(method, self.options)
+        if refine is not None:
+            check_refinement(refine)
+            self._try_out_refinement(refine)
 
     def _try_out(self, method: FusionMethod, options: Mapping[str, Any]) -> None:
         """Fuse as many copies of the model as a method needs; what it cannot do, it refuses."""
         count = least_clients(_combine_of(method, options))
         models, weights = [self.model] * count, [1.0] * count
         self._fuse(method, options, models, weights, [None] * count, self.model, None)
+
+    def _try_out_refinement(self, refine: Refinement) -> None:
+        refine.try_out(self.model)
 
     def summary(self) -> None:
         """Log the fusion method and its options, then FedAvg's configuration."""
@@ -257,8 +271,8 @@ class FusionStrategy(FedAvg):
             The fused model, or None to keep the last one if there are not enough good replies;
             the clients' metrics by FedAvg's aggregation with ``rejected`` (replies and nodes left
             out), ``rejected-REASON`` for each reason, and ``share-moved`` (share of channels that
-            the fusion moved); where clients attached statistics also ``with-statistics``, the
-            number of usable ones.
+            the fusion moved); after a refinement ``refinement-loss``, that of its last epoch;
+            where clients attached statistics ``with-statistics``, the number of usable ones.
         """
         answers, rejections = answers_of(replies, self._asked)
         keys = self.arrayrecord_key, self.weighted_by_key
@@ -286,7 +300,11 @@ class FusionStrategy(FedAvg):
 
         models = BuiltOnAccess(len(updates), received)
         weights = [update.weight for update in updates]
-        fuse = partial(self._fuse, method, options, models, weights, statistics)
+
+        def fuse(target: nn.Module, reference: nn.Module | None) -> FusionResult:
+            fused = self._fuse(method, options, models, weights, statistics, target, reference)
+            return self._refined(server_round, fused, models, weights)
+
         try:
             arrays, report = self._fuse_updates(server_round, fuse)
         except FusionError as error:
@@ -298,6 +316,8 @@ class FusionStrategy(FedAvg):
         self.fused_nodes[server_round] = [update.node_id for update in updates]
         metrics = self._aggregated(self.train_metrics_aggr_fn, fitting)
         counts: dict[str, float] = dict(counts_of(rejections)) | {"share-moved": report.share_moved}
+        if report.refinement is not None:
+            counts["refinement-loss"] = report.refinement.losses[-1]
         if any(own is not None for own in statistics):
             counts["with-statistics"] = sum(own is not None for own in statistics)
         return arrays, _metrics(counts, metrics)
@@ -364,6 +384,12 @@ class FusionStrategy(FedAvg):
                 "combine='least-squares' works with the strategy's own start() alone: under a "
                 "wrapper, such as Flower's for differential privacy, the clients' statistics would "
                 "pass by its clipping and noise"
+            )
+        if self.refine is not None:
+            raise FusionError(
+                "refine= works with the strategy's own start() alone: under a wrapper, such as "
+                "Flower's for differential privacy, the refined model would depend on single "
+                "clients more than its noise covers"
             )
         if self._checkpoints is not None:
             raise FusionError(
@@ -493,6 +519,24 @@ class FusionStrategy(FedAvg):
         taken = {name: value for name, value in context.items() if _takes(method, name)}
         return method(models, weights, **taken, **options)
 
+    def _refined(
+        self,
+        server_round: int,
+        fused: FusionResult,
+        models: Sequence[nn.Module],
+        weights: Sequence[float],
+    ) -> FusionResult:
+        """Return the result of a fusion after the round's refinement."""
+        if self.refine is None or server_round not in self.refine.rounds:
+            return fused
+        try:
+            refined = self.refine.refined(fused.model, list(models), weights)
+        except FusionError as error:
+            text = "round %s: the fused model is not refined: %s"
+            log(ERROR, text, server_round, error)
+            return fused
+        return FusionResult(refined.model, replace(fused.report, refinement=refined.report))
+
 
 def loaded(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
     """Return a network of a model's architecture with the values of checked arrays."""
@@ -571,7 +615,7 @@ def _metrics(counts: Mapping[str, float], clients: MetricRecord | None = None) -
 
 
 def _is_ours(key: str) -> bool:
-    return key in ("rejected", "share-moved", "with-statistics") or key.startswith("rejected-")
+    return key in _OWN_METRICS or key.startswith("rejected-")
 
 
 def _log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:

@@ -1,0 +1,474 @@
+"""After the fusion: fine-tuning on labelled data, distillation of the clients' ensemble."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from flwr_fusion.errors import FusionError
+from flwr_fusion.inputs import (
+    batch_size,
+    call,
+    evaluation_mode,
+    first_of,
+    moved_to,
+    training_mode,
+)
+from flwr_fusion.prepare import check_option, shares_of
+
+ENSEMBLES = ("probabilities", "logits")
+Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Part = Callable[[Any], Any]
+
+ADAM: Optimizer = partial(torch.optim.Adam, lr=1e-3)
+
+
+@dataclass(frozen=True)
+class RefinementReport:
+    """What a refinement did.
+
+    Parameters
+    ----------
+    method : str
+        "fine_tune" or "distill".
+    losses : tuple of float
+        Mean training loss of every epoch.
+    held_out_losses : tuple of float
+        Loss on the held-out data before the first epoch and after every one; empty without.
+    best_epoch : int
+        The epoch whose network was returned, 0 for the unrefined one.
+    seconds : float
+        Time of the refinement.
+    """
+
+    method: str
+    losses: tuple[float, ...]
+    held_out_losses: tuple[float, ...]
+    best_epoch: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RefinementResult:
+    """A refined network and how it came about.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A new network; the one that was given is not modified.
+    report : RefinementReport
+        Losses by epoch, and time.
+    """
+
+    model: nn.Module
+    report: RefinementReport
+
+
+def fine_tune(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    epochs: int = 1,
+    loss: Loss = nn.functional.cross_entropy,
+    optimizer: Optimizer = ADAM,
+    anneal: bool = True,
+    held_out: Iterable[Any] | None = None,
+    patience: int | None = None,
+    inputs: Part | None = None,
+    labels: Part | None = None,
+    progress: bool = False,
+) -> RefinementResult:
+    """Train a network further on labelled data.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network, on any device. Not modified.
+    loader : iterable of batches
+        Labelled data, read once per epoch: a data loader or a list of batches.
+    epochs : int
+        Passes over `loader`, at least 1.
+    loss : callable
+        ``loss(outputs, labels)``, the mean over a batch.
+    optimizer : callable
+        Takes the parameters to train and returns a ``torch.optim.Optimizer``, for example
+        ``functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)``. Default: Adam, 0.001.
+    anneal : bool
+        Lower the learning rate from epoch to epoch, along half a cosine; otherwise it stays.
+    held_out : iterable of batches, optional
+        Like `loader`. The network of the epoch with the lowest loss on it is returned, the
+        unrefined one included.
+    patience : int, optional
+        Stop after this many epochs without a lower loss on `held_out`.
+    inputs, labels : callable, optional
+        Return what the network is called with, and the labels, from a batch. Default: its first
+        and its second element.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    RefinementResult
+        A new network on the device and in the mode of `model`.
+
+    Raises
+    ------
+    FusionError
+        If an option is bad, there are no batches, the network cannot be run on one, or the loss
+        is not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import flwr_fusion as ff
+    >>> batch = torch.randn(32, 4), torch.randint(0, 2, (32,))
+    >>> result = ff.fine_tune(nn.Linear(4, 2), [batch], epochs=3)
+    >>> len(result.report.losses)
+    3
+    """
+    take: Part = inputs or first_of
+    label: Part = labels or _second_of
+
+    def loss_of(network: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        outputs = _outputs(network, take(batch), "the network")
+        return loss(outputs, _moved_labels(network, label(batch))), batch_size(take(batch))
+
+    training = _Training(loss_of, optimizer, anneal, epochs, patience, progress)
+    return training.run("fine_tune", model, loader, held_out)
+
+
+def distill(
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    loader: Iterable[Any],
+    *,
+    weights: Sequence[float] | None = None,
+    ensemble: Literal["probabilities", "logits"] = "probabilities",
+    temperature: float = 1.0,
+    hard_weight: float = 0.0,
+    epochs: int = 1,
+    optimizer: Optimizer = ADAM,
+    anneal: bool = True,
+    held_out: Iterable[Any] | None = None,
+    patience: int | None = None,
+    inputs: Part | None = None,
+    labels: Part | None = None,
+    progress: bool = False,
+) -> RefinementResult:
+    """Train a network to answer as an ensemble of others does, on unlabelled data.
+
+    With ``T`` the temperature, ``h`` the hard weight, ``s`` the student's logits and ``q`` the
+    ensemble's probabilities, the loss is ``(1 - h) T^2 KL(q || softmax(s / T)) + h CE(s, label)``.
+
+    Parameters
+    ----------
+    student : nn.Module
+        The network to refine, which gives logits of shape (samples, classes, ...). Not modified.
+    teachers : sequence of nn.Module
+        Networks of any architectures with outputs of the student's shape. Not modified.
+    loader : iterable of batches
+        Inputs, with labels only where `hard_weight` is positive. A list of batches is shown to the
+        teachers once, a data loader in every epoch, so that it may shuffle and augment.
+    weights : sequence of float, optional
+        Relative weights of the teachers. Default: equal.
+    ensemble : {"probabilities", "logits"}
+        What is averaged over the teachers: ``q = sum_k w_k softmax(z_k / T)``, or
+        ``q = softmax(sum_k w_k z_k / T)``.
+    temperature : float
+        Positive; above 1 it softens both distributions.
+    hard_weight : float
+        Share of the loss on the labels, from 0 to 1.
+    epochs, optimizer, anneal, patience, inputs, labels, progress
+        As for `fine_tune`; a batch that is a tensor is the inputs itself.
+    held_out : iterable of batches, optional
+        As for `fine_tune`; it needs labels only where `loader` does.
+
+    Returns
+    -------
+    RefinementResult
+        A new network on the device and in the mode of `student`.
+
+    Raises
+    ------
+    FusionError
+        If an option is bad, there are no batches, a network cannot be run on one, or its outputs
+        do not fit the others'; it names the teacher.
+
+    References
+    ----------
+    Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2; Lin et al.,
+    "Ensemble Distillation for Robust Model Fusion in Federated Learning" (FedDF), NeurIPS 2020,
+    algorithm 1 (which averages logits).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import flwr_fusion as ff
+    >>> a, b = nn.Linear(4, 2), nn.Linear(4, 2)
+    >>> fused = ff.average([a, b]).model
+    >>> result = ff.distill(fused, [a, b], torch.split(torch.randn(64, 4), 16), epochs=5)
+    >>> result.report.losses[-1] < result.report.losses[0]
+    True
+    """
+    check_option("ensemble", ensemble, ENSEMBLES)
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise FusionError(f"temperature must be positive and finite, not {temperature!r}")
+    if not isinstance(hard_weight, (int, float)) or not 0 <= hard_weight <= 1:
+        raise FusionError(f"hard_weight must be from 0 to 1, not {hard_weight!r}")
+    take: Part = inputs or first_of
+    label: Part = labels or _second_of
+    faculty = _Teachers(teachers, shares_of(teachers, weights), ensemble, temperature)
+
+    def loss_of(network: nn.Module, taught: tuple[Any, Tensor]) -> tuple[Tensor, int]:
+        batch, expected = taught
+        logits = _logits(network, take(batch), "the student")
+        if logits.shape != expected.shape:
+            raise FusionError(
+                f"the teachers' outputs have shape {tuple(expected.shape)}, the student's "
+                f"{tuple(logits.shape)}"
+            )
+        value = (1 - hard_weight) * _divergence(logits, expected.to(logits), temperature)
+        if hard_weight:
+            hard = nn.functional.cross_entropy(logits, _moved_labels(network, label(batch)))
+            value = value + hard_weight * hard
+        return value, len(logits)
+
+    training = _Training(loss_of, optimizer, anneal, epochs, patience, progress)
+    shown = None if held_out is None else _Taught(held_out, take, faculty)
+    return training.run("distill", student, _Taught(loader, take, faculty), shown)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Gradient descent with early stopping; ``loss_of`` returns a batch's mean loss and size."""
+
+    loss_of: Callable[[nn.Module, Any], tuple[Tensor, int]]
+    optimizer: Optimizer
+    anneal: bool
+    epochs: int
+    patience: int | None
+    progress: bool
+
+    def run(
+        self, name: str, model: nn.Module, loader: Iterable[Any], held_out: Iterable[Any] | None
+    ) -> RefinementResult:
+        """Return a trained copy of a network."""
+        started = time.perf_counter()
+        check_count("epochs", self.epochs)
+        if self.patience is not None:
+            check_count("patience", self.patience)
+            if held_out is None:
+                raise FusionError("patience= needs held_out=: the data whose loss is watched")
+        refined = copy.deepcopy(model)
+        best = _Best(refined) if held_out is not None else None
+        losses: list[float] = []
+        try:
+            optimizer = self.optimizer(refined.parameters())
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
+            if best is not None and held_out is not None:
+                best.add(refined, self._held_out_loss(refined, held_out))
+            for epoch in self._shown(name):
+                losses.append(self._epoch(refined, loader, optimizer, epoch))
+                if self.anneal:
+                    scheduler.step()
+                if best is not None and held_out is not None:
+                    best.add(refined, self._held_out_loss(refined, held_out))
+                    if self.patience is not None and best.age >= self.patience:
+                        break
+        except FusionError:
+            raise
+        except Exception as error:
+            raise FusionError(f"{name}: {type(error).__name__}: {error}") from error
+        if best is not None:
+            refined.load_state_dict(best.state)
+        optimizer.zero_grad(set_to_none=True)
+        report = RefinementReport(
+            name,
+            tuple(losses),
+            tuple(best.losses) if best is not None else (),
+            best.epoch if best is not None else len(losses),
+            time.perf_counter() - started,
+        )
+        return RefinementResult(refined, report)
+
+    def _shown(self, name: str) -> Iterable[int]:
+        epochs = range(1, self.epochs + 1)
+        return track(epochs, description=name, transient=True) if self.progress else epochs
+
+    def _epoch(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        optimizer: torch.optim.Optimizer,
+        epoch: int,
+    ) -> float:
+        total, seen = 0.0, 0
+        with training_mode(model), torch.enable_grad():
+            for batch in loader:
+                loss, size = self.loss_of(model, batch)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FusionError(
+                        f"the loss is {value} in epoch {epoch}: lower the learning rate, or "
+                        "check the data"
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total, seen = total + value * size, seen + size
+        return _mean(total, seen, f"epoch {epoch}: the loader")
+
+    def _held_out_loss(self, model: nn.Module, held_out: Iterable[Any]) -> float:
+        total, seen = 0.0, 0
+        with evaluation_mode(model), torch.no_grad():
+            for batch in held_out:
+                loss, size = self.loss_of(model, batch)
+                total, seen = total + loss.item() * size, seen + size
+        return _mean(total, seen, "held_out")
+
+
+class _Best:
+    """The network with the lowest held-out loss so far."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.losses: list[float] = []
+        self.epoch = 0
+        self._remember(model)
+
+    @property
+    def age(self) -> int:
+        """Epochs since the best one."""
+        return len(self.losses) - 1 - self.epoch
+
+    def add(self, model: nn.Module, loss: float) -> None:
+        """Note the loss of one more epoch."""
+        self.losses.append(loss)
+        # A NaN is never lower.
+        if loss < self.losses[self.epoch] or math.isnan(self.losses[self.epoch]):
+            self.epoch = len(self.losses) - 1
+            self._remember(model)
+
+    def _remember(self, model: nn.Module) -> None:
+        self.state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class _Teachers:
+    """An ensemble of networks."""
+
+    networks: Sequence[nn.Module]
+    shares: Sequence[float]
+    ensemble: str
+    temperature: float
+
+    def probabilities(self, inputs: Any) -> Tensor:
+        """Return the ensemble's probabilities of a batch, at the temperature."""
+        total: Tensor | None = None
+        for k, (network, share) in enumerate(zip(self.networks, self.shares, strict=True)):
+            if share == 0:
+                continue
+            with evaluation_mode(network), torch.no_grad():
+                logits = _logits(network, inputs, f"teacher {k}").float()
+            if not bool(torch.isfinite(logits).all()):
+                raise FusionError(f"teacher {k} has outputs that are not finite")
+            answer = logits / self.temperature
+            if self.ensemble == "probabilities":
+                answer = answer.softmax(dim=1)
+            if total is not None and answer.shape != total.shape:
+                raise FusionError(
+                    f"teacher {k} has outputs of shape {tuple(answer.shape)}, those before it of "
+                    f"{tuple(total.shape)}"
+                )
+            total = share * answer if total is None else total + share * answer.to(total)
+        assert total is not None  # Not all shares are zero.
+        return total if self.ensemble == "probabilities" else total.softmax(dim=1)
+
+
+class _Taught:
+    """Batches, each with the ensemble's probabilities."""
+
+    def __init__(self, loader: Iterable[Any], take: Part, teachers: _Teachers) -> None:
+        check_batches(loader)
+        self._loader = loader
+        self._take, self._teachers = take, teachers
+        # What cannot change from epoch to epoch is asked for once.
+        self._known = list(self._answered(loader)) if isinstance(loader, Sequence) else None
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        if self._known is not None:
+            return iter(self._known)
+        return self._answered(self._loader)
+
+    def _answered(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
+        for batch in batches:
+            yield batch, self._teachers.probabilities(self._take(batch))
+
+
+def _divergence(logits: Tensor, expected: Tensor, temperature: float) -> Tensor:
+    """Return T^2 KL(expected || softmax(logits / T)), the mean over samples and positions."""
+    log_ours = (logits / temperature).log_softmax(dim=1)
+    divergence = nn.functional.kl_div(log_ours, expected, reduction="none").sum(dim=1)
+    return temperature**2 * divergence.mean()
+
+
+def _outputs(network: nn.Module, inputs: Any, who: str) -> Any:
+    try:
+        return call(network, moved_to(network, inputs))
+    except Exception as error:
+        raise FusionError(f"{who} cannot be run on a batch: {error}") from error
+
+
+def _logits(network: nn.Module, inputs: Any, who: str) -> Tensor:
+    outputs = _outputs(network, inputs, who)
+    if not isinstance(outputs, Tensor) or outputs.dim() < 2:
+        raise FusionError(
+            f"{who} must give one tensor of shape (samples, classes, ...), not "
+            f"{tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__}"
+        )
+    return outputs
+
+
+def _second_of(batch: Any) -> Any:
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[1]
+    raise FusionError(
+        "a batch has no labels: give pairs of inputs and labels, or say by labels= where they are"
+    )
+
+
+def _moved_labels(network: nn.Module, labels: Any) -> Any:
+    device = next(network.parameters()).device
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, labels)
+
+
+def _mean(total: float, seen: int, what: str) -> float:
+    if not seen:
+        raise FusionError(f"{what} has no batches; a generator can be read only once")
+    return total / seen
+
+
+def check_batches(loader: Any) -> None:
+    """Refuse a tensor, whose rows are no batches."""
+    if isinstance(loader, Tensor):
+        raise FusionError(
+            "the data must be an iterable of batches, not one tensor: torch.split(inputs, 64) is"
+        )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise FusionError(f"{name} must be a whole number, at least 1, not {value!r}")

@@ -1,0 +1,179 @@
+"""Refinement as a step of a strategy: what is done with the fused network, and in which rounds."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+from torch import nn
+
+from flwr_fusion.errors import FusionError
+from flwr_fusion.refine import RefinementResult, check_batches, check_count, distill, fine_tune
+
+
+class Refinement(Protocol):
+    """What a strategy does with the fused network in some rounds."""
+
+    rounds: Collection[int]
+
+    def refined(
+        self, model: nn.Module, clients: Sequence[nn.Module], weights: Sequence[float]
+    ) -> RefinementResult:
+        """Return the fused network refined, given the clients' networks and their weights."""
+
+    def try_out(self, model: nn.Module) -> None:
+        """Raise FusionError if the global model cannot be refined; called before the first round.
+
+        For clients of several architectures it is called with each of them.
+        """
+
+
+class FineTuning:
+    """A step of a strategy that fine-tunes the fused network on the server's labelled data.
+
+    Parameters
+    ----------
+    loader : iterable of batches
+        The server's data.
+    rounds : int or collection of int
+        The rounds that end with it: the first ones, as many as the number, or those in a
+        collection, such as ``range(1, 4)`` or ``every(5)``.
+    **options
+        Options of `fine_tune`.
+
+    Raises
+    ------
+    FusionError
+        If an option is unknown.
+    """
+
+    def __init__(
+        self, loader: Iterable[Any], *, rounds: int | Collection[int] = 1, **options: Any
+    ) -> None:
+        _check_known(fine_tune, options)
+        self.loader, self.rounds, self.options = _rereadable(loader), _rounds(rounds), options
+
+    def refined(
+        self, model: nn.Module, clients: Sequence[nn.Module], weights: Sequence[float]
+    ) -> RefinementResult:
+        """Return the fused network, fine-tuned; the clients' networks play no part."""
+        return fine_tune(model, self.loader, **self.options)
+
+    def try_out(self, model: nn.Module) -> None:
+        """Take one step on a copy of a network; what does not fit together is refused."""
+        fine_tune(model, _first_batch(self.loader), **_short(self.options))
+
+
+class Distillation:
+    """A step of a strategy that distils the clients' ensemble into the fused network (FedDF).
+
+    Parameters
+    ----------
+    loader : iterable of batches
+        The server's data, unlabelled unless ``hard_weight`` is positive.
+    rounds : int or collection of int
+        As for `FineTuning`.
+    weighted : bool
+        Weight the teachers by their numbers of examples; otherwise all count the same.
+    **options
+        Options of `distill`.
+
+    Raises
+    ------
+    FusionError
+        If an option is unknown.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        rounds: int | Collection[int] = 1,
+        weighted: bool = False,
+        **options: Any,
+    ) -> None:
+        _check_known(distill, options, "weights")
+        self.loader, self.rounds, self.options = _rereadable(loader), _rounds(rounds), options
+        self.weighted = weighted
+
+    def refined(
+        self, model: nn.Module, clients: Sequence[nn.Module], weights: Sequence[float]
+    ) -> RefinementResult:
+        """Return the fused network after distillation of the clients' networks into it."""
+        known = weights if self.weighted else None
+        return distill(model, clients, self.loader, weights=known, **self.options)
+
+    def try_out(self, model: nn.Module) -> None:
+        """Take one step on a copy of a network; what does not fit together is refused."""
+        distill(model, [model], _first_batch(self.loader), **_short(self.options))
+
+
+def every(number: int) -> Collection[int]:
+    """Return every so-many-th round: ``every(5)`` is rounds 5, 10, 15, ...
+
+    Parameters
+    ----------
+    number : int
+        At least 1.
+
+    Returns
+    -------
+    collection of int
+        The rounds.
+
+    Examples
+    --------
+    >>> from flwr_fusion.strategy import every
+    >>> [n for n in range(1, 12) if n in every(5)]
+    [5, 10]
+    """
+    check_count("every", number)
+    return range(number, sys.maxsize, number)
+
+
+def check_refinement(refine: Any) -> None:
+    """Refuse what is no refinement."""
+    if not all(hasattr(refine, name) for name in ("rounds", "refined", "try_out")):
+        raise FusionError(
+            f"refine must be FineTuning(...), Distillation(...) or an object with their rounds, "
+            f"refined and try_out, not {refine!r:.60}"
+        )
+
+
+def _rereadable(loader: Iterable[Any]) -> Iterable[Any]:
+    """Return a loader; refuse what can be read only once or gives no batches."""
+    check_batches(loader)
+    if isinstance(loader, Iterator) or not hasattr(loader, "__iter__"):
+        raise FusionError(
+            "the data of a refinement are read in every epoch: give a list of batches or a data "
+            "loader"
+        )
+    return loader
+
+
+def _first_batch(loader: Iterable[Any]) -> list[Any]:
+    for batch in loader:
+        return [batch]
+    raise FusionError("the loader of the refinement has no batches")
+
+
+def _short(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options for a single step."""
+    return {**options, "epochs": 1, "held_out": None, "patience": None, "progress": False}
+
+
+def _check_known(function: Callable[..., Any], options: Mapping[str, Any], *own: str) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(own)
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise FusionError(f"unknown options {unknown}; known: {', '.join(sorted(known))}")
+
+
+def _rounds(rounds: int | Collection[int]) -> Collection[int]:
+    if isinstance(rounds, Collection) and not isinstance(rounds, (str, bytes)):
+        return rounds
+    check_count("rounds", rounds)
+    return range(1, cast(int, rounds) + 1)
