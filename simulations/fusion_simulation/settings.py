@@ -150,13 +150,15 @@ def architecture(models: str) -> tuple[str, tuple[int, ...]]:
     ----------
     models : str
         ``mlp``, or ``mlp-N`` with N from 1 to 5 of the hidden widths 400, 200, 100, 50, 25;
-        hidden widths such as ``mlp-64-32``; ``lenet``; or the depth and the width factor of a
-        residual network, such as ``resnet-8`` or ``resnet-20-4``.
+        hidden widths such as ``mlp-64-32``; ``lenet``; the depth (11 or 13) and the first width
+        of a VGG, such as ``vgg-11-64``; the depth and the width factor of a residual network of
+        three stages, such as ``resnet-8`` or ``resnet-20-4``; or ``resnet-18`` or ``resnet-34``.
 
     Returns
     -------
     tuple of (str, tuple of int)
-        ``("mlp", hidden widths)``, ``("lenet", ())`` or ``("resnet", (depth, width factor))``.
+        ``("mlp", hidden widths)``, ``("lenet", ())``, ``("vgg", (depth, first width))`` or
+        ``("resnet", (depth, width factor))``.
     """
     kind, *parts = models.split("-")
     sizes = tuple(int(part) for part in parts if part.isdecimal() and int(part) > 0)
@@ -170,10 +172,15 @@ def architecture(models: str) -> tuple[str, tuple[int, ...]]:
             return kind, sizes
         if kind == "resnet" and len(sizes) in (1, 2) and sizes[0] % 6 == 2 and sizes[0] > 2:
             return kind, (sizes[0], *(sizes[1:] or (1,)))
+        if kind == "resnet" and sizes in ((18,), (34,)):
+            return kind, (*sizes, 1)
+        if kind == "vgg" and len(sizes) in (1, 2) and sizes[0] in (11, 13):
+            return kind, (sizes[0], *(sizes[1:] or (64,)))
     raise ValueError(
         f"models={models!r} is not known; allowed: mlp, lenet, mlp with a number of hidden layers "
-        "up to 5, such as mlp-4, or with its hidden widths, such as mlp-64-32, or resnet with its "
-        "depth (8, 14, 20, ...) and width factor, such as resnet-20-4"
+        "up to 5, such as mlp-4, or with its hidden widths, such as mlp-64-32, vgg with its depth "
+        "(11 or 13) and first width, such as vgg-11-64, or resnet with its depth (18, 34, or 8, "
+        "14, 20, ... and a width factor, such as resnet-20-4)"
     )
 
 

@@ -13,6 +13,8 @@ from fusion_simulation.data import DATASETS, LabelledImages
 from fusion_simulation.settings import LABELS, Settings, architecture
 
 TEST_BATCH = 1000
+# Convolutions in each stage, by depth.
+VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
 
 
 class MLP(nn.Module):
@@ -64,6 +66,41 @@ class LeNet(nn.Module):
         hidden = torch.relu(self.fc1(hidden.flatten(1)))
         logits: Tensor = self.fc3(torch.relu(self.fc2(hidden)))
         return logits
+
+
+class VGG(nn.Sequential):
+    """VGG for small images, without norms and with one linear layer.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Channels, height and width of the images; stages end with pooling while there is more than
+        one pixel.
+    depth : int
+        11 or 13.
+    width : int
+        Channels of the first stage; the later ones have 2, 4, 8 and 8 times as many.
+    bias : bool
+        Whether the layers have biases.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], depth: int, width: int, bias: bool = True
+    ) -> None:
+        inputs, *size = shape
+        layers: list[nn.Module] = []
+        for repeats, factor in zip(VGG_STAGES[depth], (1, 2, 4, 8, 8), strict=True):
+            for _ in range(repeats):
+                layers += [nn.Conv2d(inputs, factor * width, 3, padding=1, bias=bias), nn.ReLU()]
+                inputs = factor * width
+            if min(size) > 1:
+                layers.append(nn.MaxPool2d(2))
+                size = [side // 2 for side in size]
+        classifier = nn.Linear(inputs * size[0] * size[1], LABELS, bias=bias)
+        super().__init__(*layers, nn.Flatten(), classifier)
+        for layer in self:  # At PyTorch's own start so many layers without norms hardly learn.
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
 
 class ResidualBlock(nn.Module):
@@ -157,7 +194,7 @@ def build_model(models: str, dataset: str, seed: int, bias: bool = True) -> nn.M
     seed : int
         Seed of the initial weights. The global random state is left as it was.
     bias : bool
-        Whether the layers of a multi-layer perceptron have biases.
+        Whether the layers of a multi-layer perceptron or VGG have biases.
 
     Returns
     -------
@@ -170,9 +207,25 @@ def build_model(models: str, dataset: str, seed: int, bias: bool = True) -> nn.M
         torch.manual_seed(seed)
         if kind == "lenet":
             return LeNet(shape)
+        if kind == "vgg":
+            depth, width = sizes
+            return VGG(shape, depth, width, bias)
+        if kind == "resnet" and sizes[0] in (18, 34):
+            return _imagenet_resnet(shape[0], sizes[0])
         if kind == "resnet":
             return ResNet(shape[0], *sizes)
         return MLP([shape[0] * shape[1] * shape[2], *sizes, LABELS], bias)
+
+
+def _imagenet_resnet(channels: int, depth: int) -> nn.Module:
+    """Return torchvision's ResNet with a first layer for small images."""
+    # Not at the top: torchvision takes a second to import, and Ray's clients import this.
+    from torchvision.models import resnet18, resnet34
+
+    model: nn.Module = (resnet18 if depth == 18 else resnet34)(num_classes=LABELS)
+    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
 
 
 def train(
@@ -225,7 +278,7 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     order: torch.Generator,
 ) -> float:
-    total = torch.zeros(())
+    total = torch.zeros((), device=data.labels.device)
     for batch in torch.split(torch.randperm(len(data), generator=order), recipe.batch_size):
         if len(batch) == 1 and len(data) > 1:
             continue  # BatchNorm cannot normalise a single sample.
@@ -253,7 +306,7 @@ def ensemble_probabilities(members: Sequence[Tensor], weights: Sequence[float]) 
     total = sum(weights)
     return sum(
         (weight / total * member for weight, member in zip(weights, members, strict=True)),
-        torch.zeros(()),
+        torch.zeros_like(members[0]),
     )
 
 

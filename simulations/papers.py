@@ -1,0 +1,167 @@
+"""The experiments of the three papers by name, with the papers' figures beside ours.
+
+Trained networks and finished experiments are kept in the results folder: what is there is not run
+again, so that an interrupted run goes on where it stopped. Every experiment ends as a Markdown
+table and a figure; `report.md` holds all that are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from benchmark import new_progress
+from experiments.bench import SCALES, Bench, Experiment, Scale, Scores
+from experiments.clafusion import EXPERIMENTS as OF_CLAFUSION
+from experiments.otfusion import EXPERIMENTS as OF_OTFUSION
+from experiments.report import draw, table
+from experiments.transplantation import EXPERIMENTS as OF_TRANSPLANTATION
+
+EXPERIMENTS = {own.name: own for own in (*OF_OTFUSION, *OF_CLAFUSION, *OF_TRANSPLANTATION)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One repetition of an experiment, as a process needs it."""
+
+    experiment: str
+    scale: str
+    seed: int
+    results: Path
+    data_dir: str
+    device: str
+
+    @property
+    def path(self) -> Path:
+        """File of its result."""
+        return self.results / self.scale / f"{self.experiment}_{self.seed}.json"
+
+
+def main() -> None:
+    """Run what is missing of the chosen experiments, and print their tables."""
+    arguments = _parser().parse_args()
+    if arguments.list:
+        for own in EXPERIMENTS.values():
+            print(f"{own.name:24}{own.title} [{own.source}]")
+        return
+    scale = SCALES[arguments.scale]
+    chosen = [EXPERIMENTS[name] for name in arguments.experiments or EXPERIMENTS]
+    cells = [
+        Cell(own.name, scale.name, seed, arguments.results, arguments.data_dir, arguments.device)
+        for own in chosen
+        for seed in own.seeds(scale)
+    ]
+    failed = _run([cell for cell in cells if not cell.path.is_file()], arguments.jobs)
+    if failed:
+        raise SystemExit(f"failed, see above; all others are finished: {', '.join(failed)}")
+    report = [_section(own, scale, arguments.results) for own in chosen]
+    path = arguments.results / scale.name / "report.md"
+    path.write_text("\n\n".join(report) + "\n", encoding="utf-8")
+    print("\n\n".join(report))
+    print(f"\nreport: {path.resolve()}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "experiments",
+        nargs="*",
+        metavar="NAME",
+        choices=[*EXPERIMENTS, []],
+        help="what to run; default: all",
+    )
+    add("--list", action="store_true", help="list the experiments and end")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--smoke",
+        dest="scale",
+        action="store_const",
+        const="smoke",
+        default="small",
+        help="tiny networks on scikit-learn's digits: does it run?",
+    )
+    size.add_argument(
+        "--paper-scale",
+        dest="scale",
+        action="store_const",
+        const="paper",
+        default="small",
+        help="all images, the papers' networks and epochs; wants a GPU",
+    )
+    add("--data-dir", default="", help="folder that torchvision reads: MNIST and CIFAR-10")
+    add("--results", type=Path, default=Path("papers-results"), help="folder of results")
+    add("--jobs", type=int, default=os.cpu_count(), help="repetitions at a time, a core each")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="where networks are trained and fused")
+    return parser
+
+
+def _run(cells: Sequence[Cell], jobs: int) -> list[str]:
+    """Run cells; return those that failed."""
+    failed = []
+    # Forked processes would inherit the locks of this one's threads.
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn) as pool, new_progress() as progress:
+        task = progress.add_task("experiments", total=len(cells))
+        running = {pool.submit(run_cell, cell): cell for cell in cells}
+        for done in as_completed(running):
+            name = f"{running[done].experiment}, seed {running[done].seed}"
+            try:
+                progress.console.print(f"{name}: {done.result():.0f} s")
+            except Exception:
+                failed.append(name)
+                progress.console.print(name, traceback.format_exc())
+            progress.advance(task)
+    return failed
+
+
+def run_cell(cell: Cell) -> float:
+    """Run a repetition, write its result, and return the seconds that it took."""
+    torch.set_num_threads(1)
+    torch.manual_seed(cell.seed)
+    started = time.perf_counter()
+    cache = cell.results / cell.scale / "networks"
+    bench = Bench(SCALES[cell.scale], cell.seed, cell.data_dir, cache, cell.device)
+    scores = EXPERIMENTS[cell.experiment].measure(bench)
+    seconds = time.perf_counter() - started
+    cell.path.parent.mkdir(parents=True, exist_ok=True)
+    whole = cell.path.with_suffix(".part")
+    whole.write_text(json.dumps({"seconds": seconds, "scores": scores}), encoding="utf-8")
+    whole.replace(cell.path)
+    return seconds
+
+
+def _section(experiment: Experiment, scale: Scale, results: Path) -> str:
+    """Return an experiment's part of the report, and draw its figure."""
+    folder = results / scale.name
+    found = [
+        json.loads((folder / f"{experiment.name}_{seed}.json").read_text(encoding="utf-8"))
+        for seed in experiment.seeds(scale)
+    ]
+    repetitions: list[Scores] = [one["scores"] for one in found]
+    draw(experiment, repetitions, folder / f"{experiment.name}.png")
+    minutes = sum(one["seconds"] for one in found) / 60
+    return (
+        f"## {experiment.title}\n\n`{experiment.name}`: {experiment.source}. "
+        f"{experiment.unit.capitalize()}, {len(found)} seeds, {minutes:.1f} minutes on one core."
+        f"\n\n{table(experiment, repetitions)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
