@@ -158,8 +158,9 @@ def _section(experiment: Experiment, scale: Scale, results: Path) -> str:
     minutes = sum(one["seconds"] for one in found) / 60
     return (
         f"## {experiment.title}\n\n`{experiment.name}`: {experiment.source}. "
-        f"{experiment.unit.capitalize()}, {len(found)} seeds, {minutes:.1f} minutes on one core."
-        f"\n\n{table(experiment, repetitions)}"
+        f"{experiment.unit[0].upper()}{experiment.unit[1:]}, {len(found)} seeds, "
+        f"{minutes:.1f} minutes on one core."
+        f"\n\n{table(experiment, repetitions, compare=scale.name != 'smoke')}"
     )
 
 

@@ -31,6 +31,7 @@ import flwr_fusion as ff
 
 INPUTS, OUTPUTS = 3072, 10
 WIDTHS = (256, 512, 1024, 2048, 4096)
+UNITS = ("seconds", "mebibytes")
 KIBIBYTES_IN_MEBIBYTE = 1024
 # glibc keeps what is freed for later; then what a fusion needs would depend on what was there.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -74,27 +75,32 @@ def methods(example_inputs: Tensor) -> dict[str, Callable[..., Any]]:
 def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every method at every width, each in a process of its own."""
     cases = [(width, method) for width in arguments.widths for method in methods(torch.zeros(0))]
+    how = {"repeats": arguments.repeats, "threads": arguments.threads}
     return [
-        {"width": width, "method": method, **measure_in_process(width, method, arguments)}
+        {
+            "width": width,
+            "method": method,
+            **{quantity: measure_in_process(quantity, width, method, **how) for quantity in UNITS},
+        }
         for width, method in track(cases, description="measure", transient=True)
     ]
 
 
-def measure_in_process(width: int, method: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Start this script again for the time, and again for the memory, of one method."""
-    options = ["--measure", method, "--widths", str(width), "--repeats", str(arguments.repeats)]
-    result: dict[str, float] = {}
-    for quantity, allocator in (("seconds", {}), ("mebibytes", GIVES_BACK)):
-        process = subprocess.run(
-            [sys.executable, __file__, *options],
-            # Read when torch and NumPy are imported, thus set for the child from outside.
-            env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads), **allocator},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        result[quantity] = json.loads(process.stdout)[quantity]
-    return result
+def measure_in_process(
+    quantity: str, width: int, method: str, repeats: int = 5, threads: int = 1
+) -> float:
+    """Start this script again for the time or the memory ("seconds", "mebibytes") of a method."""
+    allocator = GIVES_BACK if quantity == "mebibytes" else {}
+    options = ["--measure", method, "--widths", str(width), "--repeats", str(repeats)]
+    process = subprocess.run(
+        [sys.executable, __file__, *options],
+        # Read when torch and NumPy are imported, thus set for the child from outside.
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), **allocator},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return float(json.loads(process.stdout)[quantity])
 
 
 def measure(method: str, width: int, repeats: int) -> dict[str, float]:

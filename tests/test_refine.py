@@ -304,6 +304,15 @@ def test_a_strategy_distils_its_clients_as_the_functions_do() -> None:
         torch.testing.assert_close(torch.from_numpy(result.arrays[name].numpy()), tensor)
 
 
+def test_the_fused_network_may_be_a_teacher_too() -> None:
+    fused, clients = trained(0), [trained(1), trained(2)]
+    for weighted, weights in ((False, [1, 1, 1]), (True, [1, 3, 2])):
+        step = Distillation(UNLABELLED, weighted=weighted, fused_teaches=True)
+        found = step.refined(fused, clients, [1.0, 3.0]).report
+        expected = ff.distill(fused, [*clients, fused], UNLABELLED, weights=weights).report
+        assert found.losses == expected.losses
+
+
 def test_clients_of_several_architectures_teach_every_architecture() -> None:
     strategy = cla_strategy(refine=Distillation(UNLABELLED, epochs=3))
     strategy.start(InProcessGrid(mixed_app(), NODES), num_rounds=1)

@@ -77,6 +77,10 @@ class Distillation:
         As for `FineTuning`.
     weighted : bool
         Weight the teachers by their numbers of examples; otherwise all count the same.
+    fused_teaches : bool
+        Count the fused network, as it was before, as one more teacher, of the clients' mean
+        weight: where it is good itself, as after least squares, the ensemble is better and easier
+        to learn.
     **options
         Options of `distill`.
 
@@ -92,18 +96,20 @@ class Distillation:
         *,
         rounds: int | Collection[int] = 1,
         weighted: bool = False,
+        fused_teaches: bool = False,
         **options: Any,
     ) -> None:
         _check_known(distill, options, "weights")
         self.loader, self.rounds, self.options = _rereadable(loader), _rounds(rounds), options
-        self.weighted = weighted
+        self.weighted, self.fused_teaches = weighted, fused_teaches
 
     def refined(
         self, model: nn.Module, clients: Sequence[nn.Module], weights: Sequence[float]
     ) -> RefinementResult:
         """Return the fused network after distillation of the clients' networks into it."""
-        known = weights if self.weighted else None
-        return distill(model, clients, self.loader, weights=known, **self.options)
+        teachers = [*clients, model] if self.fused_teaches else clients
+        known = [*weights, sum(weights) / len(weights)][: len(teachers)] if self.weighted else None
+        return distill(model, teachers, self.loader, weights=known, **self.options)
 
     def try_out(self, model: nn.Module) -> None:
         """Take one step on a copy of a network; what does not fit together is refused."""

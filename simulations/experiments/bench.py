@@ -56,7 +56,9 @@ class Scale:
         The networks of the skill transfer and of Neuron Transplantation.
     widths, depths : tuple of int
         Of multi-layer perceptrons in Neuron Transplantation's tables.
-    vgg, wide_vgg, teacher, student : str
+    timed_widths : tuple of int
+        Of the networks whose fusion is timed.
+    vgg, teacher, student : str
         Names of VGGs.
     shallow_resnet, deep_resnet : str
         Names of residual networks.
@@ -81,6 +83,7 @@ class Scale:
     wide_mlp: str = "mlp-512-512-512"
     widths: tuple[int, ...] = (16, 64, 256, 1024)
     depths: tuple[int, ...] = (1, 2, 4, 6)
+    timed_widths: tuple[int, ...] = (256, 1024, 4096)
     vgg: str = "vgg-11-8"
     teacher: str = "vgg-13-16"
     student: str = "vgg-11-4"
@@ -135,6 +138,7 @@ SMOKE = Scale(
     wide_mlp="mlp-32-32-32",
     widths=(16, 32),
     depths=(1, 2),
+    timed_widths=(16,),
     vgg="vgg-11-4",
     teacher="vgg-13-4",
     student="vgg-11-2",

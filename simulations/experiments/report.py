@@ -11,6 +11,10 @@ from fusion_simulation.report import new_figure_grid, save_figure
 
 from experiments.bench import Experiment, Scores
 
+# Columns beyond which the printed figures stand below, not beside.
+WIDE = 4
+Cells = Mapping[str, Mapping[str, str]]
+
 
 def gathered(repetitions: Sequence[Scores]) -> dict[str, dict[str, list[float]]]:
     """Return what every repetition measured, by row and column."""
@@ -22,23 +26,60 @@ def gathered(repetitions: Sequence[Scores]) -> dict[str, dict[str, list[float]]]
     return result
 
 
-def table(experiment: Experiment, repetitions: Sequence[Scores]) -> str:
-    """Return an experiment's results with the printed figures beside them."""
+def table(experiment: Experiment, repetitions: Sequence[Scores], compare: bool) -> str:
+    """Return an experiment's results as a Markdown table.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        The experiment.
+    repetitions : sequence of Scores
+        What each repetition measured.
+    compare : bool
+        Whether to show the printed figures: in columns beside ours, of wide tables in rows below.
+
+    Returns
+    -------
+    str
+        The table.
+    """
     rows = gathered(repetitions)
     columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-    known = {c for figures in experiment.printed.values() for c in figures}
+    ours = {row: {c: _cell(v) for c, v in cells.items()} for row, cells in rows.items()}
+    printed = experiment.printed if compare else {}
+    if len(columns) > WIDE:
+        return _with_rows_below(experiment, columns, ours, printed)
+    return _with_columns_beside(experiment, columns, ours, printed)
+
+
+def _with_columns_beside(
+    experiment: Experiment, columns: Sequence[str], ours: Cells, printed: Cells
+) -> str:
+    known = {column for figures in printed.values() for column in figures}
     header = [experiment.columns]
     for column in columns:
         header += [column, f"{column} ({experiment.whose})"] if column in known else [column]
     lines = []
-    for row, cells in rows.items():
+    for row, cells in ours.items():
         line = [row]
         for column in columns:
-            line.append(_cell(cells.get(column, [])))
+            line.append(cells.get(column, ""))
             if column in known:
-                line.append(experiment.printed.get(row, {}).get(column, ""))
+                line.append(printed.get(row, {}).get(column, ""))
         lines.append(line)
     return markdown_table(header, lines)
+
+
+def _with_rows_below(
+    experiment: Experiment, columns: Sequence[str], ours: Cells, printed: Cells
+) -> str:
+    lines = []
+    for row, cells in ours.items():
+        lines.append([row, *(cells.get(column, "") for column in columns)])
+        if row in printed:
+            figures = (printed[row].get(column, "") for column in columns)
+            lines.append([f"{row} ({experiment.whose})", *figures])
+    return markdown_table([experiment.columns, *columns], lines)
 
 
 def draw(experiment: Experiment, repetitions: Sequence[Scores], path: Path) -> None:
@@ -80,8 +121,6 @@ def _draw_bars(axes: object, means: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,6 @@ from experiments.otfusion import CONTROL, ENSEMBLE, SPARSITIES, pruned, single, 
 PAPER = "Öz et al. 2024"
 DONATED = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CLIENTS, ROUNDS = 10, 10
-TIMED_WIDTHS = (256, 1024, 4096)
 
 
 def pair(bench: Bench) -> list[nn.Module]:
@@ -160,17 +158,15 @@ def _trained(model: nn.Module, data: LabelledImages, task: Task, seed: int) -> n
     return client
 
 
-def time_and_memory(bench: Bench) -> Scores:
-    """Measure seconds and extra memory of fusing two networks of one hidden layer."""
-    options = Namespace(repeats=3, threads=1)
-    scores: Scores = {}
-    for width in bench.scale.widths if bench.scale.name == "smoke" else TIMED_WIDTHS:
-        for method in ("average", "Neuron Transplantation", "OT fusion"):
-            cost = transport_cost.measure_in_process(width, method, options)
-            scores.setdefault(method, {}).update(
-                {f"{width}: s": cost["seconds"], f"{width}: MiB": cost["mebibytes"]}
-            )
-    return scores
+def cost(quantity: str, bench: Bench) -> Scores:
+    """Measure seconds or extra memory of fusing two networks of one hidden layer."""
+    return {
+        method: {
+            str(width): transport_cost.measure_in_process(quantity, width, method)
+            for width in bench.scale.timed_widths
+        }
+        for method in ("average", "Neuron Transplantation", "OT fusion")
+    }
 
 
 EXPERIMENTS = (
@@ -245,17 +241,34 @@ EXPERIMENTS = (
     ),
     Experiment(
         "nt-time",
-        "Seconds and extra memory of one fusion, 3072 inputs, by width",
+        "Seconds of one fusion of two networks 3072-width-10",
         f"{PAPER}, section 4 (time and memory)",
-        time_and_memory,
+        partial(cost, "seconds"),
         "width",
         {
-            "average": {"256: s": "0.006", "1024: s": "0.031", "4096: s": "0.19"},
-            "Neuron Transplantation": {"256: s": "0.043", "1024: s": "0.22", "4096: s": "2.8"},
-            "OT fusion": {"256: s": "0.047", "1024: s": "0.69", "4096: s": "14.5"},
+            "average": {"256": "0.006", "1024": "0.031", "4096": "0.19"},
+            "Neuron Transplantation": {"256": "0.043", "1024": "0.22", "4096": "2.8"},
+            "OT fusion": {"256": "0.047", "1024": "0.69", "4096": "14.5"},
         },
         whose="original code",
-        unit="seconds and MiB",
+        unit="seconds",
         many_seeds=False,
+        curve=True,
+    ),
+    Experiment(
+        "nt-memory",
+        "Extra memory of one fusion of two networks 3072-width-10",
+        f"{PAPER}, section 4 (time and memory)",
+        partial(cost, "mebibytes"),
+        "width",
+        {
+            "average": {"256": "11", "1024": "46", "4096": "291"},
+            "Neuron Transplantation": {"256": "39", "1024": "131", "4096": "1,160"},
+            "OT fusion": {"256": "26", "1024": "144", "4096": "1,450"},
+        },
+        whose="original code",
+        unit="MiB",
+        many_seeds=False,
+        curve=True,
     ),
 )
