@@ -25,6 +25,10 @@ IMPORTANCES = ("l1", "l2")
 ORDERS = ("merge-then-prune", "prune-then-merge")
 # Estimated distances scatter by sqrt(2 / projections) = 13 %: unrelated channels stay unrelated.
 _PROJECTIONS = 128
+# Larger groups are compared in full only if there are duplicates in samples of this size.
+_SAMPLE = 1024
+# Nearer than the limit by this factor of it, in case the estimate of the distance is too large.
+_SURELY = 1.5
 # Distances between so many channels and all others are held at a time.
 _POINTS = 512
 
@@ -212,7 +216,9 @@ def pool_channels(
     themselves. The spread is twice their mean squared distance from the mean channel, what
     unrelated channels differ by. Mutual nearest neighbours that differ by less than ``duplicates``
     times the spread are one channel. If the channels of equal index are closer than unrelated ones
-    on average, the networks have a common start and those of equal index are one.
+    on average, the networks have a common start and those of equal index are one. Of groups of more
+    than 1,024 channels samples of that size are compared first: where these share none, less than
+    a few percent of the channels are duplicates, and all count as distinct.
 
     Parameters
     ----------
@@ -231,16 +237,41 @@ def pool_channels(
     pools: dict[str, Pool] = {}
     for group in clients[0].correspondence.free_groups:
         sizes = [_client_size(client, group.name) for client in clients]
-        if not duplicates:
-            offsets = [sum(sizes[:n]) for n in range(len(sizes))]
-            members = [torch.arange(s) + o for s, o in zip(sizes, offsets, strict=True)]
-            pools[group.name] = Pool(sum(sizes), members)
-            continue
-        signatures = [
-            _signatures(group.name, n, client, states[n], pools) for n, client in enumerate(clients)
-        ]
-        pools[group.name] = _pool(signatures, duplicates)
+
+        def signatures(samples: Sequence[Tensor], name: str = group.name) -> list[Tensor]:
+            return [
+                _signatures(name, n, client, states[n], pools, samples[n])
+                for n, client in enumerate(clients)
+            ]
+
+        if duplicates and _may_have_duplicates(signatures, sizes, duplicates):
+            pool = _pool(signatures([torch.arange(size) for size in sizes]), duplicates)
+        else:
+            pool = _all_distinct(sizes)
+        pools[group.name] = pool
     return pools
+
+
+def _may_have_duplicates(
+    signatures: Callable[[Sequence[Tensor]], list[Tensor]], sizes: Sequence[int], duplicates: float
+) -> bool:
+    """Whether samples of the clients' channels have duplicates; small groups always may."""
+    if max(sizes) <= _SAMPLE:
+        return True
+    # For equal sizes the same channels: networks with a common start have those in common.
+    generators = [torch.Generator().manual_seed(0) for _ in sizes]
+    samples = [
+        torch.randperm(size, generator=generator)[:_SAMPLE]
+        for size, generator in zip(sizes, generators, strict=True)
+    ]
+    pool = _pool(signatures(samples), _SURELY * duplicates)
+    return pool.size < sum(len(sample) for sample in samples)
+
+
+def _all_distinct(sizes: Sequence[int]) -> Pool:
+    offsets = [sum(sizes[:n]) for n in range(len(sizes))]
+    members = [torch.arange(s) + o for s, o in zip(sizes, offsets, strict=True)]
+    return Pool(sum(sizes), members)
 
 
 def _client_size(client: Client, group: str) -> int:
@@ -300,9 +331,14 @@ def _nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _signatures(
-    group: str, n: int, client: Client, state: Mapping[str, Tensor], pools: Mapping[str, Pool]
+    group: str,
+    n: int,
+    client: Client,
+    state: Mapping[str, Tensor],
+    pools: Mapping[str, Pool],
+    channels: Tensor,
 ) -> Tensor:
-    """Return random projections of the incoming weights, shape (channels, projections)."""
+    """Return random projections of some channels' incoming weights: (channels, projections)."""
     total: Tensor | None = None
     for name in matched_tensors(client.correspondence, state):
         for axis, segment in segments_of(group, name, client.correspondence):
@@ -314,7 +350,7 @@ def _signatures(
             known = all(s.group in pools for _, segments in others for s in segments)
             if not segment.writes or not known:
                 continue
-            rows = channel_rows(state[name], axis, segment.client_positions)
+            rows = channel_rows(state[name], axis, segment.client_positions[channels])
             projection = _projection(
                 name, axis, segment.client_positions, state[name], n, client, pools
             )

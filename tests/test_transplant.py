@@ -679,3 +679,23 @@ def test_own_starts_keep_most_of_the_best_network() -> None:
         for arrays in (models, averaged)
     )
     assert ours > theirs
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_duplicates_in_wide_networks_take_one_place(share: float) -> None:
+    """Only then does all of two networks fit into a target without room for duplicates."""
+
+    def wide(channels: int, seed: int = 0) -> nn.Module:
+        layers = nn.Linear(200, channels), nn.ReLU(), nn.Linear(channels, 10)
+        return randomised(nn.Sequential(*layers), seed)
+
+    models, inputs = [wide(3000), wide(3000, 1)], torch.randn(8, 200)
+    copied = torch.randperm(3000)[: round(share * 3000)]
+    places = torch.randperm(3000)[: len(copied)]
+    with torch.no_grad():
+        for name in ("0.weight", "0.bias"):
+            first, second = (model.get_parameter(name) for model in models)
+            second[places] = first[copied]
+    fused = transplant(models, example_inputs=inputs[:2], target=wide(6000 - len(copied)))
+    expected = weighted_outputs(models, [1, 1], inputs)
+    assert relative_error(output(fused, inputs), expected) < 1e-5
