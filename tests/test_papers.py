@@ -16,11 +16,11 @@ sys.path.insert(0, str(SIMULATIONS))
 
 import papers
 from experiments.baselines import sliced_average
-from experiments.bench import SMOKE, Bench, Experiment, Mixed, Scores, Shuffled
+from experiments.bench import SMOKE, Bench, Experiment, Scores, Shuffled
 from experiments.clafusion import in_own_layers
 from experiments.otfusion import pruned
 from experiments.report import table
-from fusion_simulation.data import LabelledImages
+from fusion_simulation.data import LabelledImages, MixedImages
 from fusion_simulation.task import MLP, ResNet, build_model
 
 CHEAP = ("nt-self-fusion", "cla-layer-costs")
@@ -108,7 +108,7 @@ def test_batches_hold_every_image_once_and_differ_between_epochs() -> None:
     epochs = [torch.cat([labels for _, labels in loader]) for _ in range(2)]
     assert all(sorted(epoch.tolist()) == list(range(40)) for epoch in epochs)
     assert not torch.equal(*epochs)
-    mixed = torch.cat(list(Mixed(images.expand(-1, 1, 4, 4), 8, 0)))
+    mixed = torch.cat(list(MixedImages(images.expand(-1, 1, 4, 4), 8, 0)))
     assert mixed.shape == (40, 1, 4, 4)
     assert float(mixed.min()) >= 0
     assert float(mixed.max()) <= 39

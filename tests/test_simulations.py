@@ -22,6 +22,7 @@ import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor
 
+from flwr_fusion.strategy import Distillation, FusionStrategy
 from tests.conftest import SIMULATIONS
 from tests.grid import InProcessGrid
 
@@ -111,6 +112,7 @@ def test_unknown_strategies_are_refused_with_the_allowed_ones(key: str, value: s
         ("momentum", 1.0),
         ("combine_rounds", -1),
         ("proximal_mu", -0.1),
+        ("distill_rounds", -1),
         ("seed", -1),
         ("data_dir", "relative/path"),
         ("output_dir", "results"),
@@ -125,6 +127,26 @@ def test_bad_values_are_refused_by_key(key: str, value: Any) -> None:
         settings_of(**{key: value})
 
 
+@pytest.mark.parametrize("name", ["ot", "nt", "cla"])
+def test_distillation_is_a_step_of_the_strategies(name: str) -> None:
+    models = {"mlp-8": build_model("mlp-8", "digits", 0)}
+    chosen = settings_of(strategy=name, distill_rounds=2)
+    images = torch.randn(20, 1, 8, 8)
+    strategy = build_strategy(chosen, models, images[:2], images)
+    assert isinstance(strategy, FusionStrategy)
+    assert isinstance(strategy.refine, Distillation)
+    assert list(strategy.refine.rounds) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"strategy": "fedavg"}, "it distils nothing"), ({"calibration": 0}, "needs calibration")],
+)
+def test_distillation_needs_a_strategy_and_images(changes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings_of(distill_rounds=1, **changes)
+
+
 def test_unknown_keys_are_refused_with_the_allowed_ones() -> None:
     with pytest.raises(ValueError, match=r"local-epoch;.*local-epochs"):
         settings_of(local_epoch=1)
@@ -137,6 +159,9 @@ def test_architecture() -> None:
     assert architecture("lenet") == ("lenet", ())
     assert architecture("resnet-8") == ("resnet", (8, 1))
     assert architecture("resnet-20-4") == ("resnet", (20, 4))
+    assert architecture("resnet-18") == ("resnet", (18, 1))
+    assert architecture("vgg-13-8") == ("vgg", (13, 8))
+    assert architecture("vgg-11") == ("vgg", (11, 64))
 
 
 @pytest.mark.parametrize("name", [*STRATEGIES, "cla"])

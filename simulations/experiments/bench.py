@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmark import SEED_STRIDE, STATISTICS_BATCH, recipe_slug
-from fusion_simulation.data import LabelledImages, load_split
+from fusion_simulation.data import LabelledImages, MixedImages, load_split
 from fusion_simulation.task import (
     Recipe,
     accuracy,
@@ -276,10 +276,10 @@ class Bench:
     ) -> nn.Module:
         """Return a network after distillation on the server's unlabelled images.
 
-        The images are mixed with each other and moved by up to two pixels, and the temperature is
-        2: a thousand images as they are do not tell enough of the teachers.
+        They are moved and mixed with each other, and the temperature is 2: a thousand images as
+        they are do not tell enough of the teachers.
         """
-        loader = Mixed(self.unlabelled(task), 64, self.seed)
+        loader = MixedImages(self.unlabelled(task), 64, self.seed)
         return ff.distill(
             student,
             teachers,
@@ -330,29 +330,6 @@ class Shuffled:
         for batch in torch.split(order, self._batch_size):
             if len(batch) > 1:  # BatchNorm cannot normalise a single sample.
                 yield self._data.images[batch], self._data.labels[batch]
-
-
-class Mixed:
-    """Unlabelled batches of moved and mixed images, others in every epoch."""
-
-    def __init__(self, images: Tensor, batch_size: int, seed: int) -> None:
-        self._images, self._batch_size = images, batch_size
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        order = torch.randperm(len(self._images), generator=self._generator)
-        for batch in torch.split(order, self._batch_size):
-            if len(batch) > 1:
-                yield self._mixed(self._moved(self._images[batch]))
-
-    def _moved(self, images: Tensor) -> Tensor:
-        down, right = torch.randint(-2, 3, (2,), generator=self._generator).tolist()
-        return torch.roll(images, (down, right), (2, 3))
-
-    def _mixed(self, images: Tensor) -> Tensor:
-        share = torch.rand(len(images), 1, 1, 1, generator=self._generator).to(images)
-        others = torch.randperm(len(images), generator=self._generator)
-        return share * images + (1 - share) * images[others]
 
 
 @dataclass(frozen=True)

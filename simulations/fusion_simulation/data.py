@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +34,41 @@ class LabelledImages:
         """Return the images at ``indices``."""
         chosen = torch.from_numpy(indices)
         return LabelledImages(self.images[chosen], self.labels[chosen])
+
+
+class MixedImages:
+    """Batches of moved and mixed images without labels, others in every epoch, to distil on.
+
+    Parameters
+    ----------
+    images : torch.Tensor
+        The images, of shape (n, channels, height, width).
+    batch_size : int
+        Images in a batch; of the last one fewer.
+    seed : int
+        Decides order, moves and shares.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int) -> None:
+        self._images, self._batch_size = images, batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = torch.randperm(len(self._images), generator=self._generator)
+        for batch in torch.split(order, self._batch_size):
+            if len(batch) > 1:
+                yield self._mixed(self._moved(self._images[batch]))
+
+    def _moved(self, images: Tensor) -> Tensor:
+        # By two of 28 pixels, which does not change what an image shows.
+        most = images.shape[-1] // 14
+        steps = torch.randint(-most, most + 1, (2,), generator=self._generator).tolist()
+        return torch.roll(images, steps, (2, 3))
+
+    def _mixed(self, images: Tensor) -> Tensor:
+        share = torch.rand(len(images), 1, 1, 1, generator=self._generator).to(images)
+        others = torch.randperm(len(images), generator=self._generator)
+        return share * images + (1 - share) * images[others]
 
 
 @dataclass(frozen=True)

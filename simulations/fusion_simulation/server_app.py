@@ -89,8 +89,9 @@ def check_nodes(grid: Grid, settings: Settings) -> None:
 
 
 def calibration_images(settings: Settings) -> Tensor | None:
-    """Return the images that the server compares layers with, if it may."""
-    if settings.strategy != "cla" or not settings.calibration:
+    """Return the server's images, if it needs any."""
+    needed = settings.strategy == "cla" or settings.distill_rounds
+    if not needed or not settings.calibration:
         return None
     data = load_split(
         settings.dataset, train=True, data_dir=settings.data_dir, download=settings.download
@@ -188,6 +189,8 @@ def fused_models(
         return None
     method = METHOD_NAMES[settings.strategy]
     rule = f", {settings.combine}" if settings.combines_by_least_squares else ""
+    if settings.distill_rounds:
+        rule += ", distilled"
     if isinstance(strategy, CLAFusion):
         models = strategy.global_models()
         return {f"{method} {name}{rule}": model for name, model in models.items()}

@@ -35,6 +35,7 @@ class Settings:
     shared_start: bool
     models: str
     calibration: int
+    distill_rounds: int
     local_epochs: int
     learning_rate: float
     momentum: float
@@ -115,7 +116,7 @@ class Settings:
         for key in ("alpha", "learning_rate", "local_epochs", "batch_size", "num_server_rounds"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key.replace('_', '-')} must be greater than 0")
-        for key in ("combine_rounds", "proximal_mu", "calibration"):
+        for key in ("combine_rounds", "proximal_mu", "calibration", "distill_rounds"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key.replace('_', '-')} must not be negative")
         if not 0 <= self.momentum < 1:
@@ -131,6 +132,10 @@ class Settings:
                     f"{key} must be an absolute path, got {folder!r}: "
                     "a Flower run does not work in the folder it is started from"
                 )
+        if self.distill_rounds and self.strategy in ("fedavg", "fedprox"):
+            raise ValueError(f"strategy={self.strategy!r} is Flower's: it distils nothing")
+        if self.distill_rounds and not self.calibration:
+            raise ValueError("distill-rounds needs calibration: the server's images to distil on")
         if self.resume and not self.checkpoint_dir:
             raise ValueError("resume=true needs checkpoint-dir, the folder to go on from")
         if self.checkpoint_dir and self.strategy in ("fedavg", "fedprox"):

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg, FedProx
 from torch import Tensor, nn
 
 from flwr_fusion.strategy import (
     CLAFusion,
+    Distillation,
     FusionStrategy,
     NeuronTransplantation,
     OTFusion,
 )
 from fusion_simulation.comparison import ClientModel
+from fusion_simulation.data import MixedImages
 from fusion_simulation.settings import Settings
 
+DISTILLATION_BATCH, DISTILLATION_EPOCHS = 64, 100
 COMBINE_RULES = ("mean", "least-squares", "median", "trimmed-mean", "krum")
 
 
@@ -131,9 +136,10 @@ def build_strategy(
             architectures=models,
             example_inputs=example_inputs,
             calibration=calibration,
-            **_options(settings),
+            **_options(settings, calibration),
         )
-    return STRATEGIES[settings.strategy](settings, next(iter(models.values())), example_inputs)
+    model = next(iter(models.values()))
+    return STRATEGIES[settings.strategy](settings, model, example_inputs, calibration)
 
 
 def check_available(key: str, value: str, available: tuple[str, ...]) -> None:
@@ -144,19 +150,26 @@ def check_available(key: str, value: str, available: tuple[str, ...]) -> None:
         )
 
 
-def _fedavg(settings: Settings, model: nn.Module, example_inputs: Tensor) -> RecordReplies:
+def _fedavg(
+    settings: Settings, model: nn.Module, example_inputs: Tensor, images: Tensor | None
+) -> RecordReplies:
     return RecordingFedAvg(fraction_evaluate=0.0)
 
 
-def _fedprox(settings: Settings, model: nn.Module, example_inputs: Tensor) -> RecordReplies:
+def _fedprox(
+    settings: Settings, model: nn.Module, example_inputs: Tensor, images: Tensor | None
+) -> RecordReplies:
     return RecordingFedProx(fraction_evaluate=0.0, proximal_mu=settings.proximal_mu)
 
 
-def _ot_fusion(settings: Settings, model: nn.Module, example_inputs: Tensor) -> RecordReplies:
-    return RecordingOTFusion(model=model, example_inputs=example_inputs, **_options(settings))
+def _ot_fusion(
+    settings: Settings, model: nn.Module, example_inputs: Tensor, images: Tensor | None
+) -> RecordReplies:
+    options = _options(settings, images)
+    return RecordingOTFusion(model=model, example_inputs=example_inputs, **options)
 
 
-def _options(settings: Settings) -> dict[str, Any]:
+def _options(settings: Settings, images: Tensor | None) -> dict[str, Any]:
     """Return the options that matching strategies share."""
     return {
         "only_first_rounds": (
@@ -164,28 +177,41 @@ def _options(settings: Settings) -> dict[str, Any]:
         ),
         "combine": settings.combine,
         "repair": settings.repair,
-        **_checkpoints(settings),
+        **_shared(settings, images),
     }
 
 
-def _checkpoints(settings: Settings) -> dict[str, Any]:
+def _shared(settings: Settings, images: Tensor | None) -> dict[str, Any]:
     """Return what all strategies of this package share."""
     return {
         "fraction_evaluate": 0.0,
         "checkpoint_dir": settings.checkpoint_dir or None,
         "resume": settings.resume,
+        "refine": _distillation(settings, images) if settings.distill_rounds else None,
     }
 
 
-def _neuron_transplantation(
-    settings: Settings, model: nn.Module, example_inputs: Tensor
-) -> RecordReplies:
-    return RecordingNeuronTransplantation(
-        model=model, example_inputs=example_inputs, **_checkpoints(settings)
+def _distillation(settings: Settings, images: Tensor | None) -> Distillation:
+    assert images is not None  # The settings see to it.
+    return Distillation(
+        MixedImages(images, DISTILLATION_BATCH, settings.seed),
+        rounds=settings.distill_rounds,
+        fused_teaches=True,
+        temperature=2.0,
+        epochs=DISTILLATION_EPOCHS,
+        optimizer=partial(torch.optim.Adam, lr=3e-4),
     )
 
 
-STRATEGIES: dict[str, Callable[[Settings, nn.Module, Tensor], RecordReplies]] = {
+def _neuron_transplantation(
+    settings: Settings, model: nn.Module, example_inputs: Tensor, images: Tensor | None
+) -> RecordReplies:
+    return RecordingNeuronTransplantation(
+        model=model, example_inputs=example_inputs, **_shared(settings, images)
+    )
+
+
+STRATEGIES: dict[str, Callable[[Settings, nn.Module, Tensor, Tensor | None], RecordReplies]] = {
     "fedavg": _fedavg,
     "fedprox": _fedprox,
     "nt": _neuron_transplantation,
