@@ -66,7 +66,7 @@ class Scale:
         How many networks are fused.
     checkpoints : tuple of int
         Epochs of fine-tuning after which a network is scored.
-    distillation_epochs : int
+    distillation_epochs, cifar_distillation_epochs : int
         Epochs of distillation.
     unlabelled : int
         Images that the server has, without labels, which no network is trained on.
@@ -92,6 +92,7 @@ class Scale:
     counts: tuple[int, ...] = (2, 4, 8)
     checkpoints: tuple[int, ...] = (0, 1, 3)
     distillation_epochs: int = 200
+    cifar_distillation_epochs: int = 40
     unlabelled: int = 1000
 
 
@@ -105,7 +106,7 @@ SMALL = Scale(
     mnist=Task("mnist", ALL, _SLOW),
     mnist_part=Task("mnist", 20_000, _FAST),
     cifar=Task("cifar10", 10_000, _CIFAR),
-    cifar_part=Task("cifar10", 5_000, replace(_CIFAR, epochs=8, learning_rate=0.05)),
+    cifar_part=Task("cifar10", 3_000, replace(_CIFAR, epochs=8, learning_rate=0.05)),
 )
 PAPER = Scale(
     "paper",
@@ -124,6 +125,7 @@ PAPER = Scale(
     deep_resnet="resnet-34",
     checkpoints=(0, 1, 3, 30),
     distillation_epochs=1000,
+    cifar_distillation_epochs=300,
 )
 _DIGITS = Task("digits", ALL, Recipe(3, 0.05, 0.9, 32))
 SMOKE = Scale(
@@ -145,6 +147,7 @@ SMOKE = Scale(
     counts=(2, 3),
     checkpoints=(0, 1),
     distillation_epochs=3,
+    cifar_distillation_epochs=1,
     unlabelled=100,
 )
 SCALES = {scale.name: scale for scale in (SMOKE, SMALL, PAPER)}
@@ -267,25 +270,20 @@ class Bench:
                 done = epochs
             yield epochs, model
 
-    def distilled(
-        self,
-        student: nn.Module,
-        teachers: Sequence[nn.Module],
-        task: Task,
-        epochs: int | None = None,
-    ) -> nn.Module:
+    def distilled(self, student: nn.Module, teachers: Sequence[nn.Module], task: Task) -> nn.Module:
         """Return a network after distillation on the server's unlabelled images.
 
         They are moved and mixed with each other, and the temperature is 2: a thousand images as
         they are do not tell enough of the teachers.
         """
-        loader = MixedImages(self.unlabelled(task), 64, self.seed)
+        large = task.dataset == "cifar10"
+        epochs = self.scale.cifar_distillation_epochs if large else self.scale.distillation_epochs
         return ff.distill(
             student,
             teachers,
-            loader,
+            MixedImages(self.unlabelled(task), 64, self.seed),
             temperature=2.0,
-            epochs=self.scale.distillation_epochs if epochs is None else epochs,
+            epochs=epochs,
             optimizer=partial(torch.optim.Adam, lr=3e-4),
         ).model
 
