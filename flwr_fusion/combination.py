@@ -46,6 +46,12 @@ def wants_statistics(combine: object) -> bool:
     return combine == "least-squares" or isinstance(combine, LeastSquares)
 
 
+def names_robust_rule(combine: object) -> bool:
+    """Return whether an argument, of whichever method, is a rule that few clients cannot decide."""
+    rule = _RULES.get(combine) if isinstance(combine, str) else combine
+    return isinstance(rule, (TrimmedMean, Krum))
+
+
 def least_clients(combine: object) -> int:
     """Return how many clients an argument, of whichever method, needs as a rule."""
     rule = _RULES.get(combine) if isinstance(combine, str) else combine

@@ -18,6 +18,7 @@ from flwr_fusion.maps import (
     coverage_along,
     map_channels,
     map_tensor,
+    row_mapping,
 )
 from flwr_fusion.statistics import DETAILS, LayerStatistics, Statistics, key_of, reduced
 
@@ -75,12 +76,11 @@ class RunningMean:
                 self._weights[name] = torch.zeros_like(share)
             elif not value.is_floating_point() and value.dim():
                 self._check_equal(name, value)
+            take = as_it_stands(value)
+            if correspondence is not None and maps is not None:
+                take = row_mapping(value, name, correspondence, maps)
             for rows in row_blocks(name, like, correspondence, maps):
-                if correspondence is not None and maps is not None:
-                    part = map_tensor(value, name, correspondence, maps, rows=rows)
-                else:
-                    part = value if rows is None else value[rows]
-                self._accumulate(name, part.to(share.dtype), share, rows)
+                self._accumulate(name, take(rows).to(share.dtype), share, rows)
             self._weights[name] = self._weights[name] + share
 
     def _accumulate(self, name: str, part: Tensor, share: Tensor, rows: slice | None) -> None:
@@ -151,6 +151,11 @@ def _share(
         if covered is not None:
             coverage = along(covered[1], covered[0], like.dim())
     return (weight * coverage).to(like.device, _accumulator(like))
+
+
+def as_it_stands(tensor: Tensor) -> Callable[[slice | None], Tensor]:
+    """Return a function that takes some rows of a tensor, or all, as `maps.row_mapping` does."""
+    return lambda rows: tensor if rows is None else tensor[rows]
 
 
 def row_blocks(

@@ -9,7 +9,7 @@ are kept as indices; only transport plans are dense.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -243,7 +243,6 @@ def map_tensor(
     correspondence: Correspondence,
     maps: Maps,
     keep_axis: int | None = None,
-    rows: slice | None = None,
 ) -> Tensor:
     """Bring one tensor of a client into the fused network's channels.
 
@@ -259,24 +258,52 @@ def map_tensor(
         A map for every free group.
     keep_axis : int, optional
         An axis that stays in the client's channels.
-    rows : slice, optional
-        Only these positions along the fused tensor's first axis; where its maps are selections.
 
     Returns
     -------
     Tensor
         ``merge @ W`` along axes that write channels, ``W @ unmerge`` along axes that read them.
     """
+    return row_mapping(tensor, name, correspondence, maps, keep_axis)(None)
+
+
+def row_mapping(
+    tensor: Tensor,
+    name: str,
+    correspondence: Correspondence,
+    maps: Maps,
+    keep_axis: int | None = None,
+) -> Callable[[slice | None], Tensor]:
+    """Return a function that brings some rows of a tensor, or all, into the fused channels.
+
+    Parameters
+    ----------
+    tensor, name, correspondence, maps, keep_axis
+        As for `map_tensor`.
+
+    Returns
+    -------
+    callable
+        Takes a slice of the fused tensor's first axis (None: all of it), where its maps are
+        selections; what all rows have in common is found once.
+    """
     mapped = correspondence.segments.get(name, {})
-    if rows is not None and 0 not in mapped:
-        tensor = tensor[rows]
     # The first axis first: with few rows little is left to map.
-    for axis in sorted(mapped):
-        if axis != keep_axis:
-            length = correspondence.fused.shapes[name][axis]
-            chosen = rows if axis == 0 else None
-            tensor = _map_axis(tensor, axis, mapped[axis], length, maps, chosen)
-    return tensor
+    axes = [
+        _AxisMap.of(
+            tensor.shape[axis], axis, mapped[axis], correspondence.fused.shapes[name][axis], maps
+        )
+        for axis in sorted(mapped)
+        if axis != keep_axis
+    ]
+
+    def take(rows: slice | None) -> Tensor:
+        part = tensor[rows] if rows is not None and 0 not in mapped else tensor
+        for axis_map in axes:
+            part = axis_map.apply(part, rows if axis_map.axis == 0 else None)
+        return part
+
+    return take
 
 
 def map_channels(
@@ -312,7 +339,8 @@ def map_channels(
     if not segments:
         return values
     length = correspondence.fused.shapes[name][tensor_axis]
-    return _map_axis(values, axis, [replace(s, writes=True) for s in segments], length, maps)
+    written = [replace(segment, writes=True) for segment in segments]
+    return _AxisMap.of(values.shape[axis], axis, written, length, maps).apply(values, None)
 
 
 def coverage_along(
@@ -337,28 +365,42 @@ def coverage_along(
     return None
 
 
-def _map_axis(
-    tensor: Tensor,
-    axis: int,
-    segments: list[Segment],
-    length: int,
-    maps: Maps,
-    rows: slice | None = None,
-) -> Tensor:
-    used = [(segment, maps[segment.group]) for segment in segments]
-    if all(channel_map.is_identity for _, channel_map in used):
-        return tensor if rows is None else tensor[rows]
-    index, scale = _axis_index(tensor.shape[axis], length, used)
-    if rows is not None:
-        index, scale = index[rows], scale[rows]
-    mapped = tensor.index_select(axis, index.clamp(min=0).to(tensor.device))
-    if not bool((scale == 1).all()):
-        shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
-        mapped.mul_(scale.to(tensor).view(shape))
-    for segment, channel_map in used:
-        if isinstance(channel_map, Plan):
-            _apply_plan(mapped, tensor, axis, segment, channel_map)
-    return mapped
+@dataclass(frozen=True)
+class _AxisMap:
+    """What takes the place of what along one axis of a tensor.
+
+    ``index`` is None for the identity, ``scale`` where all factors are 1.
+    """
+
+    axis: int
+    index: Tensor | None
+    scale: Tensor | None
+    plans: tuple[tuple[Segment, Plan], ...]
+
+    @classmethod
+    def of(
+        cls, client_length: int, axis: int, segments: list[Segment], length: int, maps: Maps
+    ) -> _AxisMap:
+        used = [(segment, maps[segment.group]) for segment in segments]
+        if all(channel_map.is_identity for _, channel_map in used):
+            return cls(axis, None, None, ())
+        index, scale = _axis_index(client_length, length, used)
+        plans = tuple((segment, m) for segment, m in used if isinstance(m, Plan))
+        factors = None if bool((scale == 1).all()) else scale
+        return cls(axis, index.clamp(min=0), factors, plans)
+
+    def apply(self, tensor: Tensor, rows: slice | None) -> Tensor:
+        """Return a tensor with its axis mapped, of the first axis only some rows."""
+        chosen = slice(None) if rows is None else rows
+        if self.index is None:
+            return tensor if rows is None else tensor[rows]
+        mapped = tensor.index_select(self.axis, self.index[chosen].to(tensor.device))
+        if self.scale is not None:
+            shape = [-1 if a == self.axis else 1 for a in range(tensor.dim())]
+            mapped.mul_(self.scale[chosen].to(tensor).view(shape))
+        for segment, plan in self.plans:
+            _apply_plan(mapped, tensor, self.axis, segment, plan)
+        return mapped
 
 
 def _axis_index(

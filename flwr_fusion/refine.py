@@ -24,7 +24,7 @@ from flwr_fusion.inputs import (
     moved_to,
     training_mode,
 )
-from flwr_fusion.prepare import check_option, shares_of
+from flwr_fusion.prepare import check_option, detached_state, shares_of, squared_norm
 
 ENSEMBLES = ("probabilities", "logits")
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -103,7 +103,8 @@ def fine_tune(
         ``loss(outputs, labels)``, the mean over a batch.
     optimizer : callable
         Takes the parameters to train and returns a ``torch.optim.Optimizer``, for example
-        ``functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)``. Default: Adam, 0.001.
+        ``functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)``; any that needs no closure.
+        Default: Adam, 0.001.
     anneal : bool
         Lower the learning rate from epoch to epoch, along half a cosine; otherwise it stays.
     held_out : iterable of batches, optional
@@ -223,6 +224,8 @@ def distill(
     >>> result.report.losses[-1] < result.report.losses[0]
     True
     """
+    if isinstance(teachers, nn.Module):
+        raise FusionError("teachers must be a sequence of networks, not a single one")
     check_option("ensemble", ensemble, ENSEMBLES)
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise FusionError(f"temperature must be positive and finite, not {temperature!r}")
@@ -234,13 +237,13 @@ def distill(
 
     def loss_of(network: nn.Module, taught: tuple[Any, Tensor]) -> tuple[Tensor, int]:
         batch, expected = taught
-        logits = _logits(network, take(batch), "the student")
+        logits = _logits(network, take(batch), "the student").float()
         if logits.shape != expected.shape:
             raise FusionError(
                 f"the teachers' outputs have shape {tuple(expected.shape)}, the student's "
                 f"{tuple(logits.shape)}"
             )
-        value = (1 - hard_weight) * _divergence(logits, expected.to(logits), temperature)
+        value = (1 - hard_weight) * _divergence(logits, expected.to(logits.device), temperature)
         if hard_weight:
             hard = nn.functional.cross_entropy(logits, _moved_labels(network, label(batch)))
             value = value + hard_weight * hard
@@ -280,6 +283,8 @@ class _Training:
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
             if best is not None and held_out is not None:
                 best.add(refined, self._held_out_loss(refined, held_out))
+                if math.isnan(best.losses[0]):
+                    raise FusionError("the loss on held_out is not a number: check the data")
             for epoch in self._shown(name):
                 losses.append(self._epoch(refined, loader, optimizer, epoch))
                 if self.anneal:
@@ -294,6 +299,7 @@ class _Training:
             raise FusionError(f"{name}: {type(error).__name__}: {error}") from error
         if best is not None:
             refined.load_state_dict(best.state)
+        squared_norm(detached_state(refined), f"the network after {name}")
         optimizer.zero_grad(set_to_none=True)
         report = RefinementReport(
             name,
@@ -356,13 +362,12 @@ class _Best:
     def add(self, model: nn.Module, loss: float) -> None:
         """Note the loss of one more epoch."""
         self.losses.append(loss)
-        # A NaN is never lower.
-        if loss < self.losses[self.epoch] or math.isnan(self.losses[self.epoch]):
+        if loss < self.losses[self.epoch]:  # A NaN is never lower.
             self.epoch = len(self.losses) - 1
             self._remember(model)
 
     def _remember(self, model: nn.Module) -> None:
-        self.state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        self.state = copy.deepcopy(model.state_dict())
 
 
 @dataclass(frozen=True)
@@ -384,7 +389,7 @@ class _Teachers:
                 logits = _logits(network, inputs, f"teacher {k}").float()
             if not bool(torch.isfinite(logits).all()):
                 raise FusionError(f"teacher {k} has outputs that are not finite")
-            answer = logits / self.temperature
+            answer = (logits - logits.mean(dim=1, keepdim=True)) / self.temperature
             if self.ensemble == "probabilities":
                 answer = answer.softmax(dim=1)
             if total is not None and answer.shape != total.shape:
@@ -402,15 +407,14 @@ class _Taught:
 
     def __init__(self, loader: Iterable[Any], take: Part, teachers: _Teachers) -> None:
         check_batches(loader)
-        self._loader = loader
-        self._take, self._teachers = take, teachers
-        # What cannot change from epoch to epoch is asked for once.
-        self._known = list(self._answered(loader)) if isinstance(loader, Sequence) else None
+        self._loader, self._take, self._teachers = loader, take, teachers
+        self._known: list[tuple[Any, Tensor]] | None = None
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        if self._known is not None:
-            return iter(self._known)
-        return self._answered(self._loader)
+        # What cannot change from epoch to epoch is asked for once.
+        if self._known is None and isinstance(self._loader, Sequence):
+            self._known = list(self._answered(self._loader))
+        return iter(self._known) if self._known is not None else self._answered(self._loader)
 
     def _answered(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
         for batch in batches:
@@ -419,7 +423,9 @@ class _Taught:
 
 def _divergence(logits: Tensor, expected: Tensor, temperature: float) -> Tensor:
     """Return T^2 KL(expected || softmax(logits / T)), the mean over samples and positions."""
-    log_ours = (logits / temperature).log_softmax(dim=1)
+    # Centred, so that little is lost where the temperature is high.
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    log_ours = (centred / temperature).log_softmax(dim=1)
     divergence = nn.functional.kl_div(log_ours, expected, reduction="none").sum(dim=1)
     return temperature**2 * divergence.mean()
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flwr_fusion.combine import RunningMean, along, row_blocks
+from flwr_fusion.combine import RunningMean, along, as_it_stands, row_blocks
 from flwr_fusion.errors import FusionError
-from flwr_fusion.maps import Maps, coverage_along, map_tensor
+from flwr_fusion.maps import Maps, coverage_along, row_mapping
 from flwr_fusion.matching.barycentre import Client
 
 
@@ -246,17 +246,16 @@ def mapped_blocks(
     for name, like in template.items():
         if not _is_float(like):
             continue
+        takes = [
+            row_mapping(state[name].to(like.device), name, client.correspondence, own)
+            if name not in (client.absent or ())
+            else as_it_stands(like)
+            for client, state, own in joined
+        ]
         pieces = [list(row_blocks(name, like, c.correspondence, own)) for c, _, own in joined]
         # Where one client's rows are mixed by a transport plan, all are taken whole.
         for rows in min(pieces, key=len):
-            values = torch.stack(
-                [
-                    map_tensor(state[name].to(like.device), name, c.correspondence, own, rows=rows)
-                    if name not in (c.absent or ())
-                    else (like if rows is None else like[rows])
-                    for c, state, own in joined
-                ]
-            )
+            values = torch.stack([take(rows) for take in takes])
             present = torch.stack([_present(name, c, own, like, rows) for c, _, own in joined])
             yield name, rows, values.float() if like.element_size() < 4 else values, present
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flwr_fusion as ff
+from flwr_fusion.prepare import BuiltOnAccess
 from flwr_fusion.strategy import Distillation, FineTuning, OTFusion, every
 from tests.grid import InProcessGrid
 from tests.test_cla_strategy import OF_PARTITION, cla_strategy, mixed_app
@@ -252,6 +253,36 @@ Act = Callable[[], Any]
         (lambda: Distillation(UNLABELLED, weights=[1]), r"unknown options \['weights'\]"),
         (lambda: Distillation(UNLABELLED, rounds=0), "rounds must be"),
         (lambda: Distillation(iter(UNLABELLED)), "read in every epoch"),
+        (lambda: Distillation(UNLABELLED, held_out=iter(UNLABELLED)), "read in every epoch"),
+        (lambda: Distillation(UNLABELLED, epochs=0), "epochs must be"),
+        (lambda: Distillation(UNLABELLED, rounds=[]), "names no round"),
+        (lambda: Distillation(UNLABELLED, rounds=[0, 1]), "every one of rounds must be"),
+        (lambda: Distillation(UNLABELLED, rounds="12"), "every one of rounds must be"),  # type: ignore[arg-type]
+        (lambda: ff.distill(trained(0), trained(1), UNLABELLED), "not a single one"),  # type: ignore[arg-type]
+        (
+            lambda: ff.fine_tune(trained(0), LABELLED, optimizer=partial(SGD, lr=1e38)),
+            "the loss is|after fine_tune: tensor '.*' has non-finite values",
+        ),
+        (
+            lambda: ff.fine_tune(trained(0), LABELLED, held_out=[(DIGIT * torch.nan, LABELS[:2])]),
+            "held_out is not a number",
+        ),
+        (
+            lambda: OTFusion(digits_network(), DIGIT, refine=FineTuning(LABELLED, patience=2)),
+            "needs held_out",
+        ),
+        (
+            lambda: OTFusion(
+                digits_network(), DIGIT, refine=FineTuning(LABELLED, held_out=UNLABELLED)
+            ),
+            "no labels",
+        ),
+        (
+            lambda: OTFusion(
+                digits_network(), DIGIT, combine="median", refine=Distillation(UNLABELLED)
+            ),
+            "a single teacher can spoil the ensemble",
+        ),
         (lambda: Distillation(IMAGES), "torch.split"),
         (lambda: every(0), "every must be"),
         (
@@ -328,31 +359,65 @@ def test_an_architecture_whose_outputs_do_not_fit_is_named_before_the_first_roun
         cla_strategy(refine=Distillation([torch.zeros(2, 3)]))
 
 
+Refine = Callable[[nn.Module], Any]
+
+
+def in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    raise ff.FusionError("on purpose")
+
+
+def result_of(model: nn.Module) -> ff.RefinementResult:
+    return ff.RefinementResult(model, ff.RefinementReport("own", (), (), 0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("refine", "message"),
+    [
+        (in_place, "on purpose"),
+        (lambda model: 1 / 0, "ZeroDivisionError"),
+        (lambda model: None, "AttributeError"),
+        (lambda model: result_of(spoilt(model)), "cannot be used"),
+        (lambda model: result_of(nn.Linear(64, 10)), "RuntimeError"),
+    ],
+)
 def test_a_refinement_that_fails_leaves_the_fused_model(
-    flower_log: pytest.LogCaptureFixture,
+    refine: Refine, message: str, flower_log: pytest.LogCaptureFixture
 ) -> None:
-    strategy = OTFusion(digits_network(), DIGIT, min_available_nodes=NODES)
-    plain, _ = run_digits(strategy, digits_app(), rounds=1)
+    class Own:
+        rounds = (1,)
 
-    class Flaky:
-        """Batches that come once, when they are tried out."""
+        def refined(self, model: nn.Module, clients: Any, weights: Any) -> Any:
+            return refine(model)
 
-        served = False
+        def try_out(self, model: nn.Module) -> None:
+            pass
 
-        def __iter__(self) -> Iterator[Any]:
-            if self.served:
-                raise OSError("the disk is gone")
-            self.served = True
-            return iter(LABELLED)
-
-    strategy = OTFusion(digits_network(), DIGIT, refine=FineTuning(Flaky()))
+    plain, _ = run_digits(OTFusion(digits_network(), DIGIT), digits_app(), rounds=1)
+    strategy = OTFusion(digits_network(), DIGIT, refine=Own())
     kept, _ = run_digits(strategy, digits_app(), rounds=1)
     assert strategy.reports[1].refinement is None
-    assert "the fused model is not refined: fine_tune: OSError: the disk is gone" in flower_log.text
+    assert "round 1: the fused model is not refined" in flower_log.text
+    assert message in flower_log.text
     for name, array in kept.arrays.items():
         torch.testing.assert_close(
             torch.from_numpy(array.numpy()), torch.from_numpy(plain.arrays[name].numpy())
         )
+
+
+def test_the_clients_networks_are_not_built_for_fine_tuning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+
+    class Watching(FineTuning):
+        def refined(self, model: nn.Module, clients: Any, weights: Any) -> ff.RefinementResult:
+            seen.append(clients)
+            return super().refined(model, clients, weights)
+
+    run_digits(OTFusion(digits_network(), DIGIT, refine=Watching(LABELLED)), digits_app(), rounds=1)
+    assert isinstance(seen[0], BuiltOnAccess)
 
 
 def test_under_a_wrapper_it_is_refused() -> None:

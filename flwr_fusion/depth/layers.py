@@ -262,11 +262,16 @@ def _stage_cost(
         cost = 1.0 - torch.eye(len(client.units), dtype=torch.float64)
     elif not isinstance(layer_cost, str):
         names = [[unit.name for unit in stage.units] for stage in (client, target)]
-        cost = torch.as_tensor(layer_cost(client_model, names[0], target_model, names[1])).double()
+        try:
+            found = layer_cost(client_model, names[0], target_model, names[1])
+            cost = torch.as_tensor(found).double()
+        except Exception as error:
+            raise FusionError(f"layer_cost failed: {type(error).__name__}: {error}") from error
         expected = (len(client.units), len(target.units))
         if cost.shape != expected or bool(cost.isnan().any()):
             raise FusionError(
-                f"layer_cost must return {expected} costs that are numbers, not {cost.tolist()}"
+                f"layer_cost must return numbers of shape {expected}, not {tuple(cost.shape)}"
+                + (" with NaN" if cost.shape == expected else "")
             )
     elif layer_cost == "width":
         widths = [

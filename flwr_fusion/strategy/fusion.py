@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -156,7 +157,7 @@ class FusionStrategy(FedAvg):
             log(WARNING, "no channels of %s can be matched: fusion is plain averaging", type(model))
         self._try_out(method, self.options)
         if refine is not None:
-            check_refinement(refine)
+            check_refinement(refine, _combine_of(method, arguments))
             self._try_out_refinement(refine)
 
     def _try_out(self, method: FusionMethod, options: Mapping[str, Any]) -> None:
@@ -316,7 +317,7 @@ class FusionStrategy(FedAvg):
         self.fused_nodes[server_round] = [update.node_id for update in updates]
         metrics = self._aggregated(self.train_metrics_aggr_fn, fitting)
         counts: dict[str, float] = dict(counts_of(rejections)) | {"share-moved": report.share_moved}
-        if report.refinement is not None:
+        if report.refinement is not None and report.refinement.losses:
             counts["refinement-loss"] = report.refinement.losses[-1]
         if any(own is not None for own in statistics):
             counts["with-statistics"] = sum(own is not None for own in statistics)
@@ -530,12 +531,18 @@ class FusionStrategy(FedAvg):
         if self.refine is None or server_round not in self.refine.rounds:
             return fused
         try:
-            refined = self.refine.refined(fused.model, list(models), weights)
-        except FusionError as error:
+            # A copy: what fails half-way must not have touched the fused model.
+            refined = self.refine.refined(copy.deepcopy(fused.model), models, weights)
+            # In the fused model's own types, whatever the step has made of them.
+            model = with_state(fused.model, refined.model.state_dict())
+            result = FusionResult(model, replace(fused.report, refinement=refined.report))
+            checked_result(result, fused.model)
+        except Exception as error:  # The step may be the user's; the round must not be lost.
             text = "round %s: the fused model is not refined: %s"
-            log(ERROR, text, server_round, error)
+            reason = error if isinstance(error, FusionError) else repr(error)
+            log(ERROR, text, server_round, reason)
             return fused
-        return FusionResult(refined.model, replace(fused.report, refinement=refined.report))
+        return result
 
 
 def loaded(model: nn.Module, arrays: ArrayRecord) -> nn.Module:

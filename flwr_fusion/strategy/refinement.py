@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from torch import nn
 
+from flwr_fusion.combination import names_robust_rule
 from flwr_fusion.errors import FusionError
 from flwr_fusion.refine import RefinementResult, check_batches, check_count, distill, fine_tune
 
@@ -46,13 +47,13 @@ class FineTuning:
     Raises
     ------
     FusionError
-        If an option is unknown.
+        If an option is unknown or bad.
     """
 
     def __init__(
         self, loader: Iterable[Any], *, rounds: int | Collection[int] = 1, **options: Any
     ) -> None:
-        _check_known(fine_tune, options)
+        _check_options(fine_tune, options)
         self.loader, self.rounds, self.options = _rereadable(loader), _rounds(rounds), options
 
     def refined(
@@ -87,7 +88,7 @@ class Distillation:
     Raises
     ------
     FusionError
-        If an option is unknown.
+        If an option is unknown or bad.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Distillation:
         fused_teaches: bool = False,
         **options: Any,
     ) -> None:
-        _check_known(distill, options, "weights")
+        _check_options(distill, options, "weights")
         self.loader, self.rounds, self.options = _rereadable(loader), _rounds(rounds), options
         self.weighted, self.fused_teaches = weighted, fused_teaches
 
@@ -107,7 +108,8 @@ class Distillation:
         self, model: nn.Module, clients: Sequence[nn.Module], weights: Sequence[float]
     ) -> RefinementResult:
         """Return the fused network after distillation of the clients' networks into it."""
-        teachers = [*clients, model] if self.fused_teaches else clients
+        # Every one is asked about every batch: they are built once.
+        teachers = [*clients, model] if self.fused_teaches else list(clients)
         known = [*weights, sum(weights) / len(weights)][: len(teachers)] if self.weighted else None
         return distill(model, teachers, self.loader, weights=known, **self.options)
 
@@ -139,8 +141,13 @@ def every(number: int) -> Collection[int]:
     return range(number, sys.maxsize, number)
 
 
-def check_refinement(refine: Any) -> None:
-    """Refuse what is no refinement."""
+def check_refinement(refine: Any, combine: object) -> None:
+    """Refuse what is no refinement, and one that would let in whom the rule keeps out."""
+    if isinstance(refine, Distillation) and names_robust_rule(combine):
+        raise FusionError(
+            f"combine={combine!r} keeps a few clients from deciding, but a single teacher can "
+            "spoil the ensemble: there is no Distillation with it"
+        )
     if not all(hasattr(refine, name) for name in ("rounds", "refined", "try_out")):
         raise FusionError(
             f"refine must be FineTuning(...), Distillation(...) or an object with their rounds, "
@@ -166,20 +173,31 @@ def _first_batch(loader: Iterable[Any]) -> list[Any]:
 
 
 def _short(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options for a single step."""
-    return {**options, "epochs": 1, "held_out": None, "patience": None, "progress": False}
+    """Return options for a single step, and a single batch of the held-out data."""
+    held_out = options.get("held_out")
+    shown = None if held_out is None else _first_batch(held_out)
+    return {**options, "epochs": 1, "held_out": shown, "progress": False}
 
 
-def _check_known(function: Callable[..., Any], options: Mapping[str, Any], *own: str) -> None:
+def _check_options(function: Callable[..., Any], options: Mapping[str, Any], *own: str) -> None:
     parameters = inspect.signature(function).parameters.values()
     known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(own)
     unknown = sorted(options.keys() - known)
     if unknown:
         raise FusionError(f"unknown options {unknown}; known: {', '.join(sorted(known))}")
+    check_count("epochs", options.get("epochs", 1))
+    if options.get("held_out") is not None:
+        _rereadable(options["held_out"])
 
 
 def _rounds(rounds: int | Collection[int]) -> Collection[int]:
-    if isinstance(rounds, Collection) and not isinstance(rounds, (str, bytes)):
+    if isinstance(rounds, range) and rounds and min(rounds[0], rounds[-1]) > 0:
+        return rounds
+    if isinstance(rounds, Collection):
+        for number in rounds:
+            check_count("every one of rounds", number)
+        if not rounds:
+            raise FusionError(f"rounds={rounds!r} names no round")
         return rounds
     check_count("rounds", rounds)
-    return range(1, cast(int, rounds) + 1)
+    return range(1, rounds + 1)
