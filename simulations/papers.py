@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,6 +28,7 @@ from experiments.clafusion import EXPERIMENTS as OF_CLAFUSION
 from experiments.otfusion import EXPERIMENTS as OF_OTFUSION
 from experiments.report import draw, table
 from experiments.transplantation import EXPERIMENTS as OF_TRANSPLANTATION
+from fusion_simulation.data import load_split
 
 EXPERIMENTS = {own.name: own for own in (*OF_OTFUSION, *OF_CLAFUSION, *OF_TRANSPLANTATION)}
 
@@ -56,20 +58,41 @@ def main() -> None:
             print(f"{own.name:24}{own.title} [{own.source}]")
         return
     scale = SCALES[arguments.scale]
+    _check_data(scale, arguments.data_dir)
     chosen = [EXPERIMENTS[name] for name in arguments.experiments or EXPERIMENTS]
-    cells = [
+    missing = [
         Cell(own.name, scale.name, seed, arguments.results, arguments.data_dir, arguments.device)
         for own in chosen
         for seed in own.seeds(scale)
+        if _finished(own, scale, seed, arguments.results) is None
     ]
-    failed = _run([cell for cell in cells if not cell.path.is_file()], arguments.jobs)
-    if failed:
-        raise SystemExit(f"failed, see above; all others are finished: {', '.join(failed)}")
-    report = [_section(own, scale, arguments.results) for own in chosen]
+    alone = [cell for cell in missing if EXPERIMENTS[cell.experiment].alone]
+    failed = _run([cell for cell in missing if cell not in alone], arguments.jobs)
+    failed += _run(alone, 1)
+    sections = {
+        own.name: _section(own, scale, arguments.results)
+        for own in EXPERIMENTS.values()
+        if all(_finished(own, scale, seed, arguments.results) for seed in own.seeds(scale))
+    }
     path = arguments.results / scale.name / "report.md"
-    path.write_text("\n\n".join(report) + "\n", encoding="utf-8")
-    print("\n\n".join(report))
-    print(f"\nreport: {path.resolve()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(sections.values()) + "\n", encoding="utf-8")
+    print("\n\n".join(sections[own.name] for own in chosen if own.name in sections))
+    print(f"\nreport on all finished experiments: {path.resolve()}")
+    if failed:
+        raise SystemExit(f"failed, see above: {', '.join(failed)}")
+
+
+def _check_data(scale: Scale, data_dir: str) -> None:
+    """End the program unless the data sets of a scale are there."""
+    for dataset in sorted({scale.mnist.dataset, scale.cifar.dataset}):
+        try:
+            load_split(dataset, train=False, data_dir=data_dir)
+        except Exception as error:
+            raise SystemExit(
+                f"{dataset} cannot be read: give the folder that torchvision has filled with "
+                f"--data-dir, or take --smoke, which needs none ({type(error).__name__})"
+            ) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,28 +128,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--data-dir", default="", help="folder that torchvision reads: MNIST and CIFAR-10")
     add("--results", type=Path, default=Path("papers-results"), help="folder of results")
-    add("--jobs", type=int, default=os.cpu_count(), help="repetitions at a time, a core each")
+    add("--jobs", type=_positive, default=os.cpu_count(), help="repetitions at a time, a core each")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="where networks are trained and fused")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def _run(cells: Sequence[Cell], jobs: int) -> list[str]:
     """Run cells; return those that failed."""
     failed = []
     # Forked processes would inherit the locks of this one's threads.
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn) as pool, new_progress() as progress:
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, new_progress() as progress:
         task = progress.add_task("experiments", total=len(cells))
         running = {pool.submit(run_cell, cell): cell for cell in cells}
-        for done in as_completed(running):
-            name = f"{running[done].experiment}, seed {running[done].seed}"
-            try:
-                progress.console.print(f"{name}: {done.result():.0f} s")
-            except Exception:
-                failed.append(name)
-                progress.console.print(name, traceback.format_exc())
-            progress.advance(task)
+        try:
+            for done in as_completed(running):
+                name = f"{running[done].experiment}, seed {running[done].seed}"
+                try:
+                    progress.console.print(f"{name}: {done.result():.0f} s")
+                except Exception:
+                    failed.append(name)
+                    progress.console.print(name, traceback.format_exc())
+                progress.advance(task)
+        except KeyboardInterrupt:
+            # The workers have been interrupted too; what waits must not be started.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise SystemExit("interrupted; finished cells are kept") from None
     return failed
 
 
@@ -141,24 +174,35 @@ def run_cell(cell: Cell) -> float:
     seconds = time.perf_counter() - started
     cell.path.parent.mkdir(parents=True, exist_ok=True)
     whole = cell.path.with_suffix(".part")
-    whole.write_text(json.dumps({"seconds": seconds, "scores": scores}), encoding="utf-8")
+    whole.write_text(
+        json.dumps({"scale": repr(bench.scale), "seconds": seconds, "scores": scores}),
+        encoding="utf-8",
+    )
     whole.replace(cell.path)
     return seconds
 
 
+def _finished(
+    experiment: Experiment, scale: Scale, seed: int, results: Path
+) -> dict[str, Any] | None:
+    """Return the result of a repetition, None if there is none of this very scale."""
+    path = results / scale.name / f"{experiment.name}_{seed}.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found if found.get("scale") == repr(scale) else None
+
+
 def _section(experiment: Experiment, scale: Scale, results: Path) -> str:
     """Return an experiment's part of the report, and draw its figure."""
-    folder = results / scale.name
-    found = [
-        json.loads((folder / f"{experiment.name}_{seed}.json").read_text(encoding="utf-8"))
-        for seed in experiment.seeds(scale)
-    ]
-    repetitions: list[Scores] = [one["scores"] for one in found]
-    draw(experiment, repetitions, folder / f"{experiment.name}.png")
-    minutes = sum(one["seconds"] for one in found) / 60
+    found = [_finished(experiment, scale, seed, results) for seed in experiment.seeds(scale)]
+    cells = [one for one in found if one is not None]
+    repetitions: list[Scores] = [one["scores"] for one in cells]
+    draw(experiment, repetitions, results / scale.name / f"{experiment.name}.png")
+    minutes = sum(one["seconds"] for one in cells) / 60
     return (
         f"## {experiment.title}\n\n`{experiment.name}`: {experiment.source}. "
-        f"{experiment.unit[0].upper()}{experiment.unit[1:]}, {len(found)} seeds, "
+        f"{experiment.unit[0].upper()}{experiment.unit[1:]}, seeds: {len(cells)}, "
         f"{minutes:.1f} minutes on one core."
         f"\n\n{table(experiment, repetitions, compare=scale.name != 'smoke')}"
     )

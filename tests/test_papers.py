@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_finished_cells_are_skipped_and_the_report_has_tables_and_figures(
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "| without the guard |" in report
     kept = folder / f"{CHEAP[0]}_0.json"
-    marked = {"seconds": 60.0, "scores": {"marked": {"at once": 12.5}}}
+    marked = {"scale": repr(SMOKE), "seconds": 60.0, "scores": {"marked": {"at once": 12.5}}}
     kept.write_text(json.dumps(marked), encoding="utf-8")
     (folder / f"{CHEAP[1]}_0.json").unlink()
     capsys.readouterr()
@@ -77,8 +78,23 @@ def test_a_failed_experiment_is_named_and_the_others_are_finished(
     (tmp_path / "smoke" / f"{CHEAP[0]}_0.part").mkdir(parents=True)
     with pytest.raises(SystemExit, match=f"{CHEAP[0]}, seed 0"):
         run(monkeypatch, tmp_path, "--smoke", *CHEAP)
-    assert "IsADirectoryError" in capsys.readouterr().out
-    assert (tmp_path / "smoke" / f"{CHEAP[1]}_0.json").is_file()
+    printed = capsys.readouterr().out
+    assert "IsADirectoryError" in printed
+    assert papers.EXPERIMENTS[CHEAP[1]].title in printed
+
+
+def test_results_of_another_scale_are_not_taken(tmp_path: Path) -> None:
+    experiment = papers.EXPERIMENTS[CHEAP[0]]
+    path = tmp_path / "smoke" / f"{CHEAP[0]}_0.json"
+    path.parent.mkdir()
+    for scale, taken in ((SMOKE, True), (replace(SMOKE, unlabelled=50), False)):
+        path.write_text(json.dumps({"scale": repr(scale), "scores": {}}), encoding="utf-8")
+        assert (papers._finished(experiment, SMOKE, 0, tmp_path) is not None) == taken
+
+
+def test_missing_data_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"cifar10 cannot be read.*--data-dir"):
+        run(monkeypatch, tmp_path, *CHEAP)
 
 
 def test_the_server_has_images_that_no_network_is_trained_on(tmp_path: Path) -> None:
@@ -154,6 +170,11 @@ def test_pruning_takes_a_share_of_every_layer_but_the_last() -> None:
             ["a", "b"],
             "| step | a | a (paper) | b |\n| --- | --- | --- | --- |\n"
             "| OT | 90.00 ± 1.41 | 93.1 | 90.00 ± 1.41 |",
+        ),
+        (
+            ["a"],
+            "| step | a | a (paper) | end (paper) |\n| --- | --- | --- | --- |\n"
+            "| OT | 90.00 ± 1.41 | 93.1 | 94.0 |",
         ),
         (
             list("abcde"),

@@ -33,11 +33,12 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, and how networks are trained on it."""
+    """A data set, how networks are trained on it, and the learning rate of fine-tuning."""
 
     dataset: str
     images: int
     recipe: Recipe
+    tuning_rate: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,15 @@ class Scale:
         Its name in paths.
     mnist, mnist_part, cifar, cifar_part : Task
         The data sets; of the parts fewer images, for experiments with many or large networks.
-    seeds, cifar_seeds : int
-        Repetitions.
+    seeds, few_seeds : int
+        Repetitions of cheap experiments, and of all others.
     mlp, wide_mlp : str
         The networks of the skill transfer and of Neuron Transplantation.
     widths, depths : tuple of int
         Of multi-layer perceptrons in Neuron Transplantation's tables.
     timed_widths : tuple of int
         Of the networks whose fusion is timed.
-    vgg, teacher, student : str
+    vgg, pruned_vgg, teacher, student : str
         Names of VGGs.
     shallow_resnet, deep_resnet : str
         Names of residual networks.
@@ -78,13 +79,14 @@ class Scale:
     cifar: Task
     cifar_part: Task
     seeds: int = 3
-    cifar_seeds: int = 2
+    few_seeds: int = 2
     mlp: str = "mlp-400-200-100"
     wide_mlp: str = "mlp-512-512-512"
     widths: tuple[int, ...] = (16, 64, 256, 1024)
     depths: tuple[int, ...] = (1, 2, 4, 6)
     timed_widths: tuple[int, ...] = (256, 1024, 4096)
     vgg: str = "vgg-11-8"
+    pruned_vgg: str = "vgg-11-16"
     teacher: str = "vgg-13-16"
     student: str = "vgg-11-4"
     shallow_resnet: str = "resnet-8"
@@ -92,7 +94,7 @@ class Scale:
     counts: tuple[int, ...] = (2, 4, 8)
     checkpoints: tuple[int, ...] = (0, 1, 3)
     distillation_epochs: int = 200
-    cifar_distillation_epochs: int = 40
+    cifar_distillation_epochs: int = 20
     unlabelled: int = 1000
 
 
@@ -115,10 +117,11 @@ PAPER = Scale(
     cifar=Task("cifar10", ALL, Recipe(100, 0.01, 0.9, 128)),
     cifar_part=Task("cifar10", ALL, Recipe(100, 0.05, 0.9, 128)),
     seeds=5,
-    cifar_seeds=5,
+    few_seeds=5,
     widths=(16, 32, 64, 128, 256, 512, 1024, 2048),
     depths=(1, 2, 4, 6, 8),
     vgg="vgg-11-64",
+    pruned_vgg="vgg-11-64",
     teacher="vgg-13-128",
     student="vgg-11-32",
     shallow_resnet="resnet-18",
@@ -127,7 +130,7 @@ PAPER = Scale(
     distillation_epochs=1000,
     cifar_distillation_epochs=300,
 )
-_DIGITS = Task("digits", ALL, Recipe(3, 0.05, 0.9, 32))
+_DIGITS = Task("digits", ALL, Recipe(3, 0.05, 0.9, 32), tuning_rate=0.05)
 SMOKE = Scale(
     "smoke",
     mnist=_DIGITS,
@@ -135,13 +138,14 @@ SMOKE = Scale(
     cifar=_DIGITS,
     cifar_part=replace(_DIGITS, images=500, recipe=replace(_DIGITS.recipe, epochs=1)),
     seeds=1,
-    cifar_seeds=1,
+    few_seeds=1,
     mlp="mlp-48-32-24",
     wide_mlp="mlp-32-32-32",
     widths=(16, 32),
     depths=(1, 2),
     timed_widths=(16,),
     vgg="vgg-11-4",
+    pruned_vgg="vgg-11-4",
     teacher="vgg-13-4",
     student="vgg-11-2",
     counts=(2, 3),
@@ -184,8 +188,16 @@ class Bench:
 
     def unlabelled(self, task: Task) -> Tensor:
         """Return the server's images, which no network is trained on."""
+        return self._server_images(task).images
+
+    def best(self, models: Sequence[nn.Module], task: Task) -> nn.Module:
+        """Return the network that is best on the server's images, whose labels only this uses."""
+        own = self._server_images(task)
+        return max(models, key=lambda m: accuracy(class_probabilities(m, own.images), own.labels))
+
+    def _server_images(self, task: Task) -> LabelledImages:
         data, order = self._split(task)
-        return data.images[torch.from_numpy(order[: self._held_back(data)])]
+        return data.subset(order[: self._held_back(data)])
 
     def test(self, task: Task) -> LabelledImages:
         """Return the test images."""
@@ -222,7 +234,8 @@ class Bench:
         own_seed = SEED_STRIDE * self.seed + member + 1
         network = build_model(model, task.dataset, own_seed, bias).to(self.device)
         name = "all" if part is None else part[0]
-        kind = f"{task.dataset}-{task.images}_{model}_{'bias' if bias else 'nobias'}"
+        images = f"{task.dataset}-{task.images}-{self.scale.unlabelled}"
+        kind = f"{images}_{model}_{'bias' if bias else 'nobias'}"
         path = self.cache / f"{kind}_{recipe_slug(task.recipe)}" / f"{name}_{own_seed}.safetensors"
         if path.is_file():
             network.load_state_dict(load_file(path, device=self.device))
@@ -260,7 +273,7 @@ class Bench:
     def tuned_networks(self, model: nn.Module, task: Task) -> Iterator[tuple[int, nn.Module]]:
         """Yield a network at once and after fine-tuning on all images, with the epochs."""
         recipe, done = task.recipe, 0
-        optimizer = partial(torch.optim.SGD, lr=recipe.learning_rate, momentum=recipe.momentum)
+        optimizer = partial(torch.optim.SGD, lr=task.tuning_rate, momentum=recipe.momentum)
         loader = Shuffled(self.images(task), recipe.batch_size, self.seed)
         for epochs in self.scale.checkpoints:
             if epochs > done:
@@ -353,9 +366,13 @@ class Experiment:
     unit : str
         Of the measured values.
     many_seeds : bool
-        Whether it is repeated as often as experiments on MNIST are.
+        Whether it is one of those that are cheap enough to be repeated more often.
     curve : bool
         Whether the columns are numbers along an axis.
+    counts : bool
+        Whether a value that a repetition does not have is 0.
+    alone : bool
+        Whether nothing else may run beside it.
     """
 
     name: str
@@ -368,10 +385,12 @@ class Experiment:
     unit: str = "test accuracy %"
     many_seeds: bool = True
     curve: bool = False
+    counts: bool = False
+    alone: bool = False
 
     def seeds(self, scale: Scale) -> range:
         """Return the repetitions at a scale."""
-        return range(scale.seeds if self.many_seeds else scale.cifar_seeds)
+        return range(scale.seeds if self.many_seeds else scale.few_seeds)
 
 
 def after(epochs: int) -> str:

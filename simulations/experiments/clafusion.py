@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from experiments.bench import Bench, Experiment, Scores, Task, after, plain
-from experiments.otfusion import ENSEMBLE, by_weight, single, skill_pair
+from experiments.otfusion import ENSEMBLE, by_weight, skill_pair
 
 PAPER = "Nguyen et al. 2021"
 COSTS: tuple[Literal["width", "cka", "wasserstein"], ...] = ("width", "cka", "wasserstein")
@@ -150,10 +150,12 @@ def many(bench: Bench) -> Scores:
     deep = [models[0], models[2]]
     fuse = partial(ff.cla_fusion, models, target=models[0], example_inputs=calibration[:2])
     rows = {
-        "best deep network, trained on": single(bench, deep, task),
+        "best deep network, trained on": bench.best(deep, task),
         "shallow networks left out: plain average": _average(deep, calibration),
+        "shallow networks left out: OT": ff.ot_fusion(
+            deep, example_inputs=calibration[:2], calibration=calibration
+        ).model,
         "CLA": fuse(calibration=calibration).model,
-        "CLA, by activations": fuse(calibration=calibration, align_by="activations").model,
     }
     scores = {row: bench.tuned(model, task) for row, model in rows.items()}
     scores[ENSEMBLE] = {after(0): bench.ensemble_score(models, task)}
@@ -188,44 +190,33 @@ def teacher_and_student(bench: Bench) -> Scores:
     scale, task = bench.scale, bench.scale.cifar
     teacher = bench.network(task, scale.teacher, 0)
     student = bench.network(task, scale.student, 1)
-    fresh = build_model(scale.student, task.dataset, bench.seed).to(bench.device)
     calibration = bench.calibration(task)
-    fuse = partial(
-        ff.cla_fusion,
+    fused = ff.cla_fusion(
         [teacher, student],
         target=student,
         example_inputs=calibration[:2],
         calibration=calibration,
-    )
-    fused = fuse().model
+    ).model
     rows = {
         "teacher": teacher,
         "student alone, trained on": student,
         "CLA into the student": fused,
-        "CLA into the student, by activations": fuse(align_by="activations").model,
         "student, distilled": bench.distilled(student, [teacher], task),
         "CLA into the student, distilled": bench.distilled(fused, [teacher], task),
-        "new network, distilled": bench.distilled(fresh, [teacher], task),
     }
     return {row: bench.tuned(model, task) for row, model in rows.items()}
 
 
 def transfer(bench: Bench) -> Scores:
-    """Start a deep residual network from a shallow one, and train it."""
+    """Start a deep residual network from a shallow one, alone or with a trained deep one."""
     scale, task = bench.scale, bench.scale.cifar_part
     shallow = bench.network(task, scale.shallow_resnet, 1)
     deep = bench.network(task, scale.deep_resnet, 0)
     calibration = bench.calibration(task)
     x = calibration[:2]
-    copied = in_own_layers(shallow, deep, x)
-    aligned = partial(
-        ff.cla_fusion,
-        [shallow, deep],
-        target=deep,
-        example_inputs=x,
-        calibration=calibration,
-        repair="auto",
-    )
+    fresh = build_model(scale.deep_resnet, task.dataset, bench.seed).to(bench.device)
+    copied = in_own_layers(shallow, fresh, x)
+    aligned = ff.cla_fusion([shallow, deep], target=deep, example_inputs=x, calibration=calibration)
     rows = {
         "deep network alone, trained on": deep,
         "longest chain": _average([copied], calibration),
@@ -233,8 +224,7 @@ def transfer(bench: Bench) -> Scores:
         "longest chain + OT": ff.ot_fusion(
             [copied, deep], example_inputs=x, calibration=calibration
         ).model,
-        "longest chain + CLA + OT": aligned().model,
-        "longest chain + CLA + OT, by activations": aligned(align_by="activations").model,
+        "longest chain + CLA + OT": aligned.model,
     }
     return {row: bench.tuned(model, task) for row, model in rows.items()}
 
@@ -279,7 +269,7 @@ def _balanced(add: str, total: str, average: str) -> dict[str, str]:
 
 
 def _ends(at_once: str, tuned: str) -> dict[str, str]:
-    return {after(0): at_once, after(3): tuned}
+    return {after(0): at_once, "fine-tuned to the end": tuned}
 
 
 EXPERIMENTS = (
@@ -292,6 +282,7 @@ EXPERIMENTS = (
         {f"{cost}, both constraints": {"1, 2, 5": "100"} for cost in COSTS}
         | {f"{cost}, first to first alone": {"1, 2, 3": "100"} for cost in COSTS},
         unit="share of seeds %",
+        counts=True,
     ),
     Experiment(
         "cla-mappings",
@@ -363,6 +354,7 @@ EXPERIMENTS = (
         {
             "teacher": {after(0): "92.65"},
             "student alone, trained on": _ends("89.72", "89.77"),
+            "depth-aligned student": {"fine-tuned to the end": "90.52"},
             "CLA into the student": _ends("82.03", "90.64"),
         },
         many_seeds=False,

@@ -77,7 +77,7 @@ def distillation(bench: Bench) -> Scores:
         "OT": fuse().model,
         "OT, least squares": fuse(combine=ONE_SHOT, statistics=known, repair="none").model,
         "NT": ff.neuron_transplantation(models, example_inputs=x).model,
-        "best single network": max(models, key=lambda model: bench.score(model, task)),
+        "best single network": bench.best(models, task),
     }
     scores: Scores = {
         name: {
@@ -122,11 +122,6 @@ def starts(
     return result
 
 
-def single(bench: Bench, models: Sequence[nn.Module], task: Task) -> nn.Module:
-    """Return the best of some networks by its accuracy."""
-    return max(models, key=lambda model: bench.score(model, task))
-
-
 def one_shot(name: Callable[[Bench], tuple[str, Task]], bias: bool, bench: Bench) -> Scores:
     """Fuse two networks trained on the same data, and fine-tune."""
     model, task = name(bench)
@@ -134,7 +129,7 @@ def one_shot(name: Callable[[Bench], tuple[str, Task]], bias: bool, bench: Bench
     scores = {
         method: bench.tuned(fused, task) for method, fused in starts(bench, models, task).items()
     }
-    scores[CONTROL] = bench.tuned(single(bench, models, task), task)
+    scores[CONTROL] = bench.tuned(bench.best(models, task), task)
     scores[ENSEMBLE] = {after(0): bench.ensemble_score(models, task)}
     return scores
 
@@ -150,7 +145,7 @@ def many(bench: Bench) -> Scores:
     for count in scale.counts:
         models = networks[:count]
         fused = starts(bench, models, task, ("joint", "iterative", "recursive"))
-        fused[CONTROL] = single(bench, models, task)
+        fused[CONTROL] = bench.best(models, task)
         for name, start in fused.items():
             scores.setdefault(name, {}).update(
                 heading(f"{count} networks", bench.tuned(start, task))
@@ -187,18 +182,21 @@ def pruning(name: Callable[[Bench], tuple[str, Task]], bench: Bench) -> Scores:
     dense = bench.network(task, model, 0)
     x = bench.calibration(task)[:2]
     calibration = bench.calibration(task)
-    scores: Scores = {
-        row: {} for row in ("pruned", "fused into pruned", "fused into pruned, repaired", "dense")
-    }
+    scores: Scores = {}
     for sparsity in SPARSITIES:
-        column = plain(sparsity)
         small = pruned(dense, x, sparsity)
         fuse = partial(ff.ot_fusion, [dense, small], target=small, example_inputs=x)
-        scores["pruned"][column] = bench.score(small, task)
-        scores["fused into pruned"][column] = bench.score(fuse().model, task)
-        repaired = fuse(calibration=calibration).model
-        scores["fused into pruned, repaired"][column] = bench.score(repaired, task)
-        scores["dense"][column] = bench.score(dense, task)
+        unbalanced = partial(fuse, solver="unbalanced", marginal_relaxation=0.1)
+        rows = {
+            "pruned": small,
+            "fused into pruned": fuse().model,
+            "fused into pruned, unbalanced transport": unbalanced().model,
+            "fused into pruned, repaired": fuse(calibration=calibration).model,
+            "fused into pruned, unbalanced, repaired": unbalanced(calibration=calibration).model,
+            "dense": dense,
+        }
+        for row, network in rows.items():
+            scores.setdefault(row, {})[plain(sparsity)] = bench.score(network, task)
     return scores
 
 
@@ -236,16 +234,19 @@ def mixed_widths(bench: Bench) -> Scores:
     least_squares = fuse(combine=ONE_SHOT, statistics=known, repair="none").model
     slices = sliced_average(clients, largest)
     fused = {
-        "best single client": single(bench, clients, task),
+        "best single client": bench.best(clients, task),
         "largest client alone": largest,
         "large clients only: plain average": ff.average(large, weights[:5]).model,
         "large clients only: OT": ff.ot_fusion(large, weights[:5], example_inputs=x).model,
         "small clients only: OT": ff.ot_fusion(small, weights[5:], example_inputs=x).model,
         "top-left slices (HeteroFL)": slices,
         "OT": weighted,
-        "OT by activations": fuse(align_by="activations", calibration=calibration).model,
+        "OT by activations": fuse(
+            align_by="activations", calibration=calibration, repair="none"
+        ).model,
+        "OT by activations, repaired": fuse(align_by="activations", calibration=calibration).model,
         "OT, least squares": least_squares,
-        "FedDF: slices, distilled": bench.distilled(slices, clients, task),
+        "top-left slices, distilled": bench.distilled(slices, clients, task),
         "OT, distilled": bench.distilled(weighted, clients, task),
         "OT, least squares, distilled": bench.distilled(
             least_squares, [*clients, least_squares], task
@@ -262,8 +263,18 @@ def by_weight(*values: float) -> dict[str, str]:
     return dict(zip(columns, (f"{value:.2f}" for value in values), strict=True))
 
 
-def _printed(at_once: str, *later: str) -> dict[str, str]:
-    return dict(zip((after(0), after(1), after(3)), (at_once, *later), strict=False))
+def _printed(*figures: str) -> dict[str, str]:
+    """Return printed figures by the columns at once, after 1 and after 3 epochs."""
+    return dict(zip((after(0), after(1), after(3)), figures, strict=False))
+
+
+def _by_count(*figures: str) -> dict[str, str]:
+    """Return printed figures for 2, 4 and 8 networks by column."""
+    return {
+        f"{count} networks, {column}": figure
+        for count, of_count in zip((2, 4, 8), figures, strict=True)
+        for column, figure in _printed(*of_count.split()).items()
+    }
 
 
 EXPERIMENTS = (
@@ -290,7 +301,7 @@ EXPERIMENTS = (
     Experiment(
         "distillation",
         "Skill transfer with distillation on 1,000 unlabelled images",
-        "Lin et al. 2020 (FedDF), on the split of Singh & Jaggi 2020",
+        "Lin et al. 2020 (FedDF, here by probabilities), on the split of Singh & Jaggi 2020",
         distillation,
         "step",
         {},
@@ -316,6 +327,7 @@ EXPERIMENTS = (
         partial(one_shot, lambda bench: ("lenet", bench.scale.cifar), True),
         "fine-tuning",
         {PLAIN: _printed("15.6"), "OT": _printed("23.2"), "NT": _printed("25.2")},
+        many_seeds=False,
     ),
     Experiment(
         "one-shot-vgg",
@@ -342,20 +354,14 @@ EXPERIMENTS = (
         many,
         "networks and fine-tuning",
         {
-            row: {
-                f"{count} networks, {column}": figure
-                for count, figures in by_count.items()
-                for column, figure in _printed(*figures).items()
-            }
-            for row, by_count in {
-                PLAIN: {4: ("25.1", "94.3", "96.9"), 8: ("17.0", "91.5", "96.1")},
-                "OT": {4: ("83.5", "97.0", "97.6"), 8: ("65.9", "96.5", "97.5")},
-                "NT": {4: ("86.3", "97.4", "97.8"), 8: ("70.2", "97.1", "97.7")},
-                "NT iterative": {4: ("95.6", "97.7", "97.9"), 8: ("95.2", "97.7", "97.9")},
-                "NT recursive": {4: ("85.8", "97.5", "97.8"), 8: ("61.4", "97.0", "97.7")},
-            }.items()
+            PLAIN: _by_count("76.3 96.7 97.6", "25.1 94.3 96.9", "17.0 91.5 96.1"),
+            "OT": _by_count("95.98 97.61 97.80", "83.5 97.0 97.6", "65.9 96.5 97.5"),
+            "NT": _by_count("95.93 97.79 97.88", "86.3 97.4 97.8", "70.2 97.1 97.7"),
+            "NT iterative": _by_count("", "95.6 97.7 97.9", "95.2 97.7 97.9"),
+            "NT recursive": _by_count("", "85.8 97.5 97.8", "61.4 97.0 97.7"),
         },
         whose="original code, 60,000 images",
+        many_seeds=False,
     ),
     Experiment(
         "widths",
@@ -364,14 +370,24 @@ EXPERIMENTS = (
         widths,
         "fine-tuning",
         {},
+        many_seeds=False,
     ),
     Experiment(
         "mixed-widths",
         "Ten clients of two widths, Dirichlet 0.5, starts of their own, fused once",
-        "Diao et al. 2021 (HeteroFL) and Lin et al. 2020 (FedDF) as baselines",
+        "Diao et al. 2021 (HeteroFL) and Lin et al. 2020 (FedDF, here by probabilities)",
         mixed_widths,
         "step",
-        {},
+        {
+            "large clients only: OT": _printed("82.7"),
+            "top-left slices (HeteroFL)": _printed("53"),
+            "OT by activations": _printed("87.1"),
+            "OT": _printed("89.3"),
+            "OT, distilled": _printed("91.3"),
+            ENSEMBLE: _printed("94.6"),
+        },
+        whose="prototype",
+        many_seeds=False,
     ),
     Experiment(
         "pruning-mlp",
@@ -386,7 +402,7 @@ EXPERIMENTS = (
         "pruning-vgg",
         "Structured pruning of a VGG, with and without fusion of the dense network",
         f"{PAPER}, section on structured pruning",
-        partial(pruning, lambda bench: (bench.scale.vgg, bench.scale.cifar)),
+        partial(pruning, lambda bench: (bench.scale.pruned_vgg, bench.scale.cifar)),
         "sparsity",
         {},
         many_seeds=False,

@@ -43,10 +43,15 @@ def table(experiment: Experiment, repetitions: Sequence[Scores], compare: bool) 
     str
         The table.
     """
-    rows = gathered(repetitions)
-    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-    ours = {row: {c: _cell(v) for c, v in cells.items()} for row, cells in rows.items()}
+    ours = {
+        row: {
+            column: _share(values, len(repetitions)) if experiment.counts else _cell(values)
+            for column, values in cells.items()
+        }
+        for row, cells in gathered(repetitions).items()
+    }
     printed = experiment.printed if compare else {}
+    columns = list(dict.fromkeys(c for cells in (*ours.values(), *printed.values()) for c in cells))
     if len(columns) > WIDE:
         return _with_rows_below(experiment, columns, ours, printed)
     return _with_columns_beside(experiment, columns, ours, printed)
@@ -57,15 +62,16 @@ def _with_columns_beside(
 ) -> str:
     known = {column for figures in printed.values() for column in figures}
     header = [experiment.columns]
+    measured = {column for cells in ours.values() for column in cells}
     for column in columns:
-        header += [column, f"{column} ({experiment.whose})"] if column in known else [column]
+        header += [column] if column in measured else []
+        header += [f"{column} ({experiment.whose})"] if column in known else []
     lines = []
-    for row, cells in ours.items():
+    for row in dict.fromkeys((*ours, *printed)):
         line = [row]
         for column in columns:
-            line.append(cells.get(column, ""))
-            if column in known:
-                line.append(printed.get(row, {}).get(column, ""))
+            line += [ours.get(row, {}).get(column, "")] if column in measured else []
+            line += [printed.get(row, {}).get(column, "")] if column in known else []
         lines.append(line)
     return markdown_table(header, lines)
 
@@ -118,6 +124,10 @@ def _draw_bars(axes: object, means: Mapping[str, Mapping[str, float]]) -> None:
     axes.set_yticks([k + middle for k in range(len(means))], list(means))  # type: ignore[attr-defined]
     axes.invert_yaxis()  # type: ignore[attr-defined]
     axes.grid(axis="x", alpha=0.3)  # type: ignore[attr-defined]
+
+
+def _share(values: Sequence[float], repetitions: int) -> str:
+    return f"{sum(values) / repetitions:.0f}"
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 import flwr_fusion as ff
 from experiments.bench import Bench, Experiment, Scores, Task, after, plain
-from experiments.otfusion import CONTROL, ENSEMBLE, SPARSITIES, pruned, single, starts
+from experiments.otfusion import CONTROL, ENSEMBLE, SPARSITIES, pruned, starts
 
 PAPER = "Öz et al. 2024"
 DONATED = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -46,7 +46,7 @@ def orders(bench: Bench) -> Scores:
         **rows,
         "merge, fine-tune, prune": last,
         "merge, fine-tune (twice the width)": bench.tuned(merged, task),
-        CONTROL: bench.tuned(single(bench, models, task), task),
+        CONTROL: bench.tuned(bench.best(models, task), task),
     }
 
 
@@ -63,7 +63,7 @@ def shapes(names: Callable[[Bench], dict[str, str]], bench: Bench) -> Scores:
     scores: Scores = {}
     for column, model in names(bench).items():
         models = [bench.network(task, model, member, bias=False) for member in (0, 1)]
-        fused = starts(bench, models, task) | {CONTROL: single(bench, models, task)}
+        fused = starts(bench, models, task) | {CONTROL: bench.best(models, task)}
         for row, network in fused.items():
             scores.setdefault(row, {})[column] = bench.score(network, task)
         scores.setdefault(ENSEMBLE, {})[column] = bench.ensemble_score(models, task)
@@ -74,7 +74,7 @@ def sizes(bench: Bench) -> Scores:
     """Fuse two networks into smaller ones, beside one of them pruned."""
     task, models = bench.scale.mnist_part, pair(bench)
     x = bench.calibration(task)[:2]
-    best = single(bench, models, task)
+    best = bench.best(models, task)
     scores: Scores = {}
     for sparsity in SPARSITIES:
         small = pruned(best, x, sparsity)
@@ -177,6 +177,7 @@ EXPERIMENTS = (
         orders,
         "fine-tuning",
         {},
+        many_seeds=False,
     ),
     Experiment(
         "nt-widths",
@@ -238,6 +239,7 @@ EXPERIMENTS = (
         "round",
         {},
         curve=True,
+        many_seeds=False,
     ),
     Experiment(
         "nt-time",
@@ -254,6 +256,7 @@ EXPERIMENTS = (
         unit="seconds",
         many_seeds=False,
         curve=True,
+        alone=True,
     ),
     Experiment(
         "nt-memory",
@@ -270,5 +273,6 @@ EXPERIMENTS = (
         unit="MiB",
         many_seeds=False,
         curve=True,
+        alone=True,
     ),
 )
