@@ -291,7 +291,7 @@ EXPERIMENTS = (
     Experiment(
         "cla-skill-transfer",
         "One-shot skill transfer between networks of three and four hidden layers",
-        f"{PAPER}, table 13 (add and merge: tables 11 to 13 are of this experiment)",
+        f"{PAPER}, table 13",
         skill_transfer,
         "weight of the network that does not know the digit 4",
         {

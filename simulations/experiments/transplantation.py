@@ -63,7 +63,7 @@ def shapes(names: Callable[[Bench], dict[str, str]], bench: Bench) -> Scores:
     scores: Scores = {}
     for column, model in names(bench).items():
         models = [bench.network(task, model, member, bias=False) for member in (0, 1)]
-        fused = starts(bench, models, task) | {CONTROL: bench.best(models, task)}
+        fused = starts(bench, models, task) | {"best single network": bench.best(models, task)}
         for row, network in fused.items():
             scores.setdefault(row, {})[column] = bench.score(network, task)
         scores.setdefault(ENSEMBLE, {})[column] = bench.ensemble_score(models, task)
