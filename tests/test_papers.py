@@ -164,32 +164,44 @@ def test_pruning_takes_a_share_of_every_layer_but_the_last() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "expected"),
+    ("columns", "printed", "expected"),
     [
         (
-            ["a", "b"],
+            "ab",
+            {"a": "93.1"},
             "| step | a | a (paper) | b |\n| --- | --- | --- | --- |\n"
             "| OT | 90.00 ± 1.41 | 93.1 | 90.00 ± 1.41 |",
         ),
         (
-            ["a"],
+            "a",
+            {"a": "93.1", "end": "94.0"},
             "| step | a | a (paper) | end (paper) |\n| --- | --- | --- | --- |\n"
             "| OT | 90.00 ± 1.41 | 93.1 | 94.0 |",
         ),
         (
-            list("abcde"),
+            "abcde",
+            {"a": "93.1"},
             "| step | a | b | c | d | e |\n| --- | --- | --- | --- | --- | --- |\n"
             f"| OT |{' 90.00 ± 1.41 |' * 5}\n| OT (paper) | 93.1 |  |  |  |  |",
         ),
     ],
 )
 def test_printed_figures_stand_beside_ours_or_below_wide_tables(
-    columns: list[str], expected: str
+    columns: str, printed: dict[str, str], expected: str
 ) -> None:
     def measure(bench: Bench) -> Scores:
         raise NotImplementedError
 
-    experiment = Experiment("x", "X", "a paper", measure, "step", {"OT": {"a": "93.1"}})
+    experiment = Experiment("x", "X", "a paper", measure, "step", {"OT": printed})
     repetitions: list[Scores] = [{"OT": dict.fromkeys(columns, value)} for value in (89.0, 91.0)]
     assert table(experiment, repetitions, compare=True) == expected
     assert "paper" not in table(experiment, repetitions, compare=False)
+
+
+def test_shares_are_of_all_repetitions() -> None:
+    def measure(bench: Bench) -> Scores:
+        raise NotImplementedError
+
+    experiment = Experiment("x", "X", "a paper", measure, "cost", {}, counts=True)
+    repetitions: list[Scores] = [{"cka": {layers: 100.0}} for layers in ("1, 2", "1, 3", "1, 3")]
+    assert "| cka | 33 | 67 |" in table(experiment, repetitions, compare=True)
