@@ -46,20 +46,18 @@ def wants_statistics(combine: object) -> bool:
     return combine == "least-squares" or isinstance(combine, LeastSquares)
 
 
-def names_robust_rule(combine: object) -> bool:
-    """Return whether an argument, of whichever method, is a rule that few clients cannot decide."""
-    rule = _RULES.get(combine) if isinstance(combine, str) else combine
-    return isinstance(rule, (TrimmedMean, Krum))
-
-
 def least_clients(combine: object) -> int:
     """Return how many clients an argument, of whichever method, needs as a rule."""
     rule = _RULES.get(combine) if isinstance(combine, str) else combine
     return rule.least_clients if isinstance(rule, Krum) else 1
 
 
-def is_robust(rule: Rule) -> bool:
-    """Return whether all clients count the same under a rule."""
+def is_robust(combine: object) -> bool:
+    """Return whether an argument, of whichever method, is a rule that few clients cannot decide.
+
+    All clients count the same under such a rule.
+    """
+    rule = _RULES.get(combine) if isinstance(combine, str) else combine
     return isinstance(rule, (TrimmedMean, Krum))
 
 

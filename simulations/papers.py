@@ -47,7 +47,7 @@ class Cell:
     @property
     def path(self) -> Path:
         """File of its result."""
-        return self.results / self.scale / f"{self.experiment}_{self.seed}.json"
+        return _result_path(self.results, self.scale, self.experiment, self.seed)
 
 
 def main() -> None:
@@ -69,11 +69,12 @@ def main() -> None:
     alone = [cell for cell in missing if EXPERIMENTS[cell.experiment].alone]
     failed = _run([cell for cell in missing if cell not in alone], arguments.jobs)
     failed += _run(alone, 1)
-    sections = {
-        own.name: _section(own, scale, arguments.results)
-        for own in EXPERIMENTS.values()
-        if all(_finished(own, scale, seed, arguments.results) for seed in own.seeds(scale))
-    }
+    sections = {}
+    for own in EXPERIMENTS.values():
+        found = [_finished(own, scale, seed, arguments.results) for seed in own.seeds(scale)]
+        cells = [cell for cell in found if cell is not None]
+        if len(cells) == len(found):
+            sections[own.name] = _section(own, scale, cells, arguments.results)
     path = arguments.results / scale.name / "report.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(sections.values()) + "\n", encoding="utf-8")
@@ -182,21 +183,25 @@ def run_cell(cell: Cell) -> float:
     return seconds
 
 
+def _result_path(results: Path, scale: str, experiment: str, seed: int) -> Path:
+    return results / scale / f"{experiment}_{seed}.json"
+
+
 def _finished(
     experiment: Experiment, scale: Scale, seed: int, results: Path
 ) -> dict[str, Any] | None:
     """Return the result of a repetition, None if there is none of this very scale."""
-    path = results / scale.name / f"{experiment.name}_{seed}.json"
+    path = _result_path(results, scale.name, experiment.name, seed)
     if not path.is_file():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found if found.get("scale") == repr(scale) else None
 
 
-def _section(experiment: Experiment, scale: Scale, results: Path) -> str:
+def _section(
+    experiment: Experiment, scale: Scale, cells: Sequence[dict[str, Any]], results: Path
+) -> str:
     """Return an experiment's part of the report, and draw its figure."""
-    found = [_finished(experiment, scale, seed, results) for seed in experiment.seeds(scale)]
-    cells = [one for one in found if one is not None]
     repetitions: list[Scores] = [one["scores"] for one in cells]
     draw(experiment, repetitions, results / scale.name / f"{experiment.name}.png")
     minutes = sum(one["seconds"] for one in cells) / 60

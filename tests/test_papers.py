@@ -27,6 +27,10 @@ from fusion_simulation.task import MLP, ResNet, build_model
 CHEAP = ("nt-self-fusion", "cla-layer-costs")
 
 
+def not_measured(bench: Bench) -> Scores:
+    raise AssertionError("a table is made of what was measured before")
+
+
 def run(monkeypatch: pytest.MonkeyPatch, results: Path, *arguments: str) -> None:
     command = ["papers.py", *arguments, "--results", str(results), "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", command)
@@ -189,19 +193,13 @@ def test_pruning_takes_a_share_of_every_layer_but_the_last() -> None:
 def test_printed_figures_stand_beside_ours_or_below_wide_tables(
     columns: str, printed: dict[str, str], expected: str
 ) -> None:
-    def measure(bench: Bench) -> Scores:
-        raise NotImplementedError
-
-    experiment = Experiment("x", "X", "a paper", measure, "step", {"OT": printed})
+    experiment = Experiment("x", "X", "a paper", not_measured, "step", {"OT": printed})
     repetitions: list[Scores] = [{"OT": dict.fromkeys(columns, value)} for value in (89.0, 91.0)]
     assert table(experiment, repetitions, compare=True) == expected
     assert "paper" not in table(experiment, repetitions, compare=False)
 
 
 def test_shares_are_of_all_repetitions() -> None:
-    def measure(bench: Bench) -> Scores:
-        raise NotImplementedError
-
-    experiment = Experiment("x", "X", "a paper", measure, "cost", {}, counts=True)
+    experiment = Experiment("x", "X", "a paper", not_measured, "cost", {}, counts=True)
     repetitions: list[Scores] = [{"cka": {layers: 100.0}} for layers in ("1, 2", "1, 3", "1, 3")]
     assert "| cka | 33 | 67 |" in table(experiment, repetitions, compare=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from flwr_fusion.combination import names_robust_rule
+from flwr_fusion.combination import is_robust
 from flwr_fusion.errors import FusionError
 from flwr_fusion.refine import RefinementResult, check_batches, check_count, distill, fine_tune
 
@@ -143,7 +143,7 @@ def every(number: int) -> Collection[int]:
 
 def check_refinement(refine: Any, combine: object) -> None:
     """Refuse what is no refinement, and one that would let in whom the rule keeps out."""
-    if isinstance(refine, Distillation) and names_robust_rule(combine):
+    if isinstance(refine, Distillation) and is_robust(combine):
         raise FusionError(
             f"combine={combine!r} keeps a few clients from deciding, but a single teacher can "
             "spoil the ensemble: there is no Distillation with it"

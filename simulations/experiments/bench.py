@@ -14,6 +14,8 @@ import torch
 from benchmark import SEED_STRIDE, STATISTICS_BATCH, recipe_slug
 from fusion_simulation.data import LabelledImages, MixedImages, load_split
 from fusion_simulation.task import (
+    DISTILLATION,
+    DISTILLATION_BATCH,
     Recipe,
     accuracy,
     build_model,
@@ -294,10 +296,9 @@ class Bench:
         return ff.distill(
             student,
             teachers,
-            MixedImages(self.unlabelled(task), 64, self.seed),
-            temperature=2.0,
+            MixedImages(self.unlabelled(task), DISTILLATION_BATCH, self.seed),
             epochs=epochs,
-            optimizer=partial(torch.optim.Adam, lr=3e-4),
+            **DISTILLATION,
         ).model
 
     def calibration(self, task: Task) -> Tensor:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg, FedProx
 from torch import Tensor, nn
@@ -22,8 +20,9 @@ from flwr_fusion.strategy import (
 from fusion_simulation.comparison import ClientModel
 from fusion_simulation.data import MixedImages
 from fusion_simulation.settings import Settings
+from fusion_simulation.task import DISTILLATION, DISTILLATION_BATCH
 
-DISTILLATION_BATCH, DISTILLATION_EPOCHS = 64, 100
+DISTILLATION_EPOCHS = 100
 COMBINE_RULES = ("mean", "least-squares", "median", "trimmed-mean", "krum")
 
 
@@ -197,9 +196,8 @@ def _distillation(settings: Settings, images: Tensor | None) -> Distillation:
         MixedImages(images, DISTILLATION_BATCH, settings.seed),
         rounds=settings.distill_rounds,
         fused_teaches=True,
-        temperature=2.0,
         epochs=DISTILLATION_EPOCHS,
-        optimizer=partial(torch.optim.Adam, lr=3e-4),
+        **DISTILLATION,
     )
 
 
