@@ -56,16 +56,18 @@ class LeNet(nn.Module):
     ----------
     shape : tuple of int
         Channels, height and width of the images.
+    bias : bool
+        Whether layers have biases.
     """
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(self, shape: tuple[int, int, int], bias: bool = True) -> None:
         super().__init__()
         channels, height, width = shape
-        self.conv1 = nn.Conv2d(channels, 6, 5, padding=2)
-        self.conv2 = nn.Conv2d(6, 16, 5, padding=2)
-        self.fc1 = nn.Linear(16 * (height // 4) * (width // 4), 120)
-        self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, LABELS)
+        self.conv1 = nn.Conv2d(channels, 6, 5, padding=2, bias=bias)
+        self.conv2 = nn.Conv2d(6, 16, 5, padding=2, bias=bias)
+        self.fc1 = nn.Linear(16 * (height // 4) * (width // 4), 120, bias)
+        self.fc2 = nn.Linear(120, 84, bias)
+        self.fc3 = nn.Linear(84, LABELS, bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of a batch of images."""
@@ -202,7 +204,7 @@ def build_model(models: str, dataset: str, seed: int, bias: bool = True) -> nn.M
     seed : int
         Seed of the initial weights. The global random state is left as it was.
     bias : bool
-        Whether the layers of a multi-layer perceptron or VGG have biases.
+        Whether the layers of a multi-layer perceptron, LeNet or VGG have biases.
 
     Returns
     -------
@@ -214,7 +216,7 @@ def build_model(models: str, dataset: str, seed: int, bias: bool = True) -> nn.M
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "lenet":
-            return LeNet(shape)
+            return LeNet(shape, bias)
         if kind == "vgg":
             depth, width = sizes
             return VGG(shape, depth, width, bias)
