@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -25,6 +25,13 @@ from flwr_fusion.prepare import BuiltOnAccess, with_state
 from flwr_fusion.statistics import Statistics
 from flwr_fusion.strategy.arrays import arrays_of, check_arrays, check_plausible, state_of
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
+from flwr_fusion.strategy.method import (
+    FusionMethod,
+    check_options,
+    check_schedule,
+    combine_of,
+    takes,
+)
 from flwr_fusion.strategy.reasons import RejectedReply, Rejection
 from flwr_fusion.strategy.refinement import Refinement, check_refinement
 from flwr_fusion.strategy.run import EvaluateFunction, run_of
@@ -47,11 +54,21 @@ from flwr_fusion.strategy.waiting import (
     patience_of,
 )
 
-FusionMethod = Callable[..., FusionResult]
-
 _OWN_METRICS = ("rejected", "share-moved", "with-statistics", "refinement-loss")
 ONLY_ARCHITECTURE = "model"
 """Name of the global model in the checkpoints of a strategy with one architecture."""
+
+
+@dataclass(frozen=True)
+class _Received:
+    """A round's replies to training."""
+
+    updates: Sequence[Update]
+    statistics: list[Statistics | None]
+    """Of each update; empty where the method takes none."""
+    measured: Sequence[Answer]
+    """Those whose metrics fit together."""
+    rejections: list[Rejection]
 
 
 class FusionStrategy(FedAvg):
@@ -147,8 +164,8 @@ class FusionStrategy(FedAvg):
         _check_replies_wanted(min_train_replies)
         if resume and checkpoint_dir is None:
             raise FusionError("resume=True needs checkpoint_dir=: the folder to go on from")
-        _check_options(method, arguments)
-        _check_schedule(self.only_first_rounds, arguments)
+        check_options(method, arguments)
+        check_schedule(self.only_first_rounds, arguments)
         # Whatever the method cannot do is refused here, not after the first round of training.
         groups = verified_graph(model, example_inputs).groups
         self._fixed = sum(group.fixed for group in groups)
@@ -157,12 +174,12 @@ class FusionStrategy(FedAvg):
             log(WARNING, "no channels of %s can be matched: fusion is plain averaging", type(model))
         self._try_out(method, self.options)
         if refine is not None:
-            check_refinement(refine, _combine_of(method, arguments))
+            check_refinement(refine, combine_of(method, arguments))
             self._try_out_refinement(refine)
 
     def _try_out(self, method: FusionMethod, options: Mapping[str, Any]) -> None:
         """Fuse as many copies of the model as a method needs; what it cannot do, it refuses."""
-        count = least_clients(_combine_of(method, options))
+        count = least_clients(combine_of(method, options))
         models, weights = [self.model] * count, [1.0] * count
         self._fuse(method, options, models, weights, [None] * count, self.model, None)
 
@@ -275,53 +292,30 @@ class FusionStrategy(FedAvg):
             the fusion moved); after a refinement ``refinement-loss``, that of its last epoch;
             where clients attached statistics ``with-statistics``, the number of usable ones.
         """
-        answers, rejections = answers_of(replies, self._asked)
-        keys = self.arrayrecord_key, self.weighted_by_key
-        updates, bad = good_updates(answers, self._model_of, self._sent_to, self.validation, *keys)
         method, options = self.method_of_round(server_round)
-        statistics, unusable = self._statistics(updates, method)
-        measured = [Answer(update.node_id, update.content) for update in updates]
-        fitting, odd = fitting_metrics(measured, keys[1], self.validation.max_examples)
-        rejections += [*bad, *unusable, *odd]
+        received = self._received(replies, method)
+        updates, rejections = received.updates, received.rejections
         self.rejections[server_round] = rejections
         _log_replies("aggregate_train", len(updates), rejections)
         if not updates and not rejections:
             return None, None
-        needed = max(self.min_train_replies, least_clients(_combine_of(method, options)))
+        counts = counts_of(rejections)
+        needed = max(self.min_train_replies, least_clients(combine_of(method, options)))
         if len(updates) < needed:
             text = "aggregate_train: %d good replies in round %s, %d are needed; the model stays"
             log(ERROR, text, len(updates), server_round, needed)
-            return None, _metrics(counts_of(rejections))
-        if wants_statistics(options.get("combine")) and None in statistics:
-            text = "%d of %d replies have no usable statistics; see flwr_fusion.client"
-            log(WARNING, text, statistics.count(None), len(statistics))
-
-        def received(k: int) -> nn.Module:
-            return loaded(self._model_of(updates[k].node_id), updates[k].arrays)
-
-        models = BuiltOnAccess(len(updates), received)
-        weights = [update.weight for update in updates]
-
-        def fuse(target: nn.Module, reference: nn.Module | None) -> FusionResult:
-            fused = self._fuse(method, options, models, weights, statistics, target, reference)
-            return self._refined(server_round, fused, models, weights)
-
+            return None, _metrics(counts)
         try:
-            arrays, report = self._fuse_updates(server_round, fuse)
+            arrays, report = self._fused_round(server_round, received)
         except FusionError as error:
             text = "aggregate_train: round %s cannot be fused, the model stays: %s (clients %s)"
             nodes = {k: update.node_id for k, update in enumerate(updates)}
             log(ERROR, text, server_round, error, nodes)
-            return None, _metrics(counts_of(rejections))
+            return None, _metrics(counts)
         self.reports[server_round] = report
         self.fused_nodes[server_round] = [update.node_id for update in updates]
-        metrics = self._aggregated(self.train_metrics_aggr_fn, fitting)
-        counts: dict[str, float] = dict(counts_of(rejections)) | {"share-moved": report.share_moved}
-        if report.refinement is not None and report.refinement.losses:
-            counts["refinement-loss"] = report.refinement.losses[-1]
-        if any(own is not None for own in statistics):
-            counts["with-statistics"] = sum(own is not None for own in statistics)
-        return arrays, _metrics(counts, metrics)
+        clients = self._aggregated(self.train_metrics_aggr_fn, received.measured)
+        return arrays, _metrics(counts | _figures(report, received.statistics), clients)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -456,6 +450,41 @@ class FusionStrategy(FedAvg):
         """Return the arrays that a node was sent."""
         return self._sent
 
+    def _received(self, replies: Iterable[Message], method: FusionMethod) -> _Received:
+        """Return what is usable of the replies to training, and why the rest is not."""
+        answers, rejections = answers_of(replies, self._asked)
+        keys = self.arrayrecord_key, self.weighted_by_key
+        updates, bad = good_updates(answers, self._model_of, self._sent_to, self.validation, *keys)
+        statistics, unusable = self._statistics(updates, method)
+        measured, odd = fitting_metrics(
+            [Answer(update.node_id, update.content) for update in updates],
+            self.weighted_by_key,
+            self.validation.max_examples,
+        )
+        return _Received(updates, statistics, measured, [*rejections, *bad, *unusable, *odd])
+
+    def _fused_round(
+        self, server_round: int, received: _Received
+    ) -> tuple[ArrayRecord, FusionReport]:
+        """Return the next global model, fused from a round's updates and refined."""
+        method, options = self.method_of_round(server_round)
+        updates, statistics = received.updates, received.statistics
+        if wants_statistics(options.get("combine")) and None in statistics:
+            text = "%d of %d replies have no usable statistics; see flwr_fusion.client"
+            log(WARNING, text, statistics.count(None), len(statistics))
+
+        def model(k: int) -> nn.Module:
+            return loaded(self._model_of(updates[k].node_id), updates[k].arrays)
+
+        models = BuiltOnAccess(len(updates), model)
+        weights = [update.weight for update in updates]
+
+        def fuse(target: nn.Module, reference: nn.Module | None) -> FusionResult:
+            fused = self._fuse(method, options, models, weights, statistics, target, reference)
+            return self._refined(server_round, fused, models, weights)
+
+        return self._fuse_updates(server_round, fuse)
+
     def _fuse_updates(
         self, server_round: int, fuse: Callable[[nn.Module, nn.Module | None], FusionResult]
     ) -> tuple[ArrayRecord, FusionReport]:
@@ -486,7 +515,7 @@ class FusionStrategy(FedAvg):
         """Return what the clients measured; None for a reply without usable statistics."""
         statistics: list[Statistics | None] = []
         rejections: list[Rejection] = []
-        if not _takes(method, "statistics"):
+        if not takes(method, "statistics"):
             return statistics, rejections
         for update in updates:
             try:
@@ -517,7 +546,7 @@ class FusionStrategy(FedAvg):
             "target": target,
             "reference": reference,
         }
-        taken = {name: value for name, value in context.items() if _takes(method, name)}
+        taken = {name: value for name, value in context.items() if takes(method, name)}
         return method(models, weights, **taken, **options)
 
     def _refined(
@@ -561,38 +590,6 @@ def checked_result(result: FusionResult, model: nn.Module) -> ArrayRecord:
     return arrays
 
 
-def _combine_of(method: FusionMethod, options: Mapping[str, Any]) -> object:
-    """Return the rule of combination, which a partial function may hold as well."""
-    return options.get("combine", getattr(method, "keywords", {}).get("combine"))
-
-
-def _takes(method: FusionMethod, name: str) -> bool:
-    return name in inspect.signature(method).parameters
-
-
-def _check_options(method: FusionMethod, options: Mapping[str, Any]) -> None:
-    """Refuse options that the method does not have."""
-    parameters = inspect.signature(method).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    own = {"models", "weights", "example_inputs", "target", "reference", "statistics"}
-    named = {n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    allowed = sorted(named - own)
-    unknown = sorted(options.keys() - set(allowed))
-    if unknown and (not open_ended or own & set(unknown)):
-        raise FusionError(
-            f"unknown arguments {unknown}: neither FedAvg's nor options of the fusion method "
-            f"({', '.join(allowed)})"
-        )
-
-
-def _check_schedule(schedule: Mapping[str, int], options: Mapping[str, Any]) -> None:
-    for name, rounds in schedule.items():
-        if name not in options:
-            raise FusionError(f"only_first_rounds names '{name}', which is no option given")
-        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
-            raise FusionError(f"only_first_rounds['{name}'] must be a number, not {rounds!r}")
-
-
 def _check_replies_wanted(number: int) -> None:
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise FusionError(f"min_train_replies must be at least 1, not {number!r}")
@@ -613,6 +610,16 @@ def checked(checkpoint: Checkpoint, name: str, model: nn.Module) -> ArrayRecord:
             f"the checkpoint of round {checkpoint.server_round} is of another network: {error}"
         ) from error
     return ArrayRecord({key: arrays[key] for key in template})
+
+
+def _figures(report: FusionReport, statistics: Sequence[Statistics | None]) -> dict[str, float]:
+    """Return a round's own metrics, beside the counts of rejections."""
+    figures = {"share-moved": report.share_moved}
+    if report.refinement is not None and report.refinement.losses:
+        figures["refinement-loss"] = report.refinement.losses[-1]
+    if any(own is not None for own in statistics):
+        figures["with-statistics"] = sum(own is not None for own in statistics)
+    return figures
 
 
 def _metrics(counts: Mapping[str, float], clients: MetricRecord | None = None) -> MetricRecord:
