@@ -13,10 +13,14 @@ from flwr_fusion.errors import FusionError
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a tensor, a tuple of arguments or a dict of keyword arguments as both kinds."""
-    if isinstance(inputs, dict):
-        return (), inputs
-    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+    """Return a tensor, a tuple of arguments or a dict of keyword arguments as both kinds, copied.
+
+    A network whose first operation works in place must not change what belongs to the caller.
+    """
+    own = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+    if isinstance(own, dict):
+        return (), own
+    return (tuple(own), {}) if isinstance(own, (tuple, list)) else ((own,), {})
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

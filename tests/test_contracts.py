@@ -508,6 +508,18 @@ def test_inputs_are_not_modified(method: Method, architecture: Architecture) -> 
 
 
 @every_method
+def test_first_operation_in_place_leaves_the_inputs_alone(method: Method) -> None:
+    architecture = named("mlp")
+    inputs = architecture.inputs(SAMPLES)
+    batch = inputs.clone()
+    method(
+        [nn.Sequential(nn.ReLU(inplace=True), architecture.model(seed)) for seed in range(2)],
+        inputs=inputs,
+    )
+    assert torch.equal(inputs, batch)
+
+
+@every_method
 def test_fused_model_can_be_trained(method: Method) -> None:
     architecture = named("small-vgg")
     inputs = architecture.inputs(SAMPLES)
