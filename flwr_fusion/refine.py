@@ -276,38 +276,28 @@ class _Training:
             if held_out is None:
                 raise FusionError("patience= needs held_out=: the data whose loss is watched")
         refined = copy.deepcopy(model)
-        best = _Best(refined) if held_out is not None else None
+        best = _Best(None if held_out is None else partial(self._held_out_loss, held_out))
         losses: list[float] = []
         try:
             optimizer = self.optimizer(refined.parameters())
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
-            if best is not None and held_out is not None:
-                best.add(refined, self._held_out_loss(refined, held_out))
-                if math.isnan(best.losses[0]):
-                    raise FusionError("the loss on held_out is not a number: check the data")
+            best.add(refined, 0)
             for epoch in self._shown(name):
                 losses.append(self._epoch(refined, loader, optimizer, epoch))
                 if self.anneal:
                     scheduler.step()
-                if best is not None and held_out is not None:
-                    best.add(refined, self._held_out_loss(refined, held_out))
-                    if self.patience is not None and best.age >= self.patience:
-                        break
+                best.add(refined, epoch)
+                if self.patience is not None and epoch - best.epoch >= self.patience:
+                    break
         except FusionError:
             raise
         except Exception as error:
             raise FusionError(f"{name}: {type(error).__name__}: {error}") from error
-        if best is not None:
-            refined.load_state_dict(best.state)
+        best.restore(refined)
         squared_norm(detached_state(refined), f"the network after {name}")
         optimizer.zero_grad(set_to_none=True)
-        report = RefinementReport(
-            name,
-            tuple(losses),
-            tuple(best.losses) if best is not None else (),
-            best.epoch if best is not None else len(losses),
-            time.perf_counter() - started,
-        )
+        seconds = time.perf_counter() - started
+        report = RefinementReport(name, tuple(losses), tuple(best.losses), best.epoch, seconds)
         return RefinementResult(refined, report)
 
     def _shown(self, name: str) -> Iterable[int]:
@@ -337,7 +327,7 @@ class _Training:
                 total, seen = total + value * size, seen + size
         return _mean(total, seen, f"epoch {epoch}: the loader")
 
-    def _held_out_loss(self, model: nn.Module, held_out: Iterable[Any]) -> float:
+    def _held_out_loss(self, held_out: Iterable[Any], model: nn.Module) -> float:
         total, seen = 0.0, 0
         with evaluation_mode(model), torch.no_grad():
             for batch in held_out:
@@ -347,27 +337,30 @@ class _Training:
 
 
 class _Best:
-    """The network with the lowest held-out loss so far."""
+    """The network to return: the one with the lowest held-out loss, or the last one."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, held_out_loss: Callable[[nn.Module], float] | None) -> None:
         self.losses: list[float] = []
         self.epoch = 0
-        self._remember(model)
+        self._held_out_loss = held_out_loss
+        self._state: dict[str, Any] | None = None
 
-    @property
-    def age(self) -> int:
-        """Epochs since the best one."""
-        return len(self.losses) - 1 - self.epoch
+    def add(self, model: nn.Module, epoch: int) -> None:
+        """Remember the network of an epoch if it is the best so far."""
+        if self._held_out_loss is None:
+            self.epoch = epoch
+            return
+        self.losses.append(self._held_out_loss(model))
+        if math.isnan(self.losses[0]):
+            raise FusionError("the loss on held_out is not a number: check the data")
+        if epoch == 0 or self.losses[-1] < self.losses[self.epoch]:  # A NaN is never lower.
+            self.epoch = epoch
+            self._state = copy.deepcopy(model.state_dict())
 
-    def add(self, model: nn.Module, loss: float) -> None:
-        """Note the loss of one more epoch."""
-        self.losses.append(loss)
-        if loss < self.losses[self.epoch]:  # A NaN is never lower.
-            self.epoch = len(self.losses) - 1
-            self._remember(model)
-
-    def _remember(self, model: nn.Module) -> None:
-        self.state = copy.deepcopy(model.state_dict())
+    def restore(self, model: nn.Module) -> None:
+        """Give a network the values of the best one."""
+        if self._state is not None:
+            model.load_state_dict(self._state)
 
 
 @dataclass(frozen=True)
