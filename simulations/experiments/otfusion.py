@@ -415,7 +415,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "pruning-mlp",
-        "Structured pruning of an MLP, with and without fusion of the dense network",
+        "Pruning an MLP, with and without fusion of the dense network",
         f"{PAPER}, section on structured pruning",
         partial(pruning, lambda bench: (bench.scale.mlp, bench.scale.mnist_part)),
         "sparsity",
@@ -424,7 +424,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "pruning-vgg",
-        "Structured pruning of a VGG without biases, with and without fusion of the dense network",
+        "Pruning a VGG without biases, with and without fusion of the dense network",
         f"{PAPER}, section on structured pruning",
         partial(pruning, lambda bench: (bench.scale.pruned_vgg, bench.scale.cifar), bias=False),
         "sparsity",
@@ -434,7 +434,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "pruning-vgg-biases",
-        "Structured pruning of a VGG with biases, with and without fusion of the dense network",
+        "Pruning a VGG with biases, with and without fusion of the dense network",
         f"{PAPER}, section on structured pruning, whose networks have no biases",
         partial(pruning, lambda bench: (bench.scale.pruned_vgg, bench.scale.cifar)),
         "sparsity",
