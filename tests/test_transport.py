@@ -194,6 +194,41 @@ def test_unbalanced_with_strict_marginals_is_sinkhorn() -> None:
     torch.testing.assert_close(strict.mass, balanced.mass, rtol=1e-2, atol=1e-4)
 
 
+@given(st.integers(2, 5), st.integers(2, 5), seeds, st.sampled_from([0.05, 0.2]))
+def test_unbalanced_plan_is_the_fixed_point_of_its_iteration(
+    m: int, n: int, seed: int, regularisation: float
+) -> None:
+    cost = random_cost(m, n, seed)
+    a, b = random_masses(m, seed + 1), random_masses(n, seed + 2)
+    a[0] = 0
+    plan = solve(cost, Solver("unbalanced", regularisation), a, b)
+    assert isinstance(plan, Plan)
+    expected = iterated(cost, a / a.sum(), b / b.sum(), regularisation, relaxation=1.0)
+    torch.testing.assert_close(plan.mass, expected, rtol=1e-3, atol=1e-6)
+
+
+def iterated(
+    cost: Tensor, a: Tensor, b: Tensor, regularisation: float, relaxation: float
+) -> Tensor:
+    """Return the unbalanced plan by the iteration of Chizat et al. 2018, in logarithms."""
+    scaled = cost.double() - cost.min()
+    scaled = scaled / scaled.mean()
+    log_a, log_b = a.double().log(), b.double().log()
+    f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
+    damping = relaxation / (relaxation + regularisation)
+    for _ in range(2000):
+        f = -damping * regularisation * ((g - scaled) / regularisation + log_b).logsumexp(1)
+        onto = (f[:, None] - scaled) / regularisation + log_a[:, None]
+        g = -damping * regularisation * onto.logsumexp(0)
+    joint = (f[:, None] + g - scaled) / regularisation
+    return (joint + log_a[:, None] + log_b).exp()
+
+
+def test_unbalanced_that_does_not_converge_is_refused() -> None:
+    with pytest.raises(FusionError, match="larger regularisation"):
+        solve(random_cost(4, 5, 0), Solver("unbalanced", regularisation=1e-4))
+
+
 def test_unbalanced_leaves_out_what_is_far_from_everything() -> None:
     cost = random_cost(4, 4, 2)
     cost[3] = cost[3] + 20
@@ -235,7 +270,7 @@ def test_bad_masses_are_refused(mass: Tensor, message: str) -> None:
 @pytest.mark.parametrize("value", [0.0, 1e-6, torch.nan])
 def test_plan_that_lost_its_mass_is_refused(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def underflow(a: Any, b: Any, cost: NDArray[np.float64], *_: Any, **__: Any) -> Any:
-        return np.full_like(cost, value)
+        return np.full_like(cost, value), {"err": [0.0]}
 
     monkeypatch.setattr("ot.unbalanced.sinkhorn_unbalanced", underflow)
     with pytest.raises(FusionError, match="mass"):

@@ -172,13 +172,33 @@ def _entropic(
                     "use a larger regularisation, or solver='exact'"
                 )
         else:
-            plan = ot.unbalanced.sinkhorn_unbalanced(
-                a,
-                b,
-                shifted,
-                solver.regularisation,
-                solver.marginal_relaxation,
-                method="sinkhorn_stabilized",
-                numItermax=10_000,
-            )
+            plan = _unbalanced(a, b, shifted, solver)
     return np.asarray(plan)
+
+
+def _unbalanced(
+    a: NDArray[np.float64], b: NDArray[np.float64], cost: NDArray[np.float64], solver: Solver
+) -> NDArray[np.float64]:
+    import ot
+
+    # POT takes the logarithm of the masses.
+    massive = np.ix_(a > 0, b > 0)
+    plan = np.zeros_like(cost)
+    # Of POT's methods the default one takes long where the marginals are strict, and the stabilised
+    # one stops far from the optimum.
+    plan[massive], log = ot.unbalanced.sinkhorn_unbalanced(
+        a[a > 0],
+        b[b > 0],
+        cost[massive],
+        solver.regularisation,
+        solver.marginal_relaxation,
+        method="sinkhorn_translation_invariant",
+        numItermax=10_000,
+        log=True,
+    )
+    # There are no changes where the very first iteration has failed.
+    if not log["err"] or not log["err"][-1] < 1e-5:
+        raise FusionError(
+            "unbalanced transport did not converge: use a larger regularisation, or solver='exact'"
+        )
+    return plan
