@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +36,14 @@ from tests.test_strategy import (
 )
 
 Spoil = Callable[[RecordDict], None]
+
+
+def test_clients_import_no_solver() -> None:
+    # A real client is a new process in every round; they would double what is added to torch.
+    code = "import sys, flwr_fusion.client; print({'ot', 'scipy.optimize'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "set()"
 
 
 def app_with_statistics(spoil: Spoil | None = None, without: tuple[int, ...] = ()) -> ClientApp:

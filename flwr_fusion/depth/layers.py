@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import ot
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -385,6 +384,8 @@ def _channels(activations: Tensor) -> Tensor:
 
 def _wasserstein_distance(ours: Tensor, theirs: Tensor) -> float:
     """Return the 1-Wasserstein distance of two sets of channels, root mean square per sample."""
+    import ot
+
     if ours.shape[1] != theirs.shape[1]:
         raise FusionError(
             f"their outputs have {ours.shape[1]} and {theirs.shape[1]} positions on the calibration"

@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from flwr_fusion.errors import FusionError
@@ -100,6 +99,10 @@ def solve(
 
 def _assignment(cost: NDArray[np.float64]) -> Selection:
     """Return the cheapest injection of client channels into fused channels; overwrites the cost."""
+    # Solvers are imported where they are used: they take longer than all else here, at every start
+    # of a client that needs none.
+    from scipy.optimize import linear_sum_assignment
+
     fused_size, client_size = cost.shape
     nearest = torch.from_numpy(cost).argmin(0).numpy()
     # Where every client channel's own best place is free, no assignment can be cheaper.
@@ -132,7 +135,6 @@ def _exact_plan(
     cost: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return the optimal plan, certified by its dual potentials."""
-    # POT takes longer to import than all else here, at every start of a client that needs none.
     import ot
 
     iterations = max(1_000_000, 100 * cost.size)
