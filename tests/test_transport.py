@@ -278,8 +278,8 @@ def test_plan_that_lost_its_mass_is_refused(value: float, monkeypatch: pytest.Mo
 
 
 def test_sinkhorn_that_did_not_converge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(a: Any, b: Any, cost: NDArray[np.float64], *_: Any, **__: Any) -> Any:
-        return np.outer(a, b) * np.array([[1.5], [0.75], [0.75]])
+    def stopped(a: Tensor, b: Tensor, cost: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.outer(a, b) * torch.tensor([[1.5], [0.75], [0.75]])
 
     monkeypatch.setattr("ot.sinkhorn", stopped)
     with pytest.raises(FusionError, match="converge"):

@@ -158,15 +158,14 @@ def _entropic(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if solver.name == "sinkhorn":
+            # As tensors: POT takes a fifth of the time for them.
             plan = ot.sinkhorn(
-                a,
-                b,
-                shifted,
+                *map(torch.from_numpy, (a, b, shifted)),
                 solver.regularisation,
                 method="sinkhorn_log",
                 numItermax=10_000,
                 stopThr=1e-5,
-            )
+            ).numpy()
             error = float(np.abs(plan.sum(0) - b).sum() + np.abs(plan.sum(1) - a).sum())
             if not error < 1e-2:
                 raise FusionError(
