@@ -23,7 +23,8 @@ import pytest
 
 from tests.conftest import REPOSITORY, SIMULATIONS
 from tests.grid import InProcessGrid
-from tests.test_simulations import DEFAULTS, free_ports
+from tests.services import HANGS, free_ports, printed_by
+from tests.test_simulations import DEFAULTS
 
 GUIDE = REPOSITORY / "docs" / "deployment.md"
 SERVICES = ("flower-superlink", "flower-supernode")
@@ -32,9 +33,6 @@ REFUSED = "Exit Code: 305"
 CONFIG = 'partition="own" local-epochs=5 models="mlp-64-32" num-server-rounds=2'
 ASKED = "Receiving: train message"
 """What a SuperNode's log says when it is asked to train."""
-HANGS = 300
-"""Seconds after which a command hangs; beside other tests on two cores the longest one took 85."""
-
 # Put into a copy of the app: one site's replies become garbage.
 SABOTAGE = """
     if "hospital-c" in site.name:
@@ -77,23 +75,8 @@ class Federation:
 
     def run(self, command: str) -> str:
         """Run commands of the guide to their end, and return what they print."""
-        try:
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", self._here(command)],
-                cwd=self.folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=HANGS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as hung:
-            printed = (hung.stdout or b"").decode(errors="replace")
-            pytest.fail(f"{command} did not end in {HANGS} seconds:\n{printed}{self.logs()}")
-        assert done.returncode == 0, done.stdout + self.logs()
-        return done.stdout
+        arguments = ["bash", "-euo", "pipefail", "-c", self._here(command)]
+        return printed_by(arguments, self.folder, self.environment, self.logs)
 
     def start(self, command: str) -> subprocess.Popen[bytes]:
         """Start a command that does not end, in a process group of its own."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from torch import Tensor
 from flwr_fusion.strategy import Distillation, FusionStrategy
 from tests.conftest import SIMULATIONS
 from tests.grid import InProcessGrid
+from tests.services import free_ports, printed_by
 
 sys.path.insert(0, str(SIMULATIONS))
 
@@ -421,20 +419,8 @@ class LocalFlower:
             "OMP_NUM_THREADS": "1",
         }
 
-    def __call__(self, *arguments: str, timeout: float = 240) -> str:
-        finished = subprocess.run(
-            ["flwr", *arguments],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        assert finished.returncode == 0, finished.stdout
-        return finished.stdout
+    def __call__(self, *arguments: str) -> str:
+        return printed_by(["flwr", *arguments], self.folder, self.environment)
 
     def json(self, *arguments: str) -> Any:
         printed = self(*arguments, "--format", "json")
@@ -468,22 +454,6 @@ class LocalFlower:
         ]
 
 
-def free_ports(count: int) -> list[int]:
-    # Below those that the system gives to connections: one of these could be taken before a service
-    # listens on it.
-    candidates = random.SystemRandom().sample(range(20_000, 32_000), 1000)
-    return list(islice(filter(is_free, candidates), count))
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as held:
-        try:
-            held.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
 @pytest.fixture
 def flower(tmp_path: Path) -> Iterator[LocalFlower]:
     started = LocalFlower(tmp_path)
@@ -493,7 +463,7 @@ def flower(tmp_path: Path) -> Iterator[LocalFlower]:
         started.stop()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_flwr_run(flower: LocalFlower, tmp_path: Path) -> None:
     results = tmp_path / "results"
     config = f'local-epochs=5 models="mlp-64-32" num-server-rounds=2 output-dir="{results}"'
