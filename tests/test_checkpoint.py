@@ -46,6 +46,11 @@ def run(
     return strategy(folder, **options).start(grid, start, rounds, evaluate_fn=evaluate_fn)
 
 
+def names_in(folder: Path) -> list[str]:
+    """Return what is in a folder of checkpoints, but for its lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
 # --- Killed ---------------------------------------------------------------------------------------
 
 
@@ -134,6 +139,15 @@ def test_cut_off_evaluation_is_made_up_for(tmp_path: Path) -> None:
         run(tmp_path, 3, evaluate_fn=killed)
     result = run(tmp_path, 3, evaluate_fn=lambda r, a: MetricRecord({"x": r}), resume=True)
     assert result.evaluate_metrics_serverapp == {r: {"x": r} for r in range(4)}
+
+
+def test_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
+    def start_another(server_round: int, arrays: ArrayRecord) -> None:
+        with pytest.raises(ff.FusionError, match=r"another run .* to .*: wait until"):
+            run(tmp_path, 3, resume=True)
+
+    run(tmp_path, 1, evaluate_fn=start_another)
+    assert sorted(run(tmp_path, 2, resume=True).train_metrics_clientapp) == [1, 2]
 
 
 def test_other_network_is_refused(tmp_path: Path) -> None:
@@ -323,7 +337,7 @@ def test_number_of_checkpoints_is_bounded(tmp_path: Path) -> None:
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
     run(tmp_path, 5, keep_checkpoints=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00004", "round-00005"]
+    assert names_in(tmp_path) == ["round-00004", "round-00005"]
     # All metrics are in the last one.
     result = run(tmp_path, 5, resume=True)
     assert sorted(result.train_metrics_clientapp) == [1, 2, 3, 4, 5]
@@ -334,11 +348,7 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "round-old").mkdir()
     run(tmp_path, 2, keep_checkpoints=1)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "notes.txt",
-        "round-00002",
-        "round-old",
-    ]
+    assert names_in(tmp_path) == ["notes.txt", "round-00002", "round-old"]
 
 
 def test_damaged_later_rounds_do_not_push_whole_ones_out(tmp_path: Path) -> None:

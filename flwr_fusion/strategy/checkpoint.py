@@ -8,7 +8,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import WARNING
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from filelock import FileLock, Timeout
 from flwr.app import Array, ArrayRecord, MetricRecord
 from flwr.common import log
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ _FORMAT = 1
 _DESCRIPTION = "checkpoint.json"
 _ROUND = "round-"
 _UNFINISHED = ".unfinished-"
+_LOCK = ".lock"
 _LONGEST_NAME = 100
 
 Metrics = dict[int, MetricRecord]
@@ -102,13 +105,33 @@ class CheckpointFolder:
         found = [(name, int(number)) for name, number in names if number.isdecimal()]
         return sorted(number for name, number in found if self._folder(number).name == name)
 
-    def create(self) -> None:
-        """Make the folder; refuse one that cannot be written to."""
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Make the folder and keep it for one run; refuse it if that cannot be had.
+
+        The system ends the reservation of a process that is killed.
+
+        Raises
+        ------
+        FusionError
+            If the folder cannot be written to, or another run has it.
+        """
+        lock = FileLock(self.path / _LOCK, timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self.path).cleanup()
+            lock.acquire()
+        except Timeout as error:
+            raise FusionError(
+                f"another run writes its checkpoints to {self.path}: wait until it has ended, or "
+                "choose another checkpoint_dir"
+            ) from error
         except OSError as error:
             raise FusionError(f"checkpoint_dir {self.path} cannot be written: {error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and delete those that are too old."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from logging import ERROR, INFO, WARNING
@@ -102,7 +103,7 @@ class FusionStrategy(FedAvg):
         A round with fewer good replies, or fewer than the method needs, keeps the last good model.
     checkpoint_dir : str or Path, optional
         Folder in which every round leaves a checkpoint: a safetensors file for each architecture,
-        and JSON with metrics, rejections, report and hashes.
+        and JSON with metrics, rejections, report and hashes. One run at a time may use it.
     resume : bool
         Go on from the latest whole checkpoint in `checkpoint_dir`, where there is one.
     keep_checkpoints : int
@@ -230,20 +231,20 @@ class FusionStrategy(FedAvg):
         ------
         FusionError
             If the arrays do not fit the model, if there are checkpoints and `resume` is not set,
-            or if none of them is whole or the latest is of another network.
+            if none of them is whole or the latest is of another network, or if another run writes
+            to their folder.
         """
-        done = self._checkpoint_to_resume()
-        if done is not None:
-            initial_arrays = self._restored(done)
         self._had_nodes = False
-        return run_of(self, self._checkpoints, done).rounds_of(
-            cast(Grid, PatientGrid(grid, Patience(timeout))),
-            initial_arrays,
-            num_rounds,
-            evaluate_fn,
-            train_config=train_config,
-            evaluate_config=evaluate_config,
-        )
+        with nullcontext() if self._checkpoints is None else self._checkpoints.reserved():
+            done = self._checkpoint_to_resume()
+            return run_of(self, self._checkpoints, done).rounds_of(
+                cast(Grid, PatientGrid(grid, Patience(timeout))),
+                initial_arrays if done is None else self._restored(done),
+                num_rounds,
+                evaluate_fn,
+                train_config=train_config,
+                evaluate_config=evaluate_config,
+            )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -359,7 +360,6 @@ class FusionStrategy(FedAvg):
     def _checkpoint_to_resume(self) -> Checkpoint | None:
         if self._checkpoints is None:
             return None
-        self._checkpoints.create()
         if self.resume:
             return self._checkpoints.latest()
         rounds = self._checkpoints.rounds()
