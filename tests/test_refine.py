@@ -400,6 +400,7 @@ def test_a_refinement_that_fails_leaves_the_fused_model(
     assert strategy.reports[1].refinement is None
     assert "round 1: the fused model is not refined" in flower_log.text
     assert message in flower_log.text
+    assert f"(clients {dict(enumerate(strategy.fused_nodes[1]))})" in flower_log.text
     for name, array in kept.arrays.items():
         torch.testing.assert_close(
             torch.from_numpy(array.numpy()), torch.from_numpy(plain.arrays[name].numpy())

@@ -310,8 +310,7 @@ class FusionStrategy(FedAvg):
             arrays, report = self._fused_round(server_round, received)
         except FusionError as error:
             text = "aggregate_train: round %s cannot be fused, the model stays: %s (clients %s)"
-            nodes = {k: update.node_id for k, update in enumerate(updates)}
-            log(ERROR, text, server_round, error, nodes)
+            log(ERROR, text, server_round, error, _nodes_of(updates))
             return None, _metrics(counts)
         self.reports[server_round] = report
         self.fused_nodes[server_round] = [update.node_id for update in updates]
@@ -481,7 +480,7 @@ class FusionStrategy(FedAvg):
 
         def fuse(target: nn.Module, reference: nn.Module | None) -> FusionResult:
             fused = self._fuse(method, options, models, weights, statistics, target, reference)
-            return self._refined(server_round, fused, models, weights)
+            return self._refined(server_round, fused, models, updates)
 
         return self._fuse_updates(server_round, fuse)
 
@@ -554,22 +553,23 @@ class FusionStrategy(FedAvg):
         server_round: int,
         fused: FusionResult,
         models: Sequence[nn.Module],
-        weights: Sequence[float],
+        updates: Sequence[Update],
     ) -> FusionResult:
         """Return the result of a fusion after the round's refinement."""
         if self.refine is None or server_round not in self.refine.rounds:
             return fused
         try:
             # A copy: what fails half-way must not have touched the fused model.
+            weights = [update.weight for update in updates]
             refined = self.refine.refined(copy.deepcopy(fused.model), models, weights)
             # In the fused model's own types, whatever the step has made of them.
             model = with_state(fused.model, refined.model.state_dict())
             result = FusionResult(model, replace(fused.report, refinement=refined.report))
             checked_result(result, fused.model)
         except Exception as error:  # The step may be the user's; the round must not be lost.
-            text = "round %s: the fused model is not refined: %s"
+            text = "round %s: the fused model is not refined: %s (clients %s)"
             reason = error if isinstance(error, FusionError) else repr(error)
-            log(ERROR, text, server_round, reason)
+            log(ERROR, text, server_round, reason, _nodes_of(updates))
             return fused
         return result
 
@@ -588,6 +588,11 @@ def checked_result(result: FusionResult, model: nn.Module) -> ArrayRecord:
     except RejectedReply as error:
         raise FusionError(f"the fused model cannot be used: {error}") from error
     return arrays
+
+
+def _nodes_of(updates: Sequence[Update]) -> dict[int, int]:
+    """Return the nodes of a round's clients by number, for messages that name a client."""
+    return {k: update.node_id for k, update in enumerate(updates)}
 
 
 def _check_replies_wanted(number: int) -> None:
