@@ -213,7 +213,7 @@ def test_label_skill(special: int) -> None:
 def test_label_skill_is_for_two_clients(partitions: int) -> None:
     with pytest.raises(ValueError, match=rf"exactly 2 nodes, got {partitions}"):
         partition_indices(labels_of(), settings_of(), partitions)
-    with pytest.raises(ValueError, match="num-supernodes=2"):
+    with pytest.raises(ValueError, match='--federation-config "num-supernodes=2"'):
         check_label_skill(partitions)
 
 

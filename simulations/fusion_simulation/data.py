@@ -240,7 +240,8 @@ def check_label_skill(partitions: int) -> None:
     if partitions != 2:
         raise ValueError(
             f"partition='label-skill' divides the data between exactly 2 nodes, got {partitions}; "
-            "use partition='dirichlet' or 'iid', or set num-supernodes=2"
+            "use partition='dirichlet' or 'iid', or run with "
+            '--federation-config "num-supernodes=2"'
         )
 
 
