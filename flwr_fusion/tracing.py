@@ -326,9 +326,35 @@ class _GroupBuilder:
             if tensor not in self.state:
                 continue
             length = self.state[tensor].shape[axis]
-            blocks = _blocks(positions_of, length) if not writes else positions_of
-            places.append((Place(tensor, axis, nothing, writes), blocks))
+            own = positions_of
+            if not writes:
+                flattened = self._channels_flattened(item.module)
+                own = _blocks(positions_of, length, flattened)
+            places.append((Place(tensor, axis, nothing, writes), own))
         return places
+
+    def _channels_flattened(self, layer: Any) -> int:
+        """Return the width of the activation that is reshaped before a layer reads it.
+
+        Concatenated channels count together; 0 where nothing is reshaped.
+        """
+        pending = [(node, False) for node in self.graph.module2node[layer].inputs]
+        seen: set[tuple[Any, bool]] = set()
+        while pending:
+            node, reshaped = pending.pop()
+            if (node, reshaped) in seen:
+                continue
+            seen.add((node, reshaped))
+            if node.type == tp.ops.OPTYPE.CONCAT:
+                if reshaped:
+                    return sum(size or 0 for size in node.module.concat_sizes or ())
+            elif node.module in self.names:
+                if reshaped:
+                    return self.graph.get_out_channels(node.module) or 0
+            else:
+                reshaped = reshaped or node.type == tp.ops.OPTYPE.RESHAPE
+                pending += [(before, reshaped) for before in node.inputs]
+        return 0
 
     def _axes(self, item: _Traced) -> list[tuple[str, int, bool]]:
         """Return (tensor, axis, writes) for the axes of the item's module that are meant."""
@@ -394,18 +420,19 @@ def _is_depthwise(module: nn.modules.conv._ConvNd) -> bool:
     return module.groups == module.in_channels == module.out_channels > 1
 
 
-def _blocks(positions_of: dict[int, list[int]], length: int) -> dict[int, list[int]]:
+def _blocks(
+    positions_of: dict[int, list[int]], length: int, flattened: int
+) -> dict[int, list[int]]:
     """Widen single positions to blocks of columns where a flatten was not traced.
 
     torch-pruning knows the flatten of four-dimensional activations only; after a Conv1d or Conv3d
-    it leaves one position per channel although each channel became ``length / n`` columns.
+    it leaves one position per channel although each of the ``flattened`` channels became
+    ``length / flattened`` columns.
     """
-    n = len(positions_of)
     single = all(len(positions) == 1 for positions in positions_of.values())
-    covered = {p for positions in positions_of.values() for p in positions}
-    if not single or length == n or length % n or covered != set(range(n)):
+    if not single or not flattened or length % flattened:
         return positions_of
-    block = length // n
+    block = length // flattened
     return {c: list(range(p * block, (p + 1) * block)) for c, (p,) in positions_of.items()}
 
 

@@ -119,6 +119,26 @@ class ConcatAndSum(nn.Module):
         return out
 
 
+class UNet(nn.Module):
+    """Two scales, whose activations of equal width are concatenated, the deeper ones first."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(2, width, 3, padding=1)
+        self.bottom = nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.up = nn.ConvTranspose2d(2 * width, width, 2, 2)
+        self.merge = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.head = nn.Conv2d(width, CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = torch.relu(self.down(x))
+        coarse = self.up(torch.relu(self.bottom(torch.max_pool2d(fine, 2))))
+        joined = torch.relu(self.norm(self.merge(torch.cat([coarse, fine], 1))))
+        out: Tensor = self.head(joined).mean((2, 3))
+        return out
+
+
 class LinearAttention(nn.Module):
     """Self-attention written by hand from nn.Linear layers, between two linear layers."""
 
@@ -358,6 +378,7 @@ SMALL = [
     Architecture("small-vgg", SmallVGG, images(3, 8), lambda: SmallVGG(12)),
     Architecture("conv1d-groupnorm", Conv1dGroupNorm, sequences(3, 8)),
     Architecture("concat-and-sum", ConcatAndSum, images(2, 5), lambda: ConcatAndSum(9)),
+    Architecture("u-net", UNet, images(2, 8), lambda: UNet(9)),
     Architecture("layernorm-mlp", LayerNormMLP, flat(20)),
     Architecture("linear-attention", LinearAttention, sequences(4, 5)),
     Architecture("multihead-block", MultiheadBlock, sequences(4, 5)),

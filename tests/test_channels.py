@@ -133,6 +133,37 @@ def test_sum_joins_and_concatenation_separates() -> None:
         assert torch.equal(second.flatten(), torch.arange(6, 14))
 
 
+def test_concatenated_branches_of_equal_width_have_their_own_columns() -> None:
+    groups = traced("u-net")
+    assert summary(groups) == {
+        "input of down": (2, INPUT),
+        "down": (6, ""),
+        "bottom": (12, ""),
+        "up": (6, ""),
+        "merge": (6, ""),
+        "head": (10, OUTPUT),
+    }
+    for name, first in (("up", 0), ("down", 6)):
+        read = place_of(groups[name], "merge.weight", 1).positions
+        assert torch.equal(read.flatten(), torch.arange(first, first + 6))
+
+
+def test_concatenation_with_the_input_is_no_flatten() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.head = nn.Linear(6, 6), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(torch.cat([torch.relu(self.hidden(x)), x], 1))
+            return out
+
+    graph = verified_graph(Joined(), torch.randn(2, 6))
+    hidden = next(group for group in graph.groups if group.name == "hidden")
+    assert not hidden.fixed
+    assert torch.equal(place_of(hidden, "head.weight", 1).positions.flatten(), torch.arange(6))
+
+
 def test_inside_of_hand_written_heads_is_fixed() -> None:
     groups = traced("linear-attention")
     assert summary(groups) == {
