@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,8 +109,10 @@ def trace_groups(model: nn.Module, inputs: Any) -> tuple[list[ChannelGroup], fro
         The groups in forward order, and the layers that are called.
     """
     order = _call_order(model, inputs)
-    graph, output_layers = _dependency_graph(model, inputs)
-    groups = _without_conflicts(_GroupBuilder(model, graph, output_layers, order).groups())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # What torch-pruning gives up is found out below.
+        graph, output_layers = _dependency_graph(model, inputs)
+        groups = _without_conflicts(_GroupBuilder(model, graph, output_layers, order).groups())
     groups += _input_groups(model, groups, order)
     groups.sort(key=lambda group: _position_in_forward(group, order))
     layers = {name for name, m in model.named_modules() if isinstance(m, _ROOT_LAYERS)}
@@ -151,8 +154,7 @@ def _dependency_graph(model: nn.Module, inputs: Any) -> tuple[tp.DependencyGraph
     # Its LSTM pruner fails; without it the parameters are bare ones and their groups are fixed.
     graph.REGISTERED_PRUNERS.pop(tp.ops.OPTYPE.LSTM)
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.enable_grad():
             graph.build_dependency(
                 model,
                 example_inputs=inputs,
@@ -162,9 +164,35 @@ def _dependency_graph(model: nn.Module, inputs: Any) -> tuple[tp.DependencyGraph
             )
     except Exception as error:
         raise FusionError(
-            f"the channels of {type(model).__name__} cannot be traced: {error}"
+            f"the channels of {type(model).__name__} cannot be traced: torch-pruning fails on one "
+            f"of its operations, perhaps a channel shuffle ({type(error).__name__}: {error})"
         ) from error
+    longest = max(max(p.shape, default=1) for p in model.parameters())
+    for node in graph.module2node.values():
+        for dependency in node.dependencies:
+            dependency.index_mapping = _BoundedMappings(dependency.index_mapping, longest)
     return graph, {module for module, node in graph.module2node.items() if node.grad_fn in roots}
+
+
+class _BoundedMappings(list[Any]):
+    """Torch-pruning's mappings of positions, which refuse to make more than any tensor has.
+
+    Where a reshape does something else than it takes it for, as the shifted windows of Swin, every
+    turn of a residual stream multiplies the positions, without an end.
+    """
+
+    def __init__(self, mappings: Iterable[Any], longest: int) -> None:
+        super().__init__(mappings)
+        self._longest = longest
+
+    def __iter__(self) -> Iterator[Any]:
+        return (mapping and partial(self._bounded, mapping) for mapping in super().__iter__())
+
+    def _bounded(self, mapping: Callable[[Any], list[Any]], positions: Any) -> list[Any]:
+        mapped = mapping(positions)
+        if len(mapped) > self._longest:
+            raise IndexError(f"{len(mapped)} positions on an axis of at most {self._longest}")
+        return mapped
 
 
 @dataclass

@@ -164,6 +164,14 @@ def test_concatenation_with_the_input_is_no_flatten() -> None:
     assert torch.equal(place_of(hidden, "head.weight", 1).positions.flatten(), torch.arange(6))
 
 
+def test_shifted_windows_end_and_only_what_they_hide_is_fixed() -> None:
+    # torch-pruning by itself never ends here.
+    swin = tv.SwinTransformer([4, 4], 8, [2, 2], [1, 2], [4, 4], num_classes=5)
+    graph = verified_graph(swin, torch.randn(1, 3, 64, 64))
+    free = {group.name for group in graph.groups if not group.fixed}
+    assert free == {f"features.{stage}.{block}.mlp.0" for stage in (1, 3) for block in (0, 1)}
+
+
 def test_inside_of_hand_written_heads_is_fixed() -> None:
     groups = traced("linear-attention")
     assert summary(groups) == {
