@@ -8,7 +8,9 @@ scales, running statistics, all branches of a residual sum. Groups are found by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.inputs import moved_to
-from flwr_fusion.probe import output_vector, prepared_copy, random_state
-from flwr_fusion.tracing import ChannelGroup, Place, owner_of, trace_groups
+from flwr_fusion.probe import is_close, output_vector, prepared_copy, random_state
+from flwr_fusion.tracing import ChannelGroup, Place, idle_layers, owner_of, trace_groups
 
 # Of long lists in messages.
 _LISTED = 4
@@ -102,6 +104,7 @@ class ChannelGraph:
             return not float((output - expected).norm()) <= 1e-3 * float(expected.norm())
 
         if not changes(permutations):
+            self._check_idle_layers(state, permutations)
             return
         wrong = [g for g in free if changes({g.name: permutations[g.name]})]
         listed = "; ".join(
@@ -114,6 +117,39 @@ class ChannelGraph:
             f"{listed}{more} changes its output. The network uses these channels in a way that "
             "cannot be traced (for example a channel shuffle or a flatten after a transpose)."
         )
+
+    def _check_idle_layers(self, state: Mapping[str, Tensor], chosen: dict[str, Tensor]) -> None:
+        """Refuse layers that run in training only and read channels; warn of those that never run.
+
+        The trace sees what runs in evaluation mode.
+        """
+        model, inputs = self._model, self._example_inputs
+        never = idle = idle_layers(model, inputs)
+        if not idle:
+            return
+        with _written_for_training(model):
+            try:
+                never = idle_layers(model, inputs)
+                same = never == idle or is_close(
+                    output_vector(model, self.permute(state, chosen), inputs),
+                    output_vector(model, state, inputs),
+                )
+            except FusionError:  # It needs more than the inputs, such as labels.
+                never, same = idle, True
+        if not same:
+            trained = sorted(set(idle) - set(never))
+            raise FusionError(
+                f"layers of {type(model).__name__} run in training only ({_shortened(trained)}) "
+                "and read channels of the others: what they read cannot be traced. Take them out "
+                "of the networks that are fused, or let them run in evaluation as well"
+            )
+        if never:
+            warnings.warn(
+                f"layers of {type(model).__name__} do not run on the example inputs "
+                f"({_shortened(never)}): they are averaged by index, which is wrong if they read "
+                "channels of the others",
+                stacklevel=2,
+            )
 
     def activation_places(self, group: ChannelGroup) -> list[tuple[str, Tensor]]:
         """Return the layers whose outputs are pre-activations of a group, with its positions.
@@ -165,6 +201,22 @@ class ChannelGraph:
                 index[place.positions.flatten()] = place.positions[order].flatten()
                 permuted[place.tensor] = tensor.index_select(place.axis, index.to(tensor.device))
         return permuted
+
+
+@contextmanager
+def _written_for_training(model: nn.Module) -> Iterator[None]:
+    """Let a network in evaluation mode take its own branches for training.
+
+    PyTorch's modules stay in evaluation: dropout draws other masks for permuted channels.
+    """
+    own = [m for m in model.modules() if not type(m).__module__.startswith("torch.nn.")]
+    for module in own:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in own:
+            module.training = False
 
 
 def _shortened(names: list[str]) -> str:

@@ -31,11 +31,30 @@ def check_option(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise FusionError(f"{name} must be one of {allowed}, not {value!r}")
 
 
+def check_networks(networks: Any, name: str) -> None:
+    """Refuse what is no sequence of networks, and an empty one."""
+    if isinstance(networks, nn.Module) and not isinstance(networks, nn.ModuleList):
+        raise FusionError(f"{name} must be a sequence of networks, not a single one")
+    if not isinstance(networks, (Sequence, nn.ModuleList)):
+        raise FusionError(f"{name} must be a list of networks, not {type(networks).__name__}")
+    if len(networks) == 0:
+        raise FusionError(f"there are no {name}")
+    # Other sequences build their networks when they are asked for.
+    for k, network in enumerate(networks if isinstance(networks, (list, tuple)) else ()):
+        if not isinstance(network, nn.Module):
+            raise FusionError(
+                f"{name}[{k}] must be a network, not {type(network).__name__}: load the values "
+                "of a state dict into a network first"
+            )
+
+
 def shares_of(models: Sequence[nn.Module], weights: Sequence[float] | None) -> list[float]:
     """Return the clients' weights divided by their sum."""
-    if len(models) == 0:
-        raise FusionError("there are no models to fuse")
-    weights = [1.0] * len(models) if weights is None else [float(w) for w in weights]
+    check_networks(models, "models")
+    try:
+        weights = [1.0] * len(models) if weights is None else [float(w) for w in weights]
+    except (TypeError, ValueError) as error:
+        raise FusionError(f"weights must be numbers, not {weights!r:.60}") from error
     if len(weights) != len(models):
         raise FusionError(f"there are {len(models)} models but {len(weights)} weights")
     for k, weight in enumerate(weights):

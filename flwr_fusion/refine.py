@@ -24,7 +24,13 @@ from flwr_fusion.inputs import (
     moved_to,
     training_mode,
 )
-from flwr_fusion.prepare import check_option, detached_state, shares_of, squared_norm
+from flwr_fusion.prepare import (
+    check_networks,
+    check_option,
+    detached_state,
+    shares_of,
+    squared_norm,
+)
 
 ENSEMBLES = ("probabilities", "logits")
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -224,8 +230,7 @@ def distill(
     >>> result.report.losses[-1] < result.report.losses[0]
     True
     """
-    if isinstance(teachers, nn.Module):
-        raise FusionError("teachers must be a sequence of networks, not a single one")
+    check_networks(teachers, "teachers")
     check_option("ensemble", ensemble, ENSEMBLES)
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise FusionError(f"temperature must be positive and finite, not {temperature!r}")

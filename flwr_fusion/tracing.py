@@ -141,6 +141,41 @@ def _call_order(model: nn.Module, inputs: Any) -> dict[str, int]:
     return order
 
 
+def idle_layers(model: nn.Module, inputs: Any) -> list[str]:
+    """Return the layers whose parameters play no part in what a network computes on inputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network, all of whose parameters take gradients.
+    inputs : Tensor, tuple or dict
+        What it is called with.
+
+    Returns
+    -------
+    list of str
+        Layers that are not called and get no gradient; some are read without a call.
+    """
+    called = _call_order(model, inputs)
+    silent = {
+        name: list(module.parameters(recurse=False))
+        for name, module in model.named_modules()
+        if name not in called
+    }
+    silent = {name: own for name, own in silent.items() if own}
+    if not silent:
+        return []
+    with torch.enable_grad():
+        leaves = [t for t in tree_leaves(call(model, inputs)) if isinstance(t, Tensor)]
+        total = sum((t.abs().sum() for t in leaves if t.requires_grad), torch.zeros(()))
+    owned = [p for own in silent.values() for p in own]
+    if not total.requires_grad:
+        return list(silent)
+    gradients = torch.autograd.grad(total, owned, allow_unused=True)
+    read = {id(p) for p, g in zip(owned, gradients, strict=True) if g is not None}
+    return [name for name, own in silent.items() if not any(id(p) in read for p in own)]
+
+
 def _dependency_graph(model: nn.Module, inputs: Any) -> tuple[tp.DependencyGraph, set[Any]]:
     """Return torch-pruning's graph and the layers whose output is the network's."""
     roots: set[Any] = set()

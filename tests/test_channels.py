@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flwr_fusion import ChannelGraph, ChannelGroup, FusionError, Place
 from flwr_fusion.channels import verified_graph
+from flwr_fusion.tracing import idle_layers
 from tests.architectures import (
     LARGE,
     SMALL,
@@ -170,6 +171,40 @@ def test_shifted_windows_end_and_only_what_they_hide_is_fixed() -> None:
     graph = verified_graph(swin, torch.randn(1, 3, 64, 64))
     free = {group.name for group in graph.groups if not group.fixed}
     assert free == {f"features.{stage}.{block}.mlp.0" for stage in (1, 3) for block in (0, 1)}
+
+
+class TwoHeads(nn.Module):
+    """A second head that reads the same channels, in training or where it is asked for."""
+
+    def __init__(self, runs: str) -> None:
+        super().__init__()
+        self.body, self.head, self.other = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.runs = runs
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.relu(self.body(x))
+        if self.runs == "in training" and self.training:
+            return self.head(hidden), self.other(hidden)
+        if self.runs == "without a call":
+            return self.head(hidden) + nn.functional.linear(hidden, self.other.weight)
+        return self.head(hidden)
+
+
+def test_layers_that_run_in_training_only_are_refused() -> None:
+    with pytest.raises(FusionError, match=r"TwoHeads run in training only \(other\)"):
+        verified_graph(TwoHeads("in training"), torch.randn(2, 6))
+
+
+def test_layers_that_do_not_run_are_told() -> None:
+    with pytest.warns(UserWarning, match=r"do not run on the example inputs \(other\)"):
+        verified_graph(TwoHeads("never"), torch.randn(2, 6))
+
+
+@pytest.mark.filterwarnings("error")
+def test_layers_that_are_read_without_a_call_run() -> None:
+    assert not idle_layers(TwoHeads("without a call"), torch.randn(2, 6))
+    attention = named("multihead-block")
+    verified_graph(attention.model(), attention.inputs(2))
 
 
 def test_inside_of_hand_written_heads_is_fixed() -> None:
@@ -455,7 +490,8 @@ def test_unused_layers_do_not_matter() -> None:
     used = nn.ModuleDict({"net": model[:-1], "unused": nn.Linear(3, 7)})
     used.forward = used["net"].forward
     graph = ChannelGraph.trace(used, torch.randn(2, 20))
-    graph.verify()
+    with pytest.warns(UserWarning, match=r"\(unused\)"):
+        graph.verify()
     assert [g.name for g in graph.groups if not g.fixed] == ["net.0", "net.2", "net.4"]
 
 

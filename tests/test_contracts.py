@@ -604,10 +604,11 @@ def test_average_refuses_other_widths() -> None:
         ([torch.nan, 1.0], "client 0"),
         ([1.0, torch.inf], "client 1"),
         ([0.0, 0.0], "zero"),
+        (["a", "b"], r"weights must be numbers, not \['a', 'b'\]"),
     ],
-    ids=["too-few", "too-many", "negative", "nan", "infinite", "zero-total"],
+    ids=["too-few", "too-many", "negative", "nan", "infinite", "zero-total", "text"],
 )
-def test_bad_weights_are_refused(method: Method, weights: list[float], message: str) -> None:
+def test_bad_weights_are_refused(method: Method, weights: list[Any], message: str) -> None:
     models, inputs = _mlps(method)
     with pytest.raises(ff.FusionError, match=message):
         method(models, weights, inputs=inputs)
@@ -619,6 +620,27 @@ def test_weights_may_be_numpy_or_tensor(method: Method) -> None:
     expected = method(models, [1, 3], inputs=inputs)
     for weights in (torch.tensor([1, 3]), torch.tensor([1.0, 3.0]).numpy()):
         assert_close(method(models, weights, inputs=inputs), expected, 1e-6)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda models: models[0], "models must be a sequence of networks, not a single one"),
+        (iter, "models must be a list of networks, not list_iterator"),
+        (
+            lambda models: [m.state_dict() for m in models],
+            r"models\[0\] must be a network, not Ord",
+        ),
+    ],
+    ids=["single", "iterator", "state-dicts"],
+)
+def test_what_are_no_networks_is_refused(
+    method: Method, given: Callable[[Any], Any], message: str
+) -> None:
+    models, inputs = _mlps(method)
+    with pytest.raises(ff.FusionError, match=message):
+        method(given(models), inputs=inputs)
 
 
 @every_method

@@ -231,7 +231,7 @@ Act = Callable[[], Any]
         (lambda: ff.fine_tune(trained(0), [({"img": 1}, 2)]), "cannot be run on a batch"),
         (lambda: ff.fine_tune(trained(0), [{"img": 1}]), "inputs="),
         (lambda: ff.fine_tune(trained(0), (b for b in LABELLED), epochs=2), "generator"),
-        (lambda: ff.distill(trained(0), [], UNLABELLED), "no models"),
+        (lambda: ff.distill(trained(0), [], UNLABELLED), "no teachers"),
         (lambda: ff.distill(trained(0), [trained(1)], IMAGES), r"torch.split\(inputs, 64\)"),
         (lambda: ff.distill(trained(0), [trained(1)], UNLABELLED, weights=[0]), "weights are zero"),
         (lambda: ff.distill(trained(0), [spoilt(trained(1))], UNLABELLED), "teacher 0 .* finite"),
