@@ -145,6 +145,7 @@ def fine_tune(
     >>> len(result.report.losses)
     3
     """
+    check_batches(loader)
     take: Part = inputs or first_of
     label: Part = labels or _second_of
 
@@ -386,7 +387,9 @@ class _Teachers:
             with evaluation_mode(network), torch.no_grad():
                 logits = _logits(network, inputs, f"teacher {k}").float()
             if not bool(torch.isfinite(logits).all()):
-                raise FusionError(f"teacher {k} has outputs that are not finite")
+                raise FusionError(
+                    f"teacher {k} has outputs that are not finite: check it, and the inputs"
+                )
             answer = (logits - logits.mean(dim=1, keepdim=True)) / self.temperature
             if self.ensemble == "probabilities":
                 answer = answer.softmax(dim=1)
@@ -432,7 +435,9 @@ def _outputs(network: nn.Module, inputs: Any, who: str) -> Any:
     try:
         return call(network, moved_to(network, inputs))
     except Exception as error:
-        raise FusionError(f"{who} cannot be run on a batch: {error}") from error
+        raise FusionError(
+            f"{who} cannot be run on a batch; inputs= says which part it is called with: {error}"
+        ) from error
 
 
 def _logits(network: nn.Module, inputs: Any, who: str) -> Tensor:
@@ -449,7 +454,8 @@ def _second_of(batch: Any) -> Any:
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         return batch[1]
     raise FusionError(
-        "a batch has no labels: give pairs of inputs and labels, or say by labels= where they are"
+        "a batch has no labels: give a data loader or a list of pairs, such as [(inputs, labels)], "
+        "or say by labels= where they are"
     )
 
 

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,6 +60,7 @@ def main() -> None:
         return
     scale = SCALES[arguments.scale]
     _check_data(scale, arguments.data_dir)
+    _check_results(arguments.results)
     chosen = [EXPERIMENTS[name] for name in arguments.experiments or EXPERIMENTS]
     missing = [
         Cell(own.name, scale.name, seed, arguments.results, arguments.data_dir, arguments.device)
@@ -91,9 +93,19 @@ def _check_data(scale: Scale, data_dir: str) -> None:
             load_split(dataset, train=False, data_dir=data_dir)
         except Exception as error:
             raise SystemExit(
-                f"{dataset} cannot be read: give the folder that torchvision has filled with "
-                f"--data-dir, or take --smoke, which needs none ({type(error).__name__})"
+                f"{dataset} cannot be read from '{data_dir}': give the folder that torchvision has "
+                "filled with --data-dir, or take --smoke, which needs none "
+                f"({type(error).__name__})"
             ) from error
+
+
+def _check_results(folder: Path) -> None:
+    """End the program unless results can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SystemExit(f"--results: '{folder}' cannot be written ({error})") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,13 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "experiments",
-        nargs="*",
-        metavar="NAME",
-        choices=[*EXPERIMENTS, []],
-        help="what to run; default: all",
-    )
+    add("experiments", nargs="*", metavar="NAME", type=_known, help="what to run; default: all")
     add("--list", action="store_true", help="list the experiments and end")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -133,6 +139,14 @@ def _parser() -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="where networks are trained and fused")
     return parser
+
+
+def _known(name: str) -> str:
+    if name not in EXPERIMENTS:
+        raise argparse.ArgumentTypeError(
+            f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}"
+        )
+    return name
 
 
 def _positive(text: str) -> int:

@@ -101,6 +101,15 @@ def test_missing_data_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         run(monkeypatch, tmp_path, *CHEAP)
 
 
+def test_results_that_cannot_be_written_end_it_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken = tmp_path / "file"
+    taken.touch()
+    with pytest.raises(SystemExit, match=r"--results: .*file' cannot be written"):
+        run(monkeypatch, taken, "--smoke", *CHEAP)
+
+
 def test_the_server_has_images_that_no_network_is_trained_on(tmp_path: Path) -> None:
     bench = bench_in(tmp_path)
     trained, unlabelled = bench.images(SMOKE.mnist), bench.unlabelled(SMOKE.mnist)

@@ -47,7 +47,7 @@ class FineTuning:
     Raises
     ------
     FusionError
-        If an option is unknown or bad.
+        If an option is unknown or bad; some are tried out when the strategy is made.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Distillation:
     Raises
     ------
     FusionError
-        If an option is unknown or bad.
+        If an option is unknown or bad; some are tried out when the strategy is made.
     """
 
     def __init__(
