@@ -115,7 +115,8 @@ class ChannelGraph:
         raise FusionError(
             f"the traced channel groups of {type(self._model).__name__} are wrong: permuting "
             f"{listed}{more} changes its output. The network uses these channels in a way that "
-            "cannot be traced (for example a channel shuffle or a flatten after a transpose)."
+            "cannot be traced (for example a channel shuffle, a flatten after a transpose, or a "
+            "concatenation with the network's own inputs before them)."
         )
 
     def _check_idle_layers(self, state: Mapping[str, Tensor], chosen: dict[str, Tensor]) -> None:
