@@ -14,6 +14,7 @@ import torch
 import torchvision.models as tv
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchvision.models.convnext import CNBlockConfig
 
 from flwr_fusion.inputs import call
 
@@ -307,6 +308,14 @@ def shallow_vit() -> nn.Module:
     return model
 
 
+def shallow_convnext() -> nn.Module:
+    """Return a ConvNeXt with the widths of the tiny one, and one block of each."""
+    widths = (96, 192, 384, 768)
+    blocks = [CNBlockConfig(a, b, 1) for a, b in zip(widths, (*widths[1:], None), strict=True)]
+    model: nn.Module = tv.ConvNeXt(blocks, num_classes=CLASSES)
+    return model
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A network to test with.
@@ -403,7 +412,7 @@ LARGE = [
     Architecture("mobilenet-v2", lambda: tv.mobilenet_v2(num_classes=CLASSES), images(3, 32)),
     Architecture("densenet121", lambda: tv.densenet121(num_classes=CLASSES), images(3, 32)),
     Architecture("efficientnet-b0", lambda: tv.efficientnet_b0(num_classes=CLASSES), images(3, 32)),
-    Architecture("convnext-tiny", lambda: tv.convnext_tiny(num_classes=CLASSES), images(3, 32)),
+    Architecture("convnext", shallow_convnext, images(3, 32)),
     Architecture("vit-b-16", shallow_vit, images(3, 32)),
 ]
 
