@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.inputs import moved_to
-from flwr_fusion.probe import is_close, output_vector, prepared_copy, random_state
-from flwr_fusion.tracing import ChannelGroup, Place, idle_layers, owner_of, trace_groups
+from flwr_fusion.probe import idle_layers, is_close, output_vector, prepared_copy, random_state
+from flwr_fusion.tracing import ChannelGroup, Place, owner_of, trace_groups
 
 # Of long lists in messages.
 _LISTED = 4

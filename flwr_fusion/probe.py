@@ -1,4 +1,4 @@
-"""Probing what a network computes: copies to trace, generic weights, outputs as one vector."""
+"""Probing what a network computes: copies to trace, which layers run, outputs at any weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import arguments, moved_to
+from flwr_fusion.inputs import arguments, call, moved_to
 
 # Relative to the output's length; single precision through many layers.
 _ROUNDING = 1e-4
@@ -25,6 +25,62 @@ def prepared_copy(model: nn.Module) -> nn.Module:
     for parameter in traced.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return traced
+
+
+def call_order(model: nn.Module, inputs: Any) -> dict[str, int]:
+    """Return for every module that is called the number of its first call."""
+    order: dict[str, int] = {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def note(module: nn.Module, _args: Any) -> None:
+        order.setdefault(names[module], len(order))
+
+    handles = [module.register_forward_pre_hook(note) for module in names]
+    try:
+        with torch.no_grad():
+            call(model, inputs)
+    except Exception as error:
+        raise FusionError(
+            f"{type(model).__name__} cannot be run on the example inputs: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def idle_layers(model: nn.Module, inputs: Any) -> list[str]:
+    """Return the layers whose parameters play no part in what a network computes on inputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network, all of whose parameters take gradients.
+    inputs : Tensor, tuple or dict
+        What it is called with.
+
+    Returns
+    -------
+    list of str
+        Layers that are not called and get no gradient; some are read without a call.
+    """
+    called = call_order(model, inputs)
+    silent = {
+        name: own
+        for name, module in model.named_modules()
+        if name not in called and (own := list(module.parameters(recurse=False)))
+    }
+    if not silent:
+        return []
+    with torch.enable_grad():
+        leaves = [t for t in tree_leaves(call(model, inputs)) if isinstance(t, Tensor)]
+        total = sum((t.abs().sum() for t in leaves if t.requires_grad), torch.zeros(()))
+    owned = [p for own in silent.values() for p in own]
+    if not total.requires_grad:
+        return list(silent)
+    gradients = torch.autograd.grad(total, owned, allow_unused=True)
+    read = {id(p) for p, g in zip(owned, gradients, strict=True) if g is not None}
+    return [name for name, own in silent.items() if not any(id(p) in read for p in own)]
 
 
 def random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

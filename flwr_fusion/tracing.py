@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.inputs import call
+from flwr_fusion.probe import call_order
 
 # Operations that mix channels with other axes; torch-pruning takes them for element-wise ones.
 _MIXING_OPERATIONS = ("bmm", "scaleddotproduct", "attention")
@@ -108,7 +109,7 @@ def trace_groups(model: nn.Module, inputs: Any) -> tuple[list[ChannelGroup], fro
     tuple of (list of ChannelGroup, frozenset of str)
         The groups in forward order, and the layers that are called.
     """
-    order = _call_order(model, inputs)
+    order = call_order(model, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # What torch-pruning gives up is found out below.
         graph, output_layers = _dependency_graph(model, inputs)
@@ -117,63 +118,6 @@ def trace_groups(model: nn.Module, inputs: Any) -> tuple[list[ChannelGroup], fro
     groups.sort(key=lambda group: _position_in_forward(group, order))
     layers = {name for name, m in model.named_modules() if isinstance(m, _ROOT_LAYERS)}
     return groups, frozenset(layers & order.keys())
-
-
-def _call_order(model: nn.Module, inputs: Any) -> dict[str, int]:
-    """Return for every module that is called the number of its first call."""
-    order: dict[str, int] = {}
-    names = {module: name for name, module in model.named_modules()}
-
-    def note(module: nn.Module, _args: Any) -> None:
-        order.setdefault(names[module], len(order))
-
-    handles = [module.register_forward_pre_hook(note) for module in names]
-    try:
-        with torch.no_grad():
-            call(model, inputs)
-    except Exception as error:
-        raise FusionError(
-            f"{type(model).__name__} cannot be run on the example inputs: {error}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order
-
-
-def idle_layers(model: nn.Module, inputs: Any) -> list[str]:
-    """Return the layers whose parameters play no part in what a network computes on inputs.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network, all of whose parameters take gradients.
-    inputs : Tensor, tuple or dict
-        What it is called with.
-
-    Returns
-    -------
-    list of str
-        Layers that are not called and get no gradient; some are read without a call.
-    """
-    called = _call_order(model, inputs)
-    silent = {
-        name: list(module.parameters(recurse=False))
-        for name, module in model.named_modules()
-        if name not in called
-    }
-    silent = {name: own for name, own in silent.items() if own}
-    if not silent:
-        return []
-    with torch.enable_grad():
-        leaves = [t for t in tree_leaves(call(model, inputs)) if isinstance(t, Tensor)]
-        total = sum((t.abs().sum() for t in leaves if t.requires_grad), torch.zeros(()))
-    owned = [p for own in silent.values() for p in own]
-    if not total.requires_grad:
-        return list(silent)
-    gradients = torch.autograd.grad(total, owned, allow_unused=True)
-    read = {id(p) for p, g in zip(owned, gradients, strict=True) if g is not None}
-    return [name for name, own in silent.items() if not any(id(p) in read for p in own)]
 
 
 def _dependency_graph(model: nn.Module, inputs: Any) -> tuple[tp.DependencyGraph, set[Any]]:
@@ -389,11 +333,12 @@ class _GroupBuilder:
             if tensor not in self.state:
                 continue
             length = self.state[tensor].shape[axis]
-            own = positions_of
-            if not writes:
-                flattened = self._channels_flattened(item.module)
-                own = _blocks(positions_of, length, flattened)
-            places.append((Place(tensor, axis, nothing, writes), own))
+            blocks = (
+                positions_of
+                if writes
+                else _blocks(positions_of, length, self._channels_flattened(item.module))
+            )
+            places.append((Place(tensor, axis, nothing, writes), blocks))
         return places
 
     def _channels_flattened(self, layer: Any) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flwr_fusion import ChannelGraph, ChannelGroup, FusionError, Place
 from flwr_fusion.channels import verified_graph
-from flwr_fusion.tracing import idle_layers
+from flwr_fusion.probe import idle_layers
 from tests.architectures import (
     LARGE,
     SMALL,

@@ -33,6 +33,7 @@ REFUSED = "Exit Code: 305"
 CONFIG = 'partition="own" local-epochs=5 models="mlp-64-32" num-server-rounds=2'
 ASKED = "Receiving: train message"
 """What a SuperNode's log says when it is asked to train."""
+
 # Put into a copy of the app: one site's replies become garbage.
 SABOTAGE = """
     if "hospital-c" in site.name:

@@ -159,7 +159,7 @@ def _entropic(
         warnings.simplefilter("ignore")
         if solver.name == "sinkhorn":
             # As tensors: POT takes a fifth of the time for them.
-            plan = ot.sinkhorn(
+            plan: NDArray[np.float64] = ot.sinkhorn(
                 *map(torch.from_numpy, (a, b, shifted)),
                 solver.regularisation,
                 method="sinkhorn_log",
@@ -174,7 +174,7 @@ def _entropic(
                 )
         else:
             plan = _unbalanced(a, b, shifted, solver)
-    return np.asarray(plan)
+    return plan
 
 
 def _unbalanced(
