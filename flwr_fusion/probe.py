@@ -75,8 +75,8 @@ def idle_layers(model: nn.Module, inputs: Any) -> list[str]:
     with torch.enable_grad():
         leaves = [t for t in tree_leaves(call(model, inputs)) if isinstance(t, Tensor)]
         total = sum((t.abs().sum() for t in leaves if t.requires_grad), torch.zeros(()))
-    owned = [p for own in silent.values() for p in own]
-    if not total.requires_grad:
+    owned = [p for own in silent.values() for p in own if p.requires_grad]
+    if not total.requires_grad or not owned:
         return list(silent)
     gradients = torch.autograd.grad(total, owned, allow_unused=True)
     read = {id(p) for p, g in zip(owned, gradients, strict=True) if g is not None}
