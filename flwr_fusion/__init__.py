@@ -1,13 +1,19 @@
 """Model fusion for Flower: put neural networks together by matching their neurons."""
 
 from flwr_fusion import statistics
-from flwr_fusion.channels import ChannelGraph, ChannelGroup, Place
-from flwr_fusion.cla import cla_fusion
-from flwr_fusion.combine import LeastSquares
+from flwr_fusion.after.refine import (
+    RefinementReport,
+    RefinementResult,
+    distill,
+    fine_tune,
+)
 from flwr_fusion.depth.layers import StageMatch, match_layers
+from flwr_fusion.depth.start import common_start
 from flwr_fusion.depth.structure import DepthStructure
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fuse import (
+from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup, Place
+from flwr_fusion.methods.cla import cla_fusion
+from flwr_fusion.methods.ot import (
     FusionReport,
     FusionResult,
     GroupReport,
@@ -16,14 +22,8 @@ from flwr_fusion.fuse import (
     neuron_transplantation,
     ot_fusion,
 )
-from flwr_fusion.refine import (
-    RefinementReport,
-    RefinementResult,
-    distill,
-    fine_tune,
-)
-from flwr_fusion.robust import Krum, TrimmedMean
-from flwr_fusion.start import common_start
+from flwr_fusion.rules.least_squares import LeastSquares
+from flwr_fusion.rules.robust import Krum, TrimmedMean
 
 __all__ = [
     "ChannelGraph",

@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import nn
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import first_of
-from flwr_fusion.statistics import input_moments, pack
+from flwr_fusion.observe import first_of
+from flwr_fusion.statistics.moments import input_moments, pack
 
 __all__ = ["attach_statistics", "declare_architecture"]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flwr_fusion.channels import ChannelGraph, ChannelGroup
 from flwr_fusion.errors import FusionError
+from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup
 
 
 @dataclass(frozen=True, eq=False)

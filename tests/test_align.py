@@ -15,14 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion.combine import RunningMean
 from flwr_fusion.maps import ChannelMap, Correspondence, Plan, Selection, map_tensor
-from flwr_fusion.matching.align import (
-    Matching,
-    _WeightAligner,
-    align_by_activations,
-    align_by_weights,
-)
 from flwr_fusion.matching.barycentre import Client, refine_as_barycentre
 from flwr_fusion.matching.costs import (
     activation_costs,
@@ -31,8 +24,15 @@ from flwr_fusion.matching.costs import (
     segments_of,
     weight_cost,
 )
+from flwr_fusion.matching.sweeps import (
+    Matching,
+    _WeightAligner,
+    align_by_activations,
+    align_by_weights,
+)
 from flwr_fusion.matching.transport import Solver
-from tests.architectures import SmallVGG, named, output, randomised, relative_error
+from flwr_fusion.rules.least_squares import RunningMean
+from tests.support.architectures import SmallVGG, named, output, randomised, relative_error
 from tests.test_channels import SharedLayer
 from tests.test_maps import correspondence_of
 

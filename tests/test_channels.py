@@ -12,9 +12,9 @@ import torchvision.models as tv
 from torch import Tensor, nn
 
 from flwr_fusion import ChannelGraph, ChannelGroup, FusionError, Place
-from flwr_fusion.channels import verified_graph
-from flwr_fusion.probe import idle_layers
-from tests.architectures import (
+from flwr_fusion.graph.checking import idle_layers
+from flwr_fusion.graph.groups import verified_graph
+from tests.support.architectures import (
     LARGE,
     SMALL,
     Architecture,

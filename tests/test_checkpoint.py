@@ -21,8 +21,8 @@ from torch import nn
 import flwr_fusion as ff
 from flwr_fusion.strategy import CLAFusion, FusionStrategy, NeuronTransplantation, OTFusion
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder, History
-from tests.grid import InProcessGrid
-from tests.kill_and_resume import trial, undisturbed_run
+from tests.support.grid import InProcessGrid
+from tests.support.kill_and_resume import trial, undisturbed_run
 from tests.test_faults import client_app as mixed_app
 from tests.test_faults import deep, shallow
 from tests.test_replies import INPUTS, NODES, assert_same, client_app, network, record, state_in

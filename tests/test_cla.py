@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion.prepare import BuiltOnAccess
-from flwr_fusion.repair import RECOMPUTED
+from flwr_fusion.after.repair import RECOMPUTED
+from flwr_fusion.networks import BuiltOnAccess
 from flwr_fusion.statistics import input_moments
-from tests.architectures import (
+from tests.support.architectures import (
     CLASSES,
     LayerNormMLP,
     named,

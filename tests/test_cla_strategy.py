@@ -17,7 +17,7 @@ import flwr_fusion as ff
 from flwr_fusion.client import attach_statistics, declare_architecture
 from flwr_fusion.strategy import CLAFusion
 from flwr_fusion.strategy.waiting import Patience, PatientGrid
-from tests.grid import InProcessGrid
+from tests.support.grid import InProcessGrid
 from tests.test_replies import lines_about
 from tests.test_strategy import (
     DIGIT,

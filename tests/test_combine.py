@@ -10,9 +10,9 @@ from torch import Tensor
 
 import flwr_fusion as ff
 from flwr_fusion import FusionError
-from flwr_fusion.combine import RunningMean
 from flwr_fusion.maps import map_tensor
-from tests.architectures import named, output, randomised, relative_error
+from flwr_fusion.rules.least_squares import RunningMean
+from tests.support.architectures import named, output, randomised, relative_error
 from tests.test_maps import correspondence_of, random_maps, random_selection
 
 weights_of_three = st.lists(st.floats(0.01, 100), min_size=3, max_size=3)
@@ -165,7 +165,7 @@ def test_large_tensors_are_mapped_in_parts(name: str, monkeypatch: pytest.Monkey
 
     whole = fused()
     for size in (1, 50, 700):
-        monkeypatch.setattr("flwr_fusion.combine._BLOCK", size)
+        monkeypatch.setattr("flwr_fusion.rules.least_squares._BLOCK", size)
         for ours, expected in zip(fused(), whole, strict=True):
             assert relative_error(ours, expected) < 1e-6
 

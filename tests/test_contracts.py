@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from flwr_fusion.statistics import Statistics, input_moments
-from tests.architectures import (
+from tests.support.architectures import (
     LARGE,
     SMALL,
     Architecture,
@@ -788,7 +788,7 @@ def test_refusal_comes_before_any_work(method: Method, monkeypatch: pytest.Monke
         raise AssertionError("channels were matched before the networks were checked")
 
     for name in ("align_by_weights", "align_by_activations", "activation_costs", "combined"):
-        monkeypatch.setattr(f"flwr_fusion.fuse.{name}", no_work)
+        monkeypatch.setattr(f"flwr_fusion.methods.ot.{name}", no_work)
     models = [randomised(LayerNormMLP(width)) for width in (20, 20, 16)]
     with pytest.raises(ff.FusionError, match="client 2"):
         method(models, inputs=torch.randn(SAMPLES, 20))

@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, SIMULATIONS
-from tests.grid import InProcessGrid
-from tests.services import HANGS, free_ports, printed_by
+from tests.support.grid import InProcessGrid
+from tests.support.services import HANGS, free_ports, printed_by
 from tests.test_simulations import DEFAULTS
 
 GUIDE = REPOSITORY / "docs" / "deployment.md"

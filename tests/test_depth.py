@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import flwr_fusion as ff
-from flwr_fusion.channels import verified_graph
 from flwr_fusion.depth.balance import DepthAligned, depth_aligned
 from flwr_fusion.depth.layers import StructuredNetwork, match_stages
 from flwr_fusion.depth.merging import merged_layer
 from flwr_fusion.depth.structure import trace_family
-from tests.architectures import CLASSES, named, output, randomised, relative_error, vgg
+from flwr_fusion.graph.groups import verified_graph
+from tests.support.architectures import CLASSES, named, output, randomised, relative_error, vgg
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 VECTORS = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))

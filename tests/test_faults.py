@@ -25,8 +25,8 @@ from flwr_fusion.strategy import (
     OTFusion,
 )
 from flwr_fusion.strategy.waiting import Patience, PatientGrid
-from tests.faults import FAULTS, Explosive, Fault
-from tests.grid import InProcessGrid
+from tests.support.faults import FAULTS, Explosive, Fault
+from tests.support.grid import InProcessGrid
 from tests.test_replies import lines_about, record, state_in, trained
 
 GOOD = 6

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion.prepare import tied_tensors
+from flwr_fusion.networks import tied_tensors
 from flwr_fusion.statistics import LayerStatistics, Statistics, input_moments
-from tests.architectures import named, output, relative_error, sequential_mlp
+from tests.support.architectures import named, output, relative_error, sequential_mlp
 from tests.test_contracts import permuted_copy
 
 # The bound is far away, so that the formula can be seen.

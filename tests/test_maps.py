@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flwr_fusion import ChannelGraph, FusionError
-from flwr_fusion.channels import verified_graph
+from flwr_fusion.graph.groups import verified_graph
 from flwr_fusion.maps import (
     ChannelMap,
     Correspondence,
@@ -22,7 +22,7 @@ from flwr_fusion.maps import (
     coverage_along,
     map_tensor,
 )
-from tests.architectures import (
+from tests.support.architectures import (
     BareParameter,
     ConcatAndSum,
     LayerNormMLP,

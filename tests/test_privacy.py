@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import (
 
 import flwr_fusion as ff
 from flwr_fusion.strategy import OTFusion
-from tests.grid import InProcessGrid
+from tests.support.grid import InProcessGrid
 from tests.test_faults import INPUTS, client_app, shallow
 from tests.test_replies import client_app as plain_app
 from tests.test_replies import network, record

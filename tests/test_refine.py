@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flwr_fusion as ff
-from flwr_fusion.prepare import BuiltOnAccess
+from flwr_fusion.networks import BuiltOnAccess
 from flwr_fusion.strategy import Distillation, FineTuning, OTFusion, every
-from tests.grid import InProcessGrid
+from tests.support.grid import InProcessGrid
 from tests.test_cla_strategy import OF_PARTITION, cla_strategy, mixed_app
 from tests.test_strategy import (
     DIGIT,

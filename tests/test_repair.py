@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion.repair import (
+from flwr_fusion.after.repair import (
     FROM_CLIENTS,
     NOTHING_KNOWN,
     RECOMPUTED,
@@ -19,7 +19,7 @@ from flwr_fusion.repair import (
 )
 from flwr_fusion.statistics import Statistics, input_moments
 from flwr_fusion.strategy import OTFusion
-from tests.architectures import named, output, relative_error, sequential_mlp
+from tests.support.architectures import named, output, relative_error, sequential_mlp
 from tests.test_contracts import permuted_copy
 
 

@@ -33,8 +33,8 @@ import flwr_fusion as ff
 from flwr_fusion.strategy import OTFusion
 from flwr_fusion.strategy.arrays import decode_array
 from flwr_fusion.strategy.reasons import RejectedReply
-from tests.faults import Explosive, forged_header, npy_bytes, pickled
-from tests.grid import InProcessGrid, Mutation
+from tests.support.faults import Explosive, forged_header, npy_bytes, pickled
+from tests.support.grid import InProcessGrid, Mutation
 
 NODES = 4
 BAD = 2

@@ -16,9 +16,9 @@ from scipy import stats
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion.robust import krum_selection, trimmed_mean
+from flwr_fusion.rules.robust import krum_selection, trimmed_mean
 from flwr_fusion.strategy import CLAFusion, FusionStrategy, NeuronTransplantation, OTFusion
-from tests.grid import InProcessGrid
+from tests.support.grid import InProcessGrid
 from tests.test_faults import INPUTS, client_app, deep, shallow
 from tests.test_replies import record
 from tests.test_strategy import (

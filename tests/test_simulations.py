@@ -23,8 +23,8 @@ from torch import Tensor
 
 from flwr_fusion.strategy import Distillation, FusionStrategy
 from tests.conftest import SIMULATIONS
-from tests.grid import InProcessGrid
-from tests.services import free_ports, printed_by
+from tests.support.grid import InProcessGrid
+from tests.support.services import free_ports, printed_by
 
 sys.path.insert(0, str(SIMULATIONS))
 

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion import FusionError
-from flwr_fusion.statistics import check, input_moments, pack, reduced, size_in_bytes, unpack
-from tests.architectures import SMALL, Architecture, named, sequential_mlp
+from flwr_fusion.statistics.moments import (
+    check,
+    input_moments,
+    pack,
+    reduced,
+    size_in_bytes,
+    unpack,
+)
+from tests.support.architectures import SMALL, Architecture, named, sequential_mlp
 
 
 def test_batches_add_up_to_the_moments_of_all_samples() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from flwr_fusion.strategy import FusionStrategy, OTFusion
-from tests.grid import InProcessGrid
+from tests.support.grid import InProcessGrid
 
 NODES = 4
 State = dict[str, Tensor]

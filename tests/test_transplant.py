@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from flwr_fusion.strategy import FusionStrategy, NeuronTransplantation
-from tests.architectures import (
+from tests.support.architectures import (
     Architecture,
     LayerNormMLP,
     SmallVGG,
@@ -25,7 +25,7 @@ from tests.architectures import (
     randomised,
     relative_error,
 )
-from tests.grid import InProcessGrid
+from tests.support.grid import InProcessGrid
 from tests.test_contracts import assert_close, assert_same_function, permuted_copy
 from tests.test_strategy import (
     DIGIT,

@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 import flwr_fusion as ff
 from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD
 from flwr_fusion.strategy import CLAFusion, OTFusion, Reason, Validation
-from tests.faults import Fault
-from tests.grid import InProcessGrid
+from tests.support.faults import Fault
+from tests.support.grid import InProcessGrid
 from tests.test_faults import INPUTS as OTHER_INPUTS
 from tests.test_faults import STRATEGIES, Harness, assert_equal, deep, shallow
 from tests.test_faults import client_app as bn_app

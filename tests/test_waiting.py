@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 import flwr_fusion as ff
 from flwr_fusion.strategy import CLAFusion, FusionStrategy, OTFusion
 from flwr_fusion.strategy.waiting import LONGEST, SHORTEST, Patience, PatientGrid
-from tests.grid import InProcessGrid
+from tests.support.grid import InProcessGrid
 from tests.test_faults import INPUTS as OTHER_INPUTS
 from tests.test_faults import client_app as mixed_app
 from tests.test_faults import deep, shallow

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map
 
 from flwr_fusion.depth.structure import DepthStructure, Stage, Unit
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import call, evaluation_mode, moved_to
-from flwr_fusion.tracing import module_of
+from flwr_fusion.graph.tracing import module_of
+from flwr_fusion.observe import call, evaluation_mode, moved_to
 
 LAYER_COSTS = ("auto", "cka", "width", "wasserstein")
 LayerCost = Callable[

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flwr_fusion.depth.structure import Unit
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import call, evaluation_mode, moved_to
+from flwr_fusion.observe import call, evaluation_mode, moved_to
 
 MERGES = ("auto", "least-squares", "sum", "majority", "average", "linear")
 _BATCHNORMS = nn.modules.batchnorm._BatchNorm

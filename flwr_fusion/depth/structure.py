@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flwr_fusion.channels import verified_graph
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import call, moved_to
-from flwr_fusion.probe import prepared_copy
-from flwr_fusion.tracing import module_of, owner_of
+from flwr_fusion.graph.checking import prepared_copy
+from flwr_fusion.graph.groups import verified_graph
+from flwr_fusion.graph.tracing import module_of, owner_of
+from flwr_fusion.observe import call, moved_to
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 

@@ -9,9 +9,9 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from flwr_fusion.combine import RunningMean
 from flwr_fusion.maps import Correspondence, Maps
-from flwr_fusion.matching.align import Alignment, Matching, align_by_weights
+from flwr_fusion.matching.sweeps import Alignment, Matching, align_by_weights
+from flwr_fusion.rules.least_squares import RunningMean
 
 _MAX_PASSES = 20
 

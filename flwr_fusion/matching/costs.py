@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.channels import ChannelGraph
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import call, evaluation_mode, moved_to
+from flwr_fusion.graph.groups import ChannelGraph
 from flwr_fusion.maps import Correspondence, Maps, Segment, map_tensor
+from flwr_fusion.observe import call, evaluation_mode, moved_to
 
 ACTIVATION_COSTS = ("correlation", "euclidean")
 

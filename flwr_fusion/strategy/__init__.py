@@ -5,7 +5,7 @@ from flwr_fusion.strategy.fusion import FusionStrategy
 from flwr_fusion.strategy.named import NeuronTransplantation, OTFusion
 from flwr_fusion.strategy.reasons import Reason, Rejection
 from flwr_fusion.strategy.refinement import Distillation, FineTuning, every
-from flwr_fusion.strategy.validation import Validation
+from flwr_fusion.strategy.replies import Validation
 
 __all__ = [
     "CLAFusion",

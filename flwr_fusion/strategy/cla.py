@@ -12,18 +12,18 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import nn
 
-from flwr_fusion.cla import cla_fusion
 from flwr_fusion.client import ARCHITECTURE_KEY, ARCHITECTURE_RECORD
-from flwr_fusion.combination import least_clients
+from flwr_fusion.depth.start import common_start
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fuse import FusionReport, FusionResult
-from flwr_fusion.start import common_start
+from flwr_fusion.methods.cla import cla_fusion
+from flwr_fusion.methods.ot import FusionReport, FusionResult
+from flwr_fusion.rules.rule import least_clients
 from flwr_fusion.strategy.arrays import arrays_of, check_arrays
 from flwr_fusion.strategy.checkpoint import Checkpoint
 from flwr_fusion.strategy.fusion import FusionStrategy, checked, checked_result, loaded
 from flwr_fusion.strategy.reasons import Reason, RejectedReply
 from flwr_fusion.strategy.refinement import Refinement
-from flwr_fusion.strategy.validation import Answer, answers_of
+from flwr_fusion.strategy.replies import Answer, answers_of
 from flwr_fusion.strategy.waiting import KnownNodes
 
 # How often a node that does not answer is asked which architecture it runs.

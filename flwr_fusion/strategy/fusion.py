@@ -18,12 +18,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
 
-from flwr_fusion.channels import verified_graph
-from flwr_fusion.combination import least_clients, wants_statistics
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fuse import FusionReport, FusionResult
-from flwr_fusion.prepare import BuiltOnAccess, with_state
-from flwr_fusion.statistics import Statistics
+from flwr_fusion.graph.groups import verified_graph
+from flwr_fusion.methods.ot import FusionReport, FusionResult
+from flwr_fusion.networks import BuiltOnAccess, with_state
+from flwr_fusion.rules.rule import least_clients, wants_statistics
+from flwr_fusion.statistics.moments import Statistics
 from flwr_fusion.strategy.arrays import arrays_of, check_arrays, check_plausible, state_of
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
 from flwr_fusion.strategy.method import (
@@ -35,8 +35,7 @@ from flwr_fusion.strategy.method import (
 )
 from flwr_fusion.strategy.reasons import RejectedReply, Rejection
 from flwr_fusion.strategy.refinement import Refinement, check_refinement
-from flwr_fusion.strategy.run import EvaluateFunction, run_of
-from flwr_fusion.strategy.validation import (
+from flwr_fusion.strategy.replies import (
     Answer,
     Update,
     Validation,
@@ -47,6 +46,7 @@ from flwr_fusion.strategy.validation import (
     read_statistics,
     read_weight,
 )
+from flwr_fusion.strategy.run import EvaluateFunction, run_of
 from flwr_fusion.strategy.waiting import (
     ImpatientGrid,
     NotEnoughNodesError,

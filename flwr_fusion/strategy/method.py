@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fuse import FusionResult
+from flwr_fusion.methods.ot import FusionResult
 
 FusionMethod = Callable[..., FusionResult]
 

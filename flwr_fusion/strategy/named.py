@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from flwr_fusion.fuse import average, neuron_transplantation, ot_fusion
+from flwr_fusion.methods.ot import average, neuron_transplantation, ot_fusion
 from flwr_fusion.strategy.fusion import FusionStrategy
 from flwr_fusion.strategy.method import FusionMethod
 

@@ -9,9 +9,15 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from flwr_fusion.combination import is_robust
+from flwr_fusion.after.refine import (
+    RefinementResult,
+    check_batches,
+    check_count,
+    distill,
+    fine_tune,
+)
 from flwr_fusion.errors import FusionError
-from flwr_fusion.refine import RefinementResult, check_batches, check_count, distill, fine_tune
+from flwr_fusion.rules.rule import is_robust
 
 
 class Refinement(Protocol):

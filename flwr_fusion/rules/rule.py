@@ -7,13 +7,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from flwr_fusion.combine import LeastSquares, RunningLeastSquares, RunningMean
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import Maps
 from flwr_fusion.matching.barycentre import Client
-from flwr_fusion.prepare import check_option
-from flwr_fusion.robust import Krum, TrimmedMean, robustly_combined
-from flwr_fusion.statistics import Statistics, check
+from flwr_fusion.networks import check_option
+from flwr_fusion.rules.least_squares import LeastSquares, RunningLeastSquares, RunningMean
+from flwr_fusion.rules.robust import Krum, TrimmedMean, robustly_combined
+from flwr_fusion.statistics.moments import Statistics, check
 
 Combine = (
     Literal["mean", "least-squares", "median", "trimmed-mean", "krum"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from flwr_fusion.depth.layers import StageMatch, StructuredNetwork
 from flwr_fusion.depth.structure import Stage, Unit
-from flwr_fusion.statistics import LayerStatistics, Statistics, key_of
+from flwr_fusion.statistics.moments import LayerStatistics, Statistics, key_of
 
 
 def statistics_in_layers_of(

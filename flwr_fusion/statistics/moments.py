@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import batch_size, call, evaluation_mode, moved_to
+from flwr_fusion.observe import batch_size, call, evaluation_mode, moved_to
 
 __all__ = [
     "LayerStatistics",

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flwr_fusion.channels import ChannelGraph, verified_graph
-from flwr_fusion.combine import RunningMean
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import call, evaluation_mode, moved_to
+from flwr_fusion.graph.groups import ChannelGraph, verified_graph
 from flwr_fusion.maps import Correspondence, Selection
 from flwr_fusion.matching.barycentre import Client
 from flwr_fusion.matching.costs import channel_norms
+from flwr_fusion.observe import call, evaluation_mode, moved_to
+from flwr_fusion.rules.least_squares import RunningMean
 
 # Networks that started apart have weights with a cosine near 0; after training from one start it
 # stays far above this.

@@ -20,7 +20,7 @@ from flwr_fusion.maps import (
     map_tensor,
     row_mapping,
 )
-from flwr_fusion.statistics import DETAILS, LayerStatistics, Statistics, key_of, reduced
+from flwr_fusion.statistics.moments import DETAILS, LayerStatistics, Statistics, key_of, reduced
 
 BOUNDS = ("auto", "norm", "change")
 # Numbers of a tensor that are mapped at a time.

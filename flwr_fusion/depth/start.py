@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.channels import ChannelGraph, ChannelGroup, verified_graph
 from flwr_fusion.depth.balance import DepthAligned, corresponding_tensors, depth_aligned
 from flwr_fusion.depth.layers import StageMatch, StructuredNetwork, match_stages
 from flwr_fusion.depth.merging import merged_layer
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
 from flwr_fusion.depth.structure import LAYERS, trace_family
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import moved_to
+from flwr_fusion.graph.checking import is_close, output_vector, random_inputs, random_state
+from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup, verified_graph
+from flwr_fusion.graph.tracing import owner_of
 from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
-from flwr_fusion.prepare import depth_and_size, detached_state, squared_norm, with_state
-from flwr_fusion.probe import is_close, output_vector, random_inputs, random_state
-from flwr_fusion.tracing import owner_of
+from flwr_fusion.networks import depth_and_size, detached_state, squared_norm, with_state
+from flwr_fusion.observe import moved_to
 
 
 def common_start(

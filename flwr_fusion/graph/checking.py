@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import arguments, call, moved_to
+from flwr_fusion.observe import arguments, call, moved_to
 
 # Relative to the output's length; single precision through many layers.
 _ROUNDING = 1e-4

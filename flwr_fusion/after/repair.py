@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import call, evaluation_mode, moved_to
 from flwr_fusion.maps import Correspondence, Maps, coverage_along, map_channels
-from flwr_fusion.statistics import RunningMoments, Statistics, key_of
+from flwr_fusion.observe import call, evaluation_mode, moved_to
+from flwr_fusion.statistics.moments import RunningMoments, Statistics, key_of
 
 REPAIRS = ("auto", "none", "batchnorm", "rescale")
 RECOMPUTED = "BatchNorm recomputed on calibration data"

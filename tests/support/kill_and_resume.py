@@ -1,6 +1,6 @@
 """Kill a federation with SIGKILL at random points, resume it, and compare the result.
 
-    python -m tests.kill_and_resume --kills 20
+    python -m tests.support.kill_and_resume --kills 20
 
 Every trial is a federation of five rounds in a process of its own, which is killed at a random
 time and started again with ``resume=True``. What is compared is the last global model in every
@@ -28,7 +28,7 @@ from flwr.app import ArrayRecord, MetricRecord
 
 from flwr_fusion.strategy import CLAFusion, FusionStrategy, OTFusion
 from flwr_fusion.strategy.checkpoint import CheckpointFolder
-from tests.grid import InProcessGrid
+from tests.support.grid import InProcessGrid
 from tests.test_faults import INPUTS, client_app, deep, shallow
 from tests.test_replies import record
 

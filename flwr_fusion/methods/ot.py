@@ -11,31 +11,38 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.channels import ChannelGraph, ChannelGroup, verified_graph
-from flwr_fusion.combination import (
-    Combine,
-    checked_statistics,
-    combined,
-    is_robust,
-    rule_of,
+from flwr_fusion.after.refine import RefinementReport
+from flwr_fusion.after.repair import (
+    FROM_CLIENTS,
+    NOTHING_KNOWN,
+    RECOMPUTED,
+    REPAIRS,
+    RESCALED,
+    activation_goals,
+    batchnorm_from_clients,
+    choose_repair,
+    recompute_batchnorm,
+    rescale_activations,
 )
 from flwr_fusion.depth.layers import StageMatch
 from flwr_fusion.errors import FusionError
+from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup, verified_graph
 from flwr_fusion.maps import Maps, Unaligned
-from flwr_fusion.matching.align import (
-    Alignment,
-    Matching,
-    align_by_activations,
-    align_by_weights,
-)
 from flwr_fusion.matching.barycentre import (
     Client,
     most_central,
     refine_as_barycentre,
 )
 from flwr_fusion.matching.costs import ACTIVATION_COSTS, activation_costs
+from flwr_fusion.matching.importance import Scorer, Transplantation, choose_channels
+from flwr_fusion.matching.sweeps import (
+    Alignment,
+    Matching,
+    align_by_activations,
+    align_by_weights,
+)
 from flwr_fusion.matching.transport import Solver
-from flwr_fusion.prepare import (
+from flwr_fusion.networks import (
     assembled,
     check_option,
     check_same_tensors,
@@ -48,21 +55,14 @@ from flwr_fusion.prepare import (
     tied_tensors,
     with_state,
 )
-from flwr_fusion.refine import RefinementReport
-from flwr_fusion.repair import (
-    FROM_CLIENTS,
-    NOTHING_KNOWN,
-    RECOMPUTED,
-    REPAIRS,
-    RESCALED,
-    activation_goals,
-    batchnorm_from_clients,
-    choose_repair,
-    recompute_batchnorm,
-    rescale_activations,
+from flwr_fusion.rules.rule import (
+    Combine,
+    checked_statistics,
+    combined,
+    is_robust,
+    rule_of,
 )
-from flwr_fusion.statistics import Statistics, input_moments, key_of
-from flwr_fusion.transplant import Scorer, Transplantation, choose_channels
+from flwr_fusion.statistics.moments import Statistics, input_moments, key_of
 
 ALIGN_BY = ("weights", "activations")
 SCHEMES = ("joint", "iterative", "recursive")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.models.convnext import CNBlockConfig
 
-from flwr_fusion.inputs import call
+from flwr_fusion.observe import call
 
 CLASSES = 10
 

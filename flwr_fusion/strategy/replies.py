@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD
 from flwr_fusion.errors import FusionError
-from flwr_fusion.statistics import LayerStatistics, unpack
+from flwr_fusion.statistics.moments import LayerStatistics, unpack
 from flwr_fusion.strategy.arrays import check_arrays, check_plausible, decode_array
 from flwr_fusion.strategy.reasons import LONGEST_TEXT, Reason, RejectedReply, Rejection
 

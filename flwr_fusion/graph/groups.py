@@ -20,9 +20,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import moved_to
-from flwr_fusion.probe import idle_layers, is_close, output_vector, prepared_copy, random_state
-from flwr_fusion.tracing import ChannelGroup, Place, owner_of, trace_groups
+from flwr_fusion.graph.checking import (
+    idle_layers,
+    is_close,
+    output_vector,
+    prepared_copy,
+    random_state,
+)
+from flwr_fusion.graph.tracing import ChannelGroup, Place, owner_of, trace_groups
+from flwr_fusion.observe import moved_to
 
 # Of long lists in messages.
 _LISTED = 4

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flwr_fusion.combine import RunningMean, along, as_it_stands, row_blocks
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import Maps, coverage_along, row_mapping
 from flwr_fusion.matching.barycentre import Client
+from flwr_fusion.rules.least_squares import RunningMean, along, as_it_stands, row_blocks
 
 
 @dataclass(frozen=True)

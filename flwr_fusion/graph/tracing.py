@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import call
-from flwr_fusion.probe import call_order
+from flwr_fusion.graph.checking import call_order
+from flwr_fusion.observe import call
 
 # Operations that mix channels with other axes; torch-pruning takes them for element-wise ones.
 _MIXING_OPERATIONS = ("bmm", "scaleddotproduct", "attention")

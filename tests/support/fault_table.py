@@ -1,6 +1,6 @@
 """What Flower's FedAvg and OTFusion make of the same bad replies, as a table.
 
-    python -m tests.fault_table
+    python -m tests.support.fault_table
 
 One of seven clients is bad; every fault is drawn 20 times.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
-from tests.faults import FAULTS, Fault, lost
+from tests.support.faults import FAULTS, Fault, lost
 from tests.test_faults import BAD, GOOD, STRATEGIES, Harness
 
 DRAWS = 20

@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.inputs import (
+from flwr_fusion.networks import (
+    check_networks,
+    check_option,
+    detached_state,
+    shares_of,
+    squared_norm,
+)
+from flwr_fusion.observe import (
     batch_size,
     call,
     evaluation_mode,
     first_of,
     moved_to,
     training_mode,
-)
-from flwr_fusion.prepare import (
-    check_networks,
-    check_option,
-    detached_state,
-    shares_of,
-    squared_norm,
 )
 
 ENSEMBLES = ("probabilities", "logits")

@@ -12,8 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.channels import verified_graph
-from flwr_fusion.combination import check_statistics
 from flwr_fusion.depth.balance import DepthAligned, depth_aligned
 from flwr_fusion.depth.layers import (
     LAYER_COSTS,
@@ -22,12 +20,14 @@ from flwr_fusion.depth.layers import (
     StructuredNetwork,
     match_stages,
 )
+from flwr_fusion.depth.mapped_statistics import statistics_in_layers_of
 from flwr_fusion.depth.merging import MERGES, merged_layer, recorded
-from flwr_fusion.depth.moments import statistics_in_layers_of
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
 from flwr_fusion.depth.structure import DepthStructure, Unit, trace_family
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fuse import (
+from flwr_fusion.graph.checking import is_close, output_vector, random_inputs, random_state
+from flwr_fusion.graph.groups import verified_graph
+from flwr_fusion.methods.ot import (
     FusionResult,
     LayerReport,
     batches_of,
@@ -35,8 +35,7 @@ from flwr_fusion.fuse import (
     fuse_by_transport,
     ot_fusion,
 )
-from flwr_fusion.inputs import moved_to
-from flwr_fusion.prepare import (
+from flwr_fusion.networks import (
     BuiltOnAccess,
     architecture_of,
     check_option,
@@ -47,8 +46,9 @@ from flwr_fusion.prepare import (
     shares_of,
     with_state,
 )
-from flwr_fusion.probe import is_close, output_vector, random_inputs, random_state
-from flwr_fusion.statistics import Statistics
+from flwr_fusion.observe import moved_to
+from flwr_fusion.rules.rule import check_statistics
+from flwr_fusion.statistics.moments import Statistics
 
 BALANCES = ("add", "merge")
 

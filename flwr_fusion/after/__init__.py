@@ -1,0 +1,1 @@
+"""After the fusion: repair and refinement of the fused network."""

@@ -1,0 +1,1 @@
+"""Channel groups: which axes of which tensors carry the same channels."""

@@ -1,0 +1,1 @@
+"""The fusion methods, each a short composition of the parts of this package."""

@@ -1,0 +1,1 @@
+"""Rules: how mapped clients are put together."""

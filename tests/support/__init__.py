@@ -1,0 +1,1 @@
+"""What the tests share: networks, an in-process grid, faults, services."""
