@@ -1,5 +1,20 @@
-"""The one exception of the library."""
+"""The one exception of the library, and the refusal of options."""
+
+from collections.abc import Sequence
+from typing import Any
 
 
 class FusionError(ValueError):
     """A model, client, tensor, group or option that cannot be used, with what to do about it."""
+
+
+def check_option(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Refuse a value that is not allowed, and say what is."""
+    if not isinstance(value, str) or value not in allowed:
+        raise FusionError(f"{name} must be one of {tuple(allowed)}, not {value!r}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise FusionError(f"{name} must be a whole number, at least 1, not {value!r}")

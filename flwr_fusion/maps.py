@@ -9,7 +9,7 @@ are kept as indices; only transport plans are dense.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup
+
+# Numbers of a tensor that are mapped at a time.
+_BLOCK = 250_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -363,6 +366,28 @@ def coverage_along(
             coverage[segment.fused_positions] = covered.expand(segment.fused_positions.shape)
         return None if bool((coverage == 1).all()) else (axis, coverage)
     return None
+
+
+def row_blocks(
+    name: str, like: Tensor, correspondence: Correspondence, maps: Maps
+) -> Iterator[slice | None]:
+    """Yield slices of a large tensor's first axis, so that little memory is needed beside it.
+
+    None stands for the whole tensor: small ones, and those whose rows a transport plan mixes.
+    """
+    segments = correspondence.segments.get(name, {}).get(0, [])
+    mixed = any(isinstance(maps[segment.group], Plan) for segment in segments)
+    if like.numel() <= _BLOCK or mixed or not like.is_floating_point():
+        yield None
+        return
+    size = max(1, _BLOCK * len(like) // like.numel())
+    yield from (slice(start, start + size) for start in range(0, len(like), size))
+
+
+def along(vector: Tensor, axis: int, dimensions: int) -> Tensor:
+    """Return a vector as a tensor of so many dimensions that extends along one axis."""
+    shape = [-1 if a == axis else 1 for a in range(dimensions)]
+    return vector.view(shape)
 
 
 @dataclass(frozen=True)

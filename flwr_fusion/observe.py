@@ -1,15 +1,21 @@
-"""Calling any network on what it is called with."""
+"""Running a network on inputs and watching its layers: the only place that registers hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_fusion.errors import FusionError
+
+CALIBRATION = "the calibration inputs"
+
+Kept = TypeVar("Kept")
+See = Callable[[nn.Module, Any, Any], Any]
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -94,3 +100,145 @@ def moved_to(model: nn.Module, inputs: Any) -> Any:
         return x.to(parameter.dtype) if x.is_floating_point() else x
 
     return tree_map(move, inputs)
+
+
+def output_of(model: nn.Module, inputs: Any, who: str, what: str) -> Any:
+    """Return what a network gives for inputs, brought to its device and type.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network, run in the mode that it is in.
+    inputs : Tensor, tuple or dict
+        What it is called with.
+    who, what : str
+        What to call the network and the inputs in the refusal.
+
+    Returns
+    -------
+    Any
+        Its output.
+
+    Raises
+    ------
+    FusionError
+        If the network cannot be run on the inputs.
+    """
+    with named_failure(who, what):
+        return call(model, moved_to(model, inputs))
+
+
+@contextmanager
+def named_failure(who: str, what: str) -> Iterator[None]:
+    """Turn whatever a network raises into one error that names the network and the inputs."""
+    try:
+        yield
+    except Exception as error:
+        raise FusionError(f"{who} cannot be run on {what}: {error}") from error
+
+
+def batches_of(inputs: Any, what: str = CALIBRATION) -> Iterator[Any]:
+    """Yield batches of inputs; a tensor is one batch. Refuse to end without any."""
+    empty = True
+    for batch in [inputs] if isinstance(inputs, Tensor) else inputs:
+        empty = False
+        yield batch
+    if empty:
+        raise FusionError(f"there are no batches of {what}: give a batch, or batches, of real ones")
+
+
+def check_rereadable(calibration: Any) -> None:
+    """Refuse calibration inputs that can be read only once."""
+    if isinstance(calibration, Iterator):
+        raise FusionError(
+            "calibration is read once for every client: give a tensor, a list of batches or a "
+            "data loader, not a generator"
+        )
+
+
+@contextmanager
+def watched(modules: Iterable[nn.Module], see: See, *, before: bool = False) -> Iterator[None]:
+    """Watch some modules while they run.
+
+    Parameters
+    ----------
+    modules : iterable of nn.Module
+        The modules.
+    see : callable
+        Called with a module, its first argument and its output; a tensor that it returns takes the
+        output's place.
+    before : bool
+        Call ``see`` before the module runs, with None as the output; what it returns is not used.
+    """
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(module, _first(args, kwargs), None)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        return see(module, _first(args, kwargs), out)
+
+    handles = [
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        if before
+        else module.register_forward_hook(leave, with_kwargs=True)
+        for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return next(iter((*args, *kwargs.values())), None)
+
+
+def record(
+    model: nn.Module,
+    names: Iterable[str],
+    batch: Any,
+    keep: Callable[[nn.Module, Tensor, Tensor], Kept],
+    who: str = "the network",
+) -> dict[str, list[Kept]]:
+    """Run a network on a batch, in evaluation mode, and keep what some of its layers read or give.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; not modified.
+    names : iterable of str
+        The layers.
+    batch : Tensor, tuple or dict
+        What the network is called with.
+    keep : callable
+        Returns what to keep of a layer, its input and its output. It must copy what it keeps: an
+        activation that works in place overwrites them.
+    who : str
+        What to call the network in the refusal.
+
+    Returns
+    -------
+    dict of str to list
+        By the layer's name what was kept of each of its calls; layers that were not called have
+        none.
+    """
+    layers = {model.get_submodule(name): name for name in names}
+    kept: dict[str, list[Kept]] = {name: [] for name in layers.values()}
+
+    def see(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        kept[layers[module]].append(keep(module, inputs.detach(), output.detach()))
+
+    with watched(layers, see), evaluation_mode(model), torch.no_grad():
+        output_of(model, batch, who, CALIBRATION)
+    return kept
+
+
+def run(model: nn.Module, batches: Iterable[Any], who: str, what: str = CALIBRATION) -> int:
+    """Run a network on every batch, in evaluation mode; return the number of samples."""
+    seen = 0
+    with evaluation_mode(model), torch.no_grad():
+        for batch in batches_of(batches, what):
+            output_of(model, batch, who, what)
+            seen += batch_size(batch)
+    return seen

@@ -15,22 +15,17 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from flwr_fusion.errors import FusionError
-from flwr_fusion.networks import (
-    check_networks,
-    check_option,
-    detached_state,
-    shares_of,
-    squared_norm,
-)
+from flwr_fusion.errors import FusionError, check_count, check_option
+from flwr_fusion.fusion import shares_of
+from flwr_fusion.networks import check_networks, detached_state, squared_norm
 from flwr_fusion.observe import (
     batch_size,
-    call,
     evaluation_mode,
     first_of,
-    moved_to,
+    output_of,
     training_mode,
 )
+from flwr_fusion.report import RefinementReport
 
 ENSEMBLES = ("probabilities", "logits")
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -38,31 +33,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Part = Callable[[Any], Any]
 
 ADAM: Optimizer = partial(torch.optim.Adam, lr=1e-3)
-
-
-@dataclass(frozen=True)
-class RefinementReport:
-    """What a refinement did.
-
-    Parameters
-    ----------
-    method : str
-        "fine_tune" or "distill".
-    losses : tuple of float
-        Mean training loss of every epoch.
-    held_out_losses : tuple of float
-        Loss on the held-out data before the first epoch and after every one; empty without.
-    best_epoch : int
-        The epoch whose network was returned, 0 for the unrefined one.
-    seconds : float
-        Time of the refinement.
-    """
-
-    method: str
-    losses: tuple[float, ...]
-    held_out_losses: tuple[float, ...]
-    best_epoch: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -81,32 +51,14 @@ class RefinementResult:
     report: RefinementReport
 
 
-def fine_tune(
-    model: nn.Module,
-    loader: Iterable[Any],
-    *,
-    epochs: int = 1,
-    loss: Loss = nn.functional.cross_entropy,
-    optimizer: Optimizer = ADAM,
-    anneal: bool = True,
-    held_out: Iterable[Any] | None = None,
-    patience: int | None = None,
-    inputs: Part | None = None,
-    labels: Part | None = None,
-    progress: bool = False,
-) -> RefinementResult:
-    """Train a network further on labelled data.
+@dataclass(frozen=True)
+class Training:
+    """How a network is refined.
 
     Parameters
     ----------
-    model : nn.Module
-        The network, on any device. Not modified.
-    loader : iterable of batches
-        Labelled data, read once per epoch: a data loader or a list of batches.
     epochs : int
-        Passes over `loader`, at least 1.
-    loss : callable
-        ``loss(outputs, labels)``, the mean over a batch.
+        Passes over the data, at least 1.
     optimizer : callable
         Takes the parameters to train and returns a ``torch.optim.Optimizer``, for example
         ``functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)``; any that needs no closure.
@@ -114,15 +66,71 @@ def fine_tune(
     anneal : bool
         Lower the learning rate from epoch to epoch, along half a cosine; otherwise it stays.
     held_out : iterable of batches, optional
-        Like `loader`. The network of the epoch with the lowest loss on it is returned, the
-        unrefined one included.
+        Data like those trained on. The network of the epoch with the lowest loss on it is returned,
+        the unrefined one included.
     patience : int, optional
         Stop after this many epochs without a lower loss on `held_out`.
     inputs, labels : callable, optional
         Return what the network is called with, and the labels, from a batch. Default: its first
-        and its second element.
+        and its second element; a batch that is a tensor is the inputs itself.
     progress : bool
         Show a progress bar.
+
+    Raises
+    ------
+    FusionError
+        If a number is not positive, or `held_out` cannot be read more than once.
+    """
+
+    epochs: int = 1
+    optimizer: Optimizer = ADAM
+    anneal: bool = True
+    held_out: Iterable[Any] | None = None
+    patience: int | None = None
+    inputs: Part | None = None
+    labels: Part | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("epochs", self.epochs)
+        if self.patience is not None:
+            check_count("patience", self.patience)
+            if self.held_out is None:
+                raise FusionError("patience= needs held_out=: the data whose loss is watched")
+        if self.held_out is not None:
+            rereadable(self.held_out)
+
+    def inputs_of(self, batch: Any) -> Any:
+        """Return what the network is called with from a batch."""
+        return (self.inputs or first_of)(batch)
+
+    def labels_of(self, batch: Any) -> Any:
+        """Return the labels of a batch."""
+        return (self.labels or _second_of)(batch)
+
+
+DEFAULT_TRAINING = Training()
+
+
+def fine_tune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Loss = nn.functional.cross_entropy,
+    training: Training = DEFAULT_TRAINING,
+) -> RefinementResult:
+    """Train a network further on labelled data.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network, on any device. Not modified.
+    batches : iterable of batches
+        Labelled data, read once per epoch: a data loader or a list of batches.
+    loss : callable
+        ``loss(outputs, labels)``, the mean over a batch.
+    training : Training
+        How long, with which optimizer, and when to stop.
 
     Returns
     -------
@@ -132,8 +140,7 @@ def fine_tune(
     Raises
     ------
     FusionError
-        If an option is bad, there are no batches, the network cannot be run on one, or the loss
-        is not finite.
+        If there are no batches, the network cannot be run on one, or the loss is not finite.
 
     Examples
     --------
@@ -141,39 +148,30 @@ def fine_tune(
     >>> from torch import nn
     >>> import flwr_fusion as ff
     >>> batch = torch.randn(32, 4), torch.randint(0, 2, (32,))
-    >>> result = ff.fine_tune(nn.Linear(4, 2), [batch], epochs=3)
+    >>> result = ff.fine_tune(nn.Linear(4, 2), [batch], training=ff.Training(epochs=3))
     >>> len(result.report.losses)
     3
     """
-    check_batches(loader)
-    take: Part = inputs or first_of
-    label: Part = labels or _second_of
+    check_batches(batches)
 
     def loss_of(network: nn.Module, batch: Any) -> tuple[Tensor, int]:
-        outputs = _outputs(network, take(batch), "the network")
-        return loss(outputs, _moved_labels(network, label(batch))), batch_size(take(batch))
+        inputs, labels = training.inputs_of(batch), training.labels_of(batch)
+        outputs = _outputs(network, inputs, "the network")
+        return loss(outputs, _moved_labels(network, labels)), batch_size(inputs)
 
-    training = _Training(loss_of, optimizer, anneal, epochs, patience, progress)
-    return training.run("fine_tune", model, loader, held_out)
+    return _Descent(training, loss_of).run("fine_tune", model, batches, training.held_out)
 
 
 def distill(
     student: nn.Module,
     teachers: Sequence[nn.Module],
-    loader: Iterable[Any],
+    batches: Iterable[Any],
     *,
     weights: Sequence[float] | None = None,
     ensemble: Literal["probabilities", "logits"] = "probabilities",
     temperature: float = 1.0,
     hard_weight: float = 0.0,
-    epochs: int = 1,
-    optimizer: Optimizer = ADAM,
-    anneal: bool = True,
-    held_out: Iterable[Any] | None = None,
-    patience: int | None = None,
-    inputs: Part | None = None,
-    labels: Part | None = None,
-    progress: bool = False,
+    training: Training = DEFAULT_TRAINING,
 ) -> RefinementResult:
     """Train a network to answer as an ensemble of others does, on unlabelled data.
 
@@ -186,7 +184,7 @@ def distill(
         The network to refine, which gives logits of shape (samples, classes, ...). Not modified.
     teachers : sequence of nn.Module
         Networks of any architectures with outputs of the student's shape. Not modified.
-    loader : iterable of batches
+    batches : iterable of batches
         Inputs, with labels only where `hard_weight` is positive. A list of batches is shown to the
         teachers once, a data loader in every epoch, so that it may shuffle and augment.
     weights : sequence of float, optional
@@ -198,10 +196,8 @@ def distill(
         Positive; above 1 it softens both distributions.
     hard_weight : float
         Share of the loss on the labels, from 0 to 1.
-    epochs, optimizer, anneal, patience, inputs, labels, progress
-        As for `fine_tune`; a batch that is a tensor is the inputs itself.
-    held_out : iterable of batches, optional
-        As for `fine_tune`; it needs labels only where `loader` does.
+    training : Training
+        As for `fine_tune`; the held-out data need labels only where `batches` do.
 
     Returns
     -------
@@ -227,9 +223,9 @@ def distill(
     >>> import flwr_fusion as ff
     >>> a, b = nn.Linear(4, 2), nn.Linear(4, 2)
     >>> fused = ff.average([a, b]).model
-    >>> result = ff.distill(fused, [a, b], torch.split(torch.randn(64, 4), 16), epochs=5)
-    >>> result.report.losses[-1] < result.report.losses[0]
-    True
+    >>> result = ff.distill(fused, [a, b], torch.split(torch.randn(64, 4), 16))
+    >>> len(result.report.losses)
+    1
     """
     check_networks(teachers, "teachers")
     check_option("ensemble", ensemble, ENSEMBLES)
@@ -237,13 +233,11 @@ def distill(
         raise FusionError(f"temperature must be positive and finite, not {temperature!r}")
     if not isinstance(hard_weight, (int, float)) or not 0 <= hard_weight <= 1:
         raise FusionError(f"hard_weight must be from 0 to 1, not {hard_weight!r}")
-    take: Part = inputs or first_of
-    label: Part = labels or _second_of
     faculty = _Teachers(teachers, shares_of(teachers, weights), ensemble, temperature)
 
     def loss_of(network: nn.Module, taught: tuple[Any, Tensor]) -> tuple[Tensor, int]:
         batch, expected = taught
-        logits = _logits(network, take(batch), "the student").float()
+        logits = _logits(network, training.inputs_of(batch), "the student").float()
         if logits.shape != expected.shape:
             raise FusionError(
                 f"the teachers' outputs have shape {tuple(expected.shape)}, the student's "
@@ -251,49 +245,42 @@ def distill(
             )
         value = (1 - hard_weight) * _divergence(logits, expected.to(logits.device), temperature)
         if hard_weight:
-            hard = nn.functional.cross_entropy(logits, _moved_labels(network, label(batch)))
-            value = value + hard_weight * hard
+            labels = _moved_labels(network, training.labels_of(batch))
+            value = value + hard_weight * nn.functional.cross_entropy(logits, labels)
         return value, len(logits)
 
-    training = _Training(loss_of, optimizer, anneal, epochs, patience, progress)
-    shown = None if held_out is None else _Taught(held_out, take, faculty)
-    return training.run("distill", student, _Taught(loader, take, faculty), shown)
+    held_out = training.held_out
+    shown = None if held_out is None else _Taught(held_out, training.inputs_of, faculty)
+    taught = _Taught(batches, training.inputs_of, faculty)
+    return _Descent(training, loss_of).run("distill", student, taught, shown)
 
 
 @dataclass(frozen=True)
-class _Training:
+class _Descent:
     """Gradient descent with early stopping; ``loss_of`` returns a batch's mean loss and size."""
 
+    training: Training
     loss_of: Callable[[nn.Module, Any], tuple[Tensor, int]]
-    optimizer: Optimizer
-    anneal: bool
-    epochs: int
-    patience: int | None
-    progress: bool
 
     def run(
-        self, name: str, model: nn.Module, loader: Iterable[Any], held_out: Iterable[Any] | None
+        self, name: str, model: nn.Module, batches: Iterable[Any], held_out: Iterable[Any] | None
     ) -> RefinementResult:
         """Return a trained copy of a network."""
         started = time.perf_counter()
-        check_count("epochs", self.epochs)
-        if self.patience is not None:
-            check_count("patience", self.patience)
-            if held_out is None:
-                raise FusionError("patience= needs held_out=: the data whose loss is watched")
+        training = self.training
         refined = copy.deepcopy(model)
         best = _Best(None if held_out is None else partial(self._held_out_loss, held_out))
         losses: list[float] = []
         try:
-            optimizer = self.optimizer(refined.parameters())
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
+            optimizer = training.optimizer(refined.parameters())
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs)
             best.add(refined, 0)
             for epoch in self._shown(name):
-                losses.append(self._epoch(refined, loader, optimizer, epoch))
-                if self.anneal:
+                losses.append(self._epoch(refined, batches, optimizer, epoch))
+                if training.anneal:
                     scheduler.step()
                 best.add(refined, epoch)
-                if self.patience is not None and epoch - best.epoch >= self.patience:
+                if training.patience is not None and epoch - best.epoch >= training.patience:
                     break
         except FusionError:
             raise
@@ -307,19 +294,20 @@ class _Training:
         return RefinementResult(refined, report)
 
     def _shown(self, name: str) -> Iterable[int]:
-        epochs = range(1, self.epochs + 1)
-        return track(epochs, description=name, transient=True) if self.progress else epochs
+        epochs = range(1, self.training.epochs + 1)
+        shown = self.training.progress
+        return track(epochs, description=name, transient=True) if shown else epochs
 
     def _epoch(
         self,
         model: nn.Module,
-        loader: Iterable[Any],
+        batches: Iterable[Any],
         optimizer: torch.optim.Optimizer,
         epoch: int,
     ) -> float:
         total, seen = 0.0, 0
         with training_mode(model), torch.enable_grad():
-            for batch in loader:
+            for batch in batches:
                 loss, size = self.loss_of(model, batch)
                 value = loss.item()
                 if not math.isfinite(value):
@@ -331,7 +319,7 @@ class _Training:
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 total, seen = total + value * size, seen + size
-        return _mean(total, seen, f"epoch {epoch}: the loader")
+        return _mean(total, seen, f"epoch {epoch}: the data")
 
     def _held_out_loss(self, held_out: Iterable[Any], model: nn.Module) -> float:
         total, seen = 0.0, 0
@@ -409,13 +397,13 @@ class _Taught:
     def __init__(self, loader: Iterable[Any], take: Part, teachers: _Teachers) -> None:
         check_batches(loader)
         self._loader, self._take, self._teachers = loader, take, teachers
-        self._known: list[tuple[Any, Tensor]] | None = None
+        self._answers: list[tuple[Any, Tensor]] | None = None
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         # What cannot change from epoch to epoch is asked for once.
-        if self._known is None and isinstance(self._loader, Sequence):
-            self._known = list(self._answered(self._loader))
-        return iter(self._known) if self._known is not None else self._answered(self._loader)
+        if self._answers is None and isinstance(self._loader, Sequence):
+            self._answers = list(self._answered(self._loader))
+        return iter(self._answers) if self._answers is not None else self._answered(self._loader)
 
     def _answered(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
         for batch in batches:
@@ -432,12 +420,7 @@ def _divergence(logits: Tensor, expected: Tensor, temperature: float) -> Tensor:
 
 
 def _outputs(network: nn.Module, inputs: Any, who: str) -> Any:
-    try:
-        return call(network, moved_to(network, inputs))
-    except Exception as error:
-        raise FusionError(
-            f"{who} cannot be run on a batch; inputs= says which part it is called with: {error}"
-        ) from error
+    return output_of(network, inputs, who, "a batch (inputs= says which part it is called with)")
 
 
 def _logits(network: nn.Module, inputs: Any, who: str) -> Tensor:
@@ -470,15 +453,20 @@ def _mean(total: float, seen: int, what: str) -> float:
     return total / seen
 
 
-def check_batches(loader: Any) -> None:
+def check_batches(batches: Any) -> None:
     """Refuse a tensor, whose rows are no batches."""
-    if isinstance(loader, Tensor):
+    if isinstance(batches, Tensor):
         raise FusionError(
             "the data must be an iterable of batches, not one tensor: torch.split(inputs, 64) is"
         )
 
 
-def check_count(name: str, value: Any) -> None:
-    """Refuse what is no positive whole number."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise FusionError(f"{name} must be a whole number, at least 1, not {value!r}")
+def rereadable(batches: Iterable[Any]) -> Iterable[Any]:
+    """Return batches; refuse what can be read only once or gives no batches."""
+    check_batches(batches)
+    if isinstance(batches, Iterator) or not hasattr(batches, "__iter__"):
+        raise FusionError(
+            "the data of a refinement are read in every epoch: give a list of batches or a data "
+            "loader"
+        )
+    return batches

@@ -7,18 +7,21 @@ running statistics of BatchNorm layers are not those of the fused network.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from flwr_fusion.errors import FusionError
-from flwr_fusion.maps import Correspondence, Maps, coverage_along, map_channels
-from flwr_fusion.observe import call, evaluation_mode, moved_to
-from flwr_fusion.statistics.moments import RunningMoments, Statistics, key_of
+from flwr_fusion.errors import FusionError, check_option
+from flwr_fusion.fusion import Client
+from flwr_fusion.graph.groups import ChannelGraph
+from flwr_fusion.maps import Maps, coverage_along, map_channels
+from flwr_fusion.networks import detached_state, key_of, tied_tensors
+from flwr_fusion.observe import batches_of, run, watched
+from flwr_fusion.statistics.moments import RunningMoments, input_moments
 
+Repair = Literal["auto", "none", "batchnorm", "rescale"]
 REPAIRS = ("auto", "none", "batchnorm", "rescale")
 RECOMPUTED = "BatchNorm recomputed on calibration data"
 FROM_CLIENTS = "BatchNorm from the clients' statistics"
@@ -27,6 +30,7 @@ RESCALED = "channels rescaled to the clients' activations"
 BATCHNORM = nn.modules.batchnorm._BatchNorm
 # Below this share of its mean a channel's deviation is rounding.
 _LEAST_DEVIATION = 1e-5
+_FUSED = "the fused network"
 
 
 @dataclass(frozen=True)
@@ -48,72 +52,119 @@ class ActivationGoal:
     deviation: Tensor
 
 
-def choose_repair(
-    repair: str,
-    model: nn.Module,
-    calibration: bool,
-    statistics: Sequence[Statistics | None] | None,
+def check_repair(repair: Repair, calibration: Any, statistics: object) -> None:
+    """Refuse a repair that does not exist, or lacks the data that it needs."""
+    check_option("repair", repair, REPAIRS)
+    if repair == "batchnorm" and calibration is None and statistics is None:
+        raise FusionError("repair='batchnorm' needs calibration= or statistics=")
+    if repair == "rescale" and calibration is None:
+        raise FusionError("repair='rescale' needs calibration=")
+
+
+def repair_network(
+    fused: nn.Module,
+    repair: Repair,
+    clients: Sequence[Client],
+    maps: Sequence[Maps],
+    graph: ChannelGraph,
+    calibration: Any,
+    *,
     moved: bool,
 ) -> str:
-    """Return what can be repaired.
+    """Repair a fused network in place.
 
     Parameters
     ----------
+    fused : nn.Module
+        The network.
     repair : {"auto", "none", "batchnorm", "rescale"}
         What is asked for.
-    model : nn.Module
-        The fused network.
-    calibration : bool
-        Whether there are calibration inputs.
-    statistics : sequence of (mapping or None), or None
-        The clients' statistics; None where none were asked for.
+    clients : sequence of Client
+        What was fused, with the clients' statistics.
+    maps : sequence of mapping of str to ChannelMap
+        Their channel maps.
+    graph : ChannelGraph
+        Groups of the fused network.
+    calibration : Tensor or iterable of batches, optional
+        Inputs to measure on.
     moved : bool
         Whether channels of different index have been put together.
 
     Returns
     -------
     str
-        One of ``RECOMPUTED``, ``FROM_CLIENTS``, ``RESCALED``, ``NOTHING_KNOWN`` and "none".
+        What was done: ``RECOMPUTED``, ``FROM_CLIENTS``, ``RESCALED``, ``NOTHING_KNOWN`` or "none".
 
     Raises
     ------
     FusionError
-        If the network or the data lack what is asked for.
+        If the network lacks what is asked for, or cannot be run on the calibration inputs.
     """
+    chosen = _chosen(repair, fused, calibration is not None, clients, moved)
+    if chosen == RECOMPUTED:
+        recompute_batchnorm(fused, calibration)
+    elif chosen == RESCALED:
+        measured = [_measured(client, calibration) for client in clients]
+        goals = activation_goals(measured, maps, detached_state(fused))
+        tied = tied_tensors(fused)
+        layers = [name for name in _free_layers(graph) if key_of(name, "weight") not in tied]
+        rescale_activations(fused, layers, goals, calibration)
+    elif chosen == FROM_CLIENTS:
+        goals = activation_goals(clients, maps, detached_state(fused))
+        return chosen if batchnorm_from_clients(fused, goals) else NOTHING_KNOWN
+    return chosen
+
+
+def _chosen(
+    repair: Repair, model: nn.Module, calibration: bool, clients: Sequence[Client], moved: bool
+) -> str:
+    """Return what can be repaired."""
     normalised = any(_tracks(module) for module in model.modules())
-    known = any(own is not None for own in statistics or ())
+    measured = any(client.statistics is not None for client in clients)
+    # In a federation it depends on the round whether clients have sent any.
+    from_clients = FROM_CLIENTS if measured else NOTHING_KNOWN
     if repair == "auto":
         if normalised:
-            return RECOMPUTED if calibration else FROM_CLIENTS if known else "none"
+            return RECOMPUTED if calibration else from_clients if measured else "none"
         return RESCALED if calibration and moved else "none"
     if repair == "batchnorm":
         if not normalised:
             raise FusionError("repair='batchnorm': no BatchNorm layer tracks running statistics")
-        if not calibration and statistics is None:
-            raise FusionError("repair='batchnorm' needs calibration= or statistics=")
-        # In a federation it depends on the round whether clients have sent any.
-        return RECOMPUTED if calibration else FROM_CLIENTS if known else NOTHING_KNOWN
+        return RECOMPUTED if calibration else from_clients
     if repair == "rescale":
         if normalised:
             raise FusionError(
                 "repair='rescale' is for networks without BatchNorm: use repair='batchnorm'"
             )
-        if not calibration:
-            raise FusionError("repair='rescale' needs calibration=")
         return RESCALED
     return "none"
 
 
+def _measured(client: Client, calibration: Any) -> Client:
+    """Return a client with statistics of what its own network does on the calibration inputs."""
+    batches = batches_of(calibration)
+    found = input_moments(client.model(), batches, samples=None, detail="diagonal")
+    present = {n: s for n, s in found.items() if key_of(n, "weight") not in client.absent}
+    return replace(client, statistics=present)
+
+
+def _free_layers(graph: ChannelGraph) -> list[str]:
+    """Return the layers that write channels of free groups; outputs keep their scale."""
+    free = (group for group in graph.groups if not group.fixed)
+    return sorted({layer for group in free for layer, _ in graph.activation_places(group)})
+
+
 def activation_goals(
-    clients: Sequence[tuple[float, Statistics, Correspondence, Maps]],
-    template: Mapping[str, Tensor],
+    clients: Sequence[Client], maps: Sequence[Maps], template: Mapping[str, Tensor]
 ) -> dict[str, ActivationGoal]:
     """Return what the clients' activations are in the fused network's channels.
 
     Parameters
     ----------
-    clients : sequence of (float, mapping, Correspondence, mapping)
-        Weight, statistics and maps of every client that has statistics.
+    clients : sequence of Client
+        Those without statistics have no part in it.
+    maps : sequence of mapping of str to ChannelMap
+        Their channel maps.
     template : mapping of str to Tensor
         State dict of the fused network.
 
@@ -124,28 +175,29 @@ def activation_goals(
         with channels that none of them has are left out.
     """
     goals = {}
-    for layer in dict.fromkeys(name for _, statistics, _, _ in clients for name in statistics):
+    for layer in dict.fromkeys(name for client in clients for name in client.statistics or ()):
         keys = (key_of(layer, kind) for kind in ("weight", "running_mean"))
         key = next((key for key in keys if key in template), None)
         if key is None:
             continue
         sums = torch.zeros(4, len(template[key]), dtype=torch.float64)
-        for weight, statistics, correspondence, maps in clients:
-            own = statistics.get(layer)
-            if own is None:
+        for client, chosen in zip(clients, maps, strict=True):
+            measured = (client.statistics or {}).get(layer)
+            if measured is None:
                 continue
             mean, variance = (
-                map_channels(values.double(), 0, (key, 0), correspondence, maps)
-                for values in (own.activation_mean, own.activation_variance)
+                map_channels(values.double(), 0, (key, 0), client.correspondence, chosen)
+                for values in (measured.activation_mean, measured.activation_variance)
             )
-            covered = coverage_along(key, correspondence, maps)
-            share = weight * (1.0 if covered is None else covered[1].double())
+            covered = coverage_along(key, client.correspondence, chosen)
+            share = client.weight * (1.0 if covered is None else covered[1].double())
             values = torch.stack([mean, variance + mean.square(), variance.sqrt()])
             sums[:3] += share * values
             sums[3] += share
         if bool((sums[3] <= 0).any()):
             continue
         mean, square, deviation = (sums[:3] / sums[3]).to(template[key].device)
+        # Variance of a mixture: E[x^2] - E[x]^2 over all clients' samples.
         goals[layer] = ActivationGoal(mean, (square - mean.square()).clamp(min=0), deviation)
     return goals
 
@@ -168,9 +220,8 @@ def recompute_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     layers = [module for module in model.modules() if _tracks(module)]
     moments = {module: RunningMoments() for module in layers}
 
-    def normalise(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def normalise(module: nn.Module, inputs: Tensor, _output: None) -> None:
         assert isinstance(module, BATCHNORM)
-        inputs = args[0] if args else next(iter(kwargs.values()))
         rows = inputs.movedim(1, 0).flatten(1)
         if rows.shape[1] < 2:
             raise FusionError("BatchNorm needs more than one value per channel: larger batches")
@@ -178,8 +229,8 @@ def recompute_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         # The layer normalises by what it now holds: this batch's own statistics.
         _set_running(module, *_moments(rows))
 
-    handles = [module.register_forward_pre_hook(normalise, with_kwargs=True) for module in layers]
-    _run(model, batches, handles)
+    with watched(layers, normalise, before=True):
+        run(model, batches, _FUSED)
     for module, total in moments.items():
         if total.count:
             assert isinstance(module, BATCHNORM)
@@ -245,7 +296,7 @@ def rescale_activations(
     modules = {model.get_submodule(name): goals[name] for name in layers if name in goals}
     moments = {module: RunningMoments() for module in modules}
 
-    def rescale(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def rescale(module: nn.Module, _inputs: Tensor, output: Tensor) -> Tensor:
         axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else output.dim() - 1
         rows = output.movedim(axis, 0).flatten(1)
         moments[module].add(rows, 0)
@@ -253,7 +304,8 @@ def rescale_activations(
         shape = [-1 if a == axis else 1 for a in range(output.dim())]
         return output * scale.to(output).view(shape) + shift.to(output).view(shape)
 
-    _run(model, batches, [module.register_forward_hook(rescale) for module in modules])
+    with watched(modules, rescale):
+        run(model, batches, _FUSED)
     for module, goal in modules.items():
         if moments[module].count:
             _rescale_parameters(module, *_affine(module, goal, *moments[module].finish()))
@@ -270,25 +322,6 @@ def _set_running(module: BATCHNORM, mean: Tensor, variance: Tensor) -> None:
     if all(bool(torch.isfinite(values).all()) for values in new):  # Half precision overflows.
         module.running_mean.copy_(new[0])
         module.running_var.copy_(new[1])
-
-
-def _run(model: nn.Module, batches: Iterable[Any], handles: Sequence[RemovableHandle]) -> None:
-    """Call a network on every batch, in evaluation mode; then remove the hooks."""
-    seen = False
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            for batch in batches:
-                call(model, moved_to(model, batch))
-                seen = True
-    except Exception as error:
-        raise FusionError(
-            f"the fused network cannot be run on the calibration inputs: {error}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not seen:
-        raise FusionError("calibration has no inputs: give a batch, or batches, of real inputs")
 
 
 def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:

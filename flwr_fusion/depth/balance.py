@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.depth.layers import StageMatch, StructuredNetwork
+from flwr_fusion.depth.layers import StructuredNetwork
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
 from flwr_fusion.depth.structure import Unit
 from flwr_fusion.errors import FusionError
 from flwr_fusion.graph.groups import ChannelGraph
-from flwr_fusion.graph.tracing import module_of
-from flwr_fusion.statistics.moments import key_of
+from flwr_fusion.networks import key_of, module_of
+from flwr_fusion.report import StageMatch
 
 _BATCHNORMS = nn.modules.batchnorm._BatchNorm
 

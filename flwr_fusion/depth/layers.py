@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from flwr_fusion.depth.merging import MERGES
 from flwr_fusion.depth.structure import DepthStructure, Stage, Unit
-from flwr_fusion.errors import FusionError
-from flwr_fusion.graph.tracing import module_of
-from flwr_fusion.observe import call, evaluation_mode, moved_to
+from flwr_fusion.errors import FusionError, check_option
+from flwr_fusion.networks import module_of
+from flwr_fusion.observe import batches_of, record
+from flwr_fusion.report import StageMatch
 
+BALANCES = ("add", "merge")
 LAYER_COSTS = ("auto", "cka", "width", "wasserstein")
 LayerCost = Callable[
     [nn.Module, Sequence[str], nn.Module, Sequence[str]], Tensor | Sequence[Sequence[float]]
@@ -104,6 +107,47 @@ def _cheapest_increasing(cost: list[list[float]]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class LayerMatching:
+    """How layers of networks of different depth are matched, added and merged.
+
+    Parameters
+    ----------
+    cost : {"auto", "cka", "width", "wasserstein"} or callable
+        Cost of matching two layers: 1 - linear CKA of their pre-activations on the calibration
+        inputs (Kornblith et al. 2019), the squared difference of their widths relative to the
+        widest layer, or the 1-Wasserstein distance between their channels' pre-activations.
+        "auto": CKA where there are calibration inputs, else width. A function
+        ``(client, its_layers, target, target_layers)`` of two networks and the names of their
+        layers (or blocks) in a stage returns its own costs, a row for each of the client's.
+    balance : {"add", "merge"}
+        Without a target: fuse into the layers of the deepest network, each as wide as the widest
+        client's, or into the shallowest network (among equals the largest).
+    merge : {"auto", "least-squares", "sum", "majority", "average", "linear"}
+        What takes the place of two layers: the linear layer nearest to them on the calibration
+        inputs, or ``W_2 D W_1`` with the diagonal D 1 for channels whose pre-activations there have
+        a positive sum, for those that are positive more often than not, the share of positive
+        ones, or 1 for all. "auto": least squares with calibration inputs, else "linear".
+    first_to_first, last_to_last : bool
+        Whether first layers (and last ones) of a stage must be matched to each other.
+    structure : callable, optional
+        Returns the `DepthStructure` of a network. Default: `DepthStructure.trace`.
+    """
+
+    cost: Literal["auto", "cka", "width", "wasserstein"] | LayerCost = "auto"
+    balance: Literal["add", "merge"] = "add"
+    merge: Literal["auto", "least-squares", "sum", "majority", "average", "linear"] = "auto"
+    first_to_first: bool = True
+    last_to_last: bool = True
+    structure: Callable[[nn.Module], DepthStructure] | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.cost):
+            check_option("cost", self.cost, LAYER_COSTS)
+        check_option("balance", self.balance, BALANCES)
+        check_option("merge", self.merge, MERGES)
+
+
+@dataclass(frozen=True)
 class StructuredNetwork:
     """A network with its depth structure and its name in messages."""
 
@@ -118,40 +162,11 @@ class StructuredNetwork:
         return f"{self.name} ({type(self.model).__name__} with stages of {depths} units)"
 
 
-@dataclass(frozen=True)
-class StageMatch:
-    """Which units of one stage correspond in a client and in the target.
-
-    Parameters
-    ----------
-    client_units, target_units : tuple of str
-        Names of the units, in forward order.
-    pairs : tuple of (int, int)
-        Client unit and target unit, both increasing.
-    cost : tuple of tuple of float
-        The cost matrix: a row for each unit of the deeper side, a column for each of the other.
-        Empty where both are equally deep: then every unit corresponds to its counterpart.
-    """
-
-    client_units: tuple[str, ...]
-    target_units: tuple[str, ...]
-    pairs: tuple[tuple[int, int], ...]
-    cost: tuple[tuple[float, ...], ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain numbers, names and lists, ready for JSON; infinite costs are None."""
-        cost = [[x if math.isfinite(x) else None for x in row] for row in self.cost]
-        return {**asdict(self), "cost": cost}
-
-
 def match_stages(
     client: StructuredNetwork,
     target: StructuredNetwork,
-    layer_cost: str | LayerCost,
+    layers: LayerMatching,
     calibration: Any,
-    *,
-    first_to_first: bool = True,
-    last_to_last: bool = True,
 ) -> tuple[StageMatch, ...]:
     """Match the units of two networks stage by stage.
 
@@ -159,16 +174,12 @@ def match_stages(
     ----------
     client, target : StructuredNetwork
         The two networks, of any depths.
-    layer_cost : {"auto", "cka", "width", "wasserstein"} or callable
-        Cost between units: 1 - linear CKA of their pre-activations on `calibration` (Kornblith
-        et al. 2019), squared difference of their widths relative to the stage's widest, or
-        1-Wasserstein distance between their channels' pre-activations. "auto": CKA with
-        calibration, else width. A `LayerCost` sees every stage whose depths differ.
+    layers : LayerMatching
+        Its cost sees every stage whose depths differ, its constraints hold within every stage. The
+        only unit of a stage is matched to the first of a deeper one, but a client's layers are
+        merged into their last.
     calibration : Tensor or iterable of inputs, optional
         A few hundred inputs.
-    first_to_first, last_to_last : bool
-        Constraints of `match_layers` within every stage. The only unit of a stage is matched to
-        the first of a deeper one, but a client's layers are merged into their last.
 
     Returns
     -------
@@ -182,17 +193,18 @@ def match_stages(
         and the stage.
     """
     _check_comparable(client, target)
-    if layer_cost == "auto":
-        layer_cost = "width" if calibration is None else "cka"
-    if isinstance(layer_cost, str) and layer_cost != "width" and calibration is None:
-        raise FusionError(f"layer_cost={layer_cost!r} needs calibration=")
-    kept = {"first_to_first": first_to_first, "last_to_last": last_to_last}
+    cost: str | LayerCost = layers.cost
+    if cost == "auto":
+        cost = "width" if calibration is None else "cka"
+    if isinstance(cost, str) and cost != "width" and calibration is None:
+        raise FusionError(f"LayerMatching(cost={cost!r}) needs calibration=")
+    kept = {"first_to_first": layers.first_to_first, "last_to_last": layers.last_to_last}
     stages = zip(client.structure.stages, target.structure.stages, strict=True)
     matches = []
     for number, (ours, theirs) in enumerate(stages):
         try:
-            cost = _stage_cost(ours, theirs, client.model, target.model, layer_cost, calibration)
-            matches.append(_match_stage(ours, theirs, cost, kept))
+            found = _stage_cost(ours, theirs, client.model, target.model, cost, calibration)
+            matches.append(_match_stage(ours, theirs, found, kept))
         except FusionError as error:
             raise FusionError(
                 f"{client.title} and {target.title} cannot be matched in stage {number + 1} "
@@ -265,11 +277,11 @@ def _stage_cost(
             found = layer_cost(client_model, names[0], target_model, names[1])
             cost = torch.as_tensor(found).double()
         except Exception as error:
-            raise FusionError(f"layer_cost failed: {type(error).__name__}: {error}") from error
+            raise FusionError(f"the layer cost failed: {type(error).__name__}: {error}") from error
         expected = (len(client.units), len(target.units))
         if cost.shape != expected or bool(cost.isnan().any()):
             raise FusionError(
-                f"layer_cost must return numbers of shape {expected}, not {tuple(cost.shape)}"
+                f"the layer cost must return numbers of shape {expected}, not {tuple(cost.shape)}"
                 + (" with NaN" if cost.shape == expected else "")
             )
     elif layer_cost == "width":
@@ -278,7 +290,7 @@ def _stage_cost(
             for stage, model in ((client, client_model), (target, target_model))
         ]
         # Relative to the widest, so that the same network at half the width is as close.
-        widths = [own / own.max() for own in widths]
+        widths = [w / w.max() for w in widths]
         cost = (widths[0][:, None] - widths[1][None, :]).square()
     else:
         represent, distance = _COMPARISONS[layer_cost]
@@ -332,32 +344,19 @@ def _representations(
     model: nn.Module, units: Sequence[Unit], batch: Any, represent: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     """Return what represents each unit: a function of its layer's output on a batch."""
-    found: dict[str, Tensor] = {}
-    names = {model.get_submodule(unit.layer): unit.layer for unit in units}
 
-    def record(module: nn.Module, _args: Any, output: Tensor) -> None:
-        axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
-        found[names[module]] = represent(output.detach().movedim(axis, 1).double())
+    def keep(layer: nn.Module, _inputs: Tensor, output: Tensor) -> Tensor:
+        axis = 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
+        # In double precision, and so a copy.
+        return represent(output.movedim(axis, 1).double().clone())
 
-    handles = [layer.register_forward_hook(record) for layer in names]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            call(model, moved_to(model, batch))
-    except Exception as error:
-        raise FusionError(f"a network cannot be run on the calibration: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [found[unit.layer].cpu() for unit in units]
+    found = record(model, [unit.layer for unit in units], batch, keep, "a network")
+    return [found[unit.layer][-1].cpu() for unit in units]
 
 
 def _joined(calibration: Any) -> Any:
     """Return all calibration inputs as one batch: CKA compares samples with each other."""
-    if isinstance(calibration, Tensor):
-        return calibration
-    batches = list(calibration)
-    if not batches:
-        raise FusionError("calibration has no inputs: give a batch, or batches, of real inputs")
+    batches = list(batches_of(calibration))
     return tree_map(lambda *parts: torch.cat(parts), batches[0], *batches[1:])
 
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from flwr_fusion.depth.layers import StageMatch, StructuredNetwork
+from flwr_fusion.depth.layers import StructuredNetwork
 from flwr_fusion.depth.structure import Stage, Unit
-from flwr_fusion.statistics.moments import LayerStatistics, Statistics, key_of
+from flwr_fusion.networks import key_of
+from flwr_fusion.report import StageMatch
+from flwr_fusion.statistics.moments import LayerStatistics, Statistics
 
 
 def statistics_in_layers_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flwr_fusion.depth.structure import Unit
 from flwr_fusion.errors import FusionError
-from flwr_fusion.observe import call, evaluation_mode, moved_to
+from flwr_fusion.observe import batches_of, record
 
 MERGES = ("auto", "least-squares", "sum", "majority", "average", "linear")
 _BATCHNORMS = nn.modules.batchnorm._BatchNorm
@@ -120,10 +120,14 @@ def _fitted(
     return (solved[:, :-1], solved[:, -1]) if constant else (solved, bias)
 
 
+def _both(_layer: nn.Module, inputs: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    return inputs.clone(), output.clone()
+
+
 def recorded(
     model: nn.Module, names: Sequence[str], batches: Iterable[Any]
-) -> Iterable[dict[str, tuple[Tensor, Tensor]]]:
-    """Yield for every batch the first input and the output of some modules.
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Yield for every batch the first input and the output of some modules' last call.
 
     Parameters
     ----------
@@ -131,7 +135,7 @@ def recorded(
         The network; run in evaluation mode, not modified.
     names : sequence of str
         The modules.
-    batches : iterable of inputs
+    batches : Tensor or iterable of inputs
         What the network is called with.
 
     Yields
@@ -144,31 +148,8 @@ def recorded(
     FusionError
         If there are no batches or the network cannot be run on them.
     """
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    modules = {model.get_submodule(name): name for name in names}
-
-    def record(module: nn.Module, args: Any, output: Tensor) -> None:
-        # Copies: an activation that works in place would overwrite them.
-        found[modules[module]] = (args[0].detach().clone(), output.detach().clone())
-
-    handles = [module.register_forward_hook(record) for module in modules]
-    empty = True
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            for batch in batches:
-                try:
-                    call(model, moved_to(model, batch))
-                except Exception as error:
-                    raise FusionError(
-                        f"the network cannot be run on the inputs: {error}"
-                    ) from error
-                empty = False
-                yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-    if empty:
-        raise FusionError("calibration has no inputs: give a batch, or batches, of real inputs")
+    for batch in batches_of(batches):
+        yield {name: calls[-1] for name, calls in record(model, names, batch, _both).items()}
 
 
 def _affine(unit: Unit, model: nn.Module, with_norm: bool = True) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup
-from flwr_fusion.statistics.moments import key_of
+from flwr_fusion.networks import key_of
 
 
 def group_widths(graph: ChannelGraph, state: Mapping[str, Tensor]) -> dict[str, int]:

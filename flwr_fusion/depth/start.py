@@ -11,17 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion.depth.balance import DepthAligned, corresponding_tensors, depth_aligned
-from flwr_fusion.depth.layers import StageMatch, StructuredNetwork, match_stages
+from flwr_fusion.depth.layers import LayerMatching, StructuredNetwork, match_stages
 from flwr_fusion.depth.merging import merged_layer
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
 from flwr_fusion.depth.structure import LAYERS, trace_family
 from flwr_fusion.errors import FusionError
 from flwr_fusion.graph.checking import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup, verified_graph
-from flwr_fusion.graph.tracing import owner_of
 from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
-from flwr_fusion.networks import depth_and_size, detached_state, squared_norm, with_state
+from flwr_fusion.networks import (
+    depth_and_size,
+    detached_state,
+    owner_of,
+    squared_norm,
+    with_state,
+)
 from flwr_fusion.observe import moved_to
+from flwr_fusion.report import StageMatch
 
 
 def common_start(
@@ -122,7 +128,8 @@ class _Member:
         self.matches: tuple[StageMatch, ...] = ()
         if structured and model.state_dict().keys() != shallowest.state_dict().keys():
             self._shallow, self._own = structured
-            self.matches = match_stages(self._shallow, self._own, "width", None)
+            layers = LayerMatching(cost="width")
+            self.matches = match_stages(self._shallow, self._own, layers, None)
 
     def in_own_layers(self, core: nn.Module) -> DepthAligned:
         """Return a network with the shallowest one's layers in the architecture's layers."""

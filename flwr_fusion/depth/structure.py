@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from flwr_fusion.errors import FusionError
 from flwr_fusion.graph.checking import prepared_copy
 from flwr_fusion.graph.groups import verified_graph
-from flwr_fusion.graph.tracing import module_of, owner_of
-from flwr_fusion.observe import call, moved_to
+from flwr_fusion.networks import module_of, owner_of
+from flwr_fusion.observe import call, moved_to, named_failure, watched
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -258,30 +258,25 @@ class _Calls:
     def _run(self, example_inputs: Any) -> Any:
         names = {module: name for name, module in self.modules.items()}
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            record = self.by_name.setdefault(names[module], _Call(0, None))
-            record.times += 1
-            record.start = _node(next(iter((*args, *kwargs.values())), None))
+        def enter(module: nn.Module, first: Any, _output: Any) -> None:
+            found = self.by_name.setdefault(names[module], _Call(0, None))
+            found.times += 1
+            found.start = _node(first)
 
-        def after(module: nn.Module, _args: Any, output: Any) -> None:
-            record = self.by_name[names[module]]
+        def leave(module: nn.Module, _first: Any, output: Any) -> None:
+            found = self.by_name[names[module]]
             if isinstance(output, Tensor):
-                record.end, record.outputs = _node(output), tuple(output.shape[1:])
+                found.end, found.outputs = _node(output), tuple(output.shape[1:])
 
-        handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in names]
-        handles += [module.register_forward_hook(after) for module in names]
         inputs = tree_map(_with_gradient, moved_to(self.model, example_inputs))
-        try:
-            with torch.enable_grad():
-                # The graph lives as long as its end does.
-                return tree_leaves(call(self.model, inputs))
-        except Exception as error:
-            raise FusionError(
-                f"{type(self.model).__name__} cannot be run on the example inputs: {error}"
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
+        with (
+            named_failure(type(self.model).__name__, "the example inputs"),
+            watched(names, enter, before=True),
+            watched(names, leave),
+            torch.enable_grad(),
+        ):
+            # The graph lives as long as its end does.
+            return tree_leaves(call(self.model, inputs))
 
 
 def _with_gradient(x: Any) -> Any:

@@ -1,20 +1,129 @@
-"""Probing what a network computes: copies to trace, which layers run, outputs at any weights."""
+"""Checking what a network computes: permuted groups, which layers run, outputs at any weights."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.observe import arguments, call, moved_to
+from flwr_fusion.observe import arguments, call, moved_to, output_of, watched
+
+if TYPE_CHECKING:
+    from flwr_fusion.graph.groups import ChannelGraph
 
 # Relative to the output's length; single precision through many layers.
 _ROUNDING = 1e-4
+# Change of the output, relative to its length, by which a wrong group is told from rounding.
+_CHANGED = 1e-3
+# Of long lists in messages.
+_LISTED = 4
+
+
+def check_groups(graph: ChannelGraph, seed: int) -> None:
+    """Check that permuting the free groups does not change the network.
+
+    Parameters
+    ----------
+    graph : ChannelGraph
+        The traced groups.
+    seed : int
+        Of the random weights and permutations.
+
+    Raises
+    ------
+    FusionError
+        Naming each group whose permutation changes the output, and its layers; or layers that run
+        in training only and read permuted channels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state = random_state(graph.model, generator)
+    free = [group for group in graph.groups if not group.fixed]
+    permutations = {g.name: torch.randperm(g.size, generator=generator) for g in free}
+    expected = output_vector(graph.model, state, graph.example_inputs)
+
+    def changes(chosen: Mapping[str, Tensor]) -> bool:
+        output = output_vector(graph.model, graph.permute(state, chosen), graph.example_inputs)
+        return not float((output - expected).norm()) <= _CHANGED * float(expected.norm())
+
+    if not changes(permutations):
+        _check_idle_layers(graph, state, permutations)
+        return
+    wrong = [g for g in free if changes({g.name: permutations[g.name]})]
+    listed = "; ".join(
+        f"group '{g.name}' ({_shortened(sorted({p.tensor for p in g.places}))})"
+        for g in (wrong or free)[:_LISTED]
+    )
+    more = f" and {len(wrong) - _LISTED} more groups" if len(wrong) > _LISTED else ""
+    raise FusionError(
+        f"the traced channel groups of {type(graph.model).__name__} are wrong: permuting "
+        f"{listed}{more} changes its output. The network uses these channels in a way that "
+        "cannot be traced (for example a channel shuffle, a flatten after a transpose, or a "
+        "concatenation with the network's own inputs before them)."
+    )
+
+
+def _check_idle_layers(
+    graph: ChannelGraph, state: Mapping[str, Tensor], permutations: Mapping[str, Tensor]
+) -> None:
+    """Refuse layers that run in training only and read channels; warn of those that never run.
+
+    The trace sees what runs in evaluation mode.
+    """
+    model, inputs = graph.model, graph.example_inputs
+    never = idle = idle_layers(model, inputs)
+    if not idle:
+        return
+    with _written_for_training(model):
+        try:
+            never = idle_layers(model, inputs)
+            same = never == idle or is_close(
+                output_vector(model, graph.permute(state, permutations), inputs),
+                output_vector(model, state, inputs),
+            )
+        except FusionError:  # It needs more than the inputs, such as labels.
+            never, same = idle, True
+    if not same:
+        trained = sorted(set(idle) - set(never))
+        raise FusionError(
+            f"layers of {type(model).__name__} run in training only ({_shortened(trained)}) "
+            "and read channels of the others: what they read cannot be traced. Take them out "
+            "of the networks that are fused, or let them run in evaluation as well"
+        )
+    if never:
+        warnings.warn(
+            f"layers of {type(model).__name__} do not run on the example inputs "
+            f"({_shortened(never)}): they are averaged by index, which is wrong if they read "
+            "channels of the others",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def _written_for_training(model: nn.Module) -> Iterator[None]:
+    """Let a network in evaluation mode take its own branches for training.
+
+    PyTorch's modules stay in evaluation: dropout draws other masks for permuted channels.
+    """
+    custom = [m for m in model.modules() if not type(m).__module__.startswith("torch.nn.")]
+    for module in custom:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in custom:
+            module.training = False
+
+
+def _shortened(names: list[str]) -> str:
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def prepared_copy(model: nn.Module) -> nn.Module:
@@ -32,20 +141,11 @@ def call_order(model: nn.Module, inputs: Any) -> dict[str, int]:
     order: dict[str, int] = {}
     names = {module: name for name, module in model.named_modules()}
 
-    def note(module: nn.Module, _args: Any) -> None:
+    def note(module: nn.Module, _inputs: Any, _output: Any) -> None:
         order.setdefault(names[module], len(order))
 
-    handles = [module.register_forward_pre_hook(note) for module in names]
-    try:
-        with torch.no_grad():
-            call(model, inputs)
-    except Exception as error:
-        raise FusionError(
-            f"{type(model).__name__} cannot be run on the example inputs: {error}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(names, note, before=True), torch.no_grad():
+        output_of(model, inputs, type(model).__name__, "the example inputs")
     return order
 
 
@@ -66,21 +166,21 @@ def idle_layers(model: nn.Module, inputs: Any) -> list[str]:
     """
     called = call_order(model, inputs)
     silent = {
-        name: own
+        name: parameters
         for name, module in model.named_modules()
-        if name not in called and (own := list(module.parameters(recurse=False)))
+        if name not in called and (parameters := list(module.parameters(recurse=False)))
     }
     if not silent:
         return []
     with torch.enable_grad():
         leaves = [t for t in tree_leaves(call(model, inputs)) if isinstance(t, Tensor)]
         total = sum((t.abs().sum() for t in leaves if t.requires_grad), torch.zeros(()))
-    owned = [p for own in silent.values() for p in own if p.requires_grad]
+    owned = [p for parameters in silent.values() for p in parameters if p.requires_grad]
     if not total.requires_grad or not owned:
         return list(silent)
     gradients = torch.autograd.grad(total, owned, allow_unused=True)
     read = {id(p) for p, g in zip(owned, gradients, strict=True) if g is not None}
-    return [name for name, own in silent.items() if not any(id(p) in read for p in own)]
+    return [n for n, parameters in silent.items() if not any(id(p) in read for p in parameters)]
 
 
 def random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

@@ -8,9 +8,7 @@ scales, running statistics, all branches of a residual sum. Groups are found by 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,21 +17,78 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flwr_fusion.errors import FusionError
-from flwr_fusion.graph.checking import (
-    idle_layers,
-    is_close,
-    output_vector,
-    prepared_copy,
-    random_state,
-)
-from flwr_fusion.graph.tracing import ChannelGroup, Place, owner_of, trace_groups
+from flwr_fusion.graph.checking import check_groups, prepared_copy
+from flwr_fusion.networks import owner_of
 from flwr_fusion.observe import moved_to
 
-# Of long lists in messages.
-_LISTED = 4
 
-__all__ = ["ChannelGraph", "ChannelGroup", "Place", "verified_graph"]
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the channels of a group stand along one axis of one tensor.
+
+    Parameters
+    ----------
+    tensor : str
+        Key of the tensor in the state dict.
+    axis : int
+        The axis that the channels index.
+    positions : Tensor
+        Shape (channels, block), integers: channel c stands at ``positions[c]`` along the axis.
+        ``block`` is 1, or the number of columns that one channel becomes after a flatten.
+    writes : bool
+        True where the tensor produces the channels (rows of a layer, bias, norm scale, running
+        statistics), False where it consumes them (columns of the next layer).
+    """
+
+    tensor: str
+    axis: int
+    positions: Tensor
+    writes: bool
+
+    @property
+    def block(self) -> int:
+        """Number of positions along the axis that belong to one channel."""
+        return self.positions.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """One set of channels and every place that indexes it.
+
+    Parameters
+    ----------
+    name : str
+        The first layer that writes the channels, or "input of LAYER".
+    size : int
+        Number of channels.
+    places : tuple of Place
+        Every tensor axis that carries the channels.
+    fixed_because : str
+        Why the channels must stay where they are; empty for a free group.
+    normalised : bool
+        True if a LayerNorm or GroupNorm normalises across the channels, so that their number
+        cannot change without changing the function.
+    """
+
+    name: str
+    size: int
+    places: tuple[Place, ...]
+    fixed_because: str = ""
+    normalised: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the channels must keep their order (inputs, outputs, the inside of heads)."""
+        return bool(self.fixed_because)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What must agree with the same group of a network of another width."""
+        return (
+            self.name,
+            self.fixed,
+            tuple(sorted((p.tensor, p.axis, p.block, p.writes) for p in self.places)),
+        )
 
 
 @dataclass(eq=False)
@@ -55,8 +110,8 @@ class ChannelGraph:
     groups: tuple[ChannelGroup, ...]
     shapes: dict[str, torch.Size]
     called_layers: frozenset[str]
-    _model: nn.Module = field(repr=False)
-    _example_inputs: Any = field(repr=False)
+    model: nn.Module = field(repr=False)
+    example_inputs: Any = field(repr=False)
 
     @classmethod
     def trace(cls, model: nn.Module, example_inputs: Any) -> ChannelGraph:
@@ -80,6 +135,9 @@ class ChannelGraph:
         FusionError
             If the network cannot be run on the example inputs or not be traced.
         """
+        # Imported where it is used: tracing makes groups, and torch-pruning takes its time to load.
+        from flwr_fusion.graph.tracing import trace_groups
+
         traced = prepared_copy(model)
         inputs = moved_to(traced, example_inputs)
         groups, called_layers = trace_groups(traced, inputs)
@@ -97,66 +155,7 @@ class ChannelGraph:
         FusionError
             Naming each group whose permutation changes the output, and its layers.
         """
-        generator = torch.Generator().manual_seed(seed)
-        model, inputs = self._model, self._example_inputs
-        state = random_state(model, generator)
-        free = [group for group in self.groups if not group.fixed]
-        permutations = {g.name: torch.randperm(g.size, generator=generator) for g in free}
-        expected = output_vector(model, state, inputs)
-
-        def changes(chosen: dict[str, Tensor]) -> bool:
-            permuted = self.permute(state, chosen)
-            output = output_vector(model, permuted, inputs)
-            return not float((output - expected).norm()) <= 1e-3 * float(expected.norm())
-
-        if not changes(permutations):
-            self._check_idle_layers(state, permutations)
-            return
-        wrong = [g for g in free if changes({g.name: permutations[g.name]})]
-        listed = "; ".join(
-            f"group '{g.name}' ({_shortened(sorted({p.tensor for p in g.places}))})"
-            for g in (wrong or free)[:_LISTED]
-        )
-        more = f" and {len(wrong) - _LISTED} more groups" if len(wrong) > _LISTED else ""
-        raise FusionError(
-            f"the traced channel groups of {type(self._model).__name__} are wrong: permuting "
-            f"{listed}{more} changes its output. The network uses these channels in a way that "
-            "cannot be traced (for example a channel shuffle, a flatten after a transpose, or a "
-            "concatenation with the network's own inputs before them)."
-        )
-
-    def _check_idle_layers(self, state: Mapping[str, Tensor], chosen: dict[str, Tensor]) -> None:
-        """Refuse layers that run in training only and read channels; warn of those that never run.
-
-        The trace sees what runs in evaluation mode.
-        """
-        model, inputs = self._model, self._example_inputs
-        never = idle = idle_layers(model, inputs)
-        if not idle:
-            return
-        with _written_for_training(model):
-            try:
-                never = idle_layers(model, inputs)
-                same = never == idle or is_close(
-                    output_vector(model, self.permute(state, chosen), inputs),
-                    output_vector(model, state, inputs),
-                )
-            except FusionError:  # It needs more than the inputs, such as labels.
-                never, same = idle, True
-        if not same:
-            trained = sorted(set(idle) - set(never))
-            raise FusionError(
-                f"layers of {type(model).__name__} run in training only ({_shortened(trained)}) "
-                "and read channels of the others: what they read cannot be traced. Take them out "
-                "of the networks that are fused, or let them run in evaluation as well"
-            )
-        if never:
-            warnings.warn(
-                f"layers of {type(model).__name__} do not run on the example inputs "
-                f"({_shortened(never)}): they are averaged by index, which is wrong if they read "
-                "channels of the others",
-                stacklevel=2,
-            )
+        check_groups(self, seed)
 
     def activation_places(self, group: ChannelGroup) -> list[tuple[str, Tensor]]:
         """Return the layers whose outputs are pre-activations of a group, with its positions.
@@ -208,27 +207,6 @@ class ChannelGraph:
                 index[place.positions.flatten()] = place.positions[order].flatten()
                 permuted[place.tensor] = tensor.index_select(place.axis, index.to(tensor.device))
         return permuted
-
-
-@contextmanager
-def _written_for_training(model: nn.Module) -> Iterator[None]:
-    """Let a network in evaluation mode take its own branches for training.
-
-    PyTorch's modules stay in evaluation: dropout draws other masks for permuted channels.
-    """
-    own = [m for m in model.modules() if not type(m).__module__.startswith("torch.nn.")]
-    for module in own:
-        module.training = True
-    try:
-        yield
-    finally:
-        for module in own:
-            module.training = False
-
-
-def _shortened(names: list[str]) -> str:
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def verified_graph(model: nn.Module, example_inputs: Any) -> ChannelGraph:

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.graph.checking import call_order
+from flwr_fusion.graph.groups import ChannelGroup, Place
+from flwr_fusion.networks import owner_of
 from flwr_fusion.observe import call
 
 # Operations that mix channels with other axes; torch-pruning takes them for element-wise ones.
@@ -23,75 +25,6 @@ _MIXING_OPERATIONS = ("bmm", "scaleddotproduct", "attention")
 _ROOT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 _VECTOR_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 _NORMALISED_ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm)
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where the channels of a group stand along one axis of one tensor.
-
-    Parameters
-    ----------
-    tensor : str
-        Key of the tensor in the state dict.
-    axis : int
-        The axis that the channels index.
-    positions : Tensor
-        Shape (channels, block), integers: channel c stands at ``positions[c]`` along the axis.
-        ``block`` is 1, or the number of columns that one channel becomes after a flatten.
-    writes : bool
-        True where the tensor produces the channels (rows of a layer, bias, norm scale, running
-        statistics), False where it consumes them (columns of the next layer).
-    """
-
-    tensor: str
-    axis: int
-    positions: Tensor
-    writes: bool
-
-    @property
-    def block(self) -> int:
-        """Number of positions along the axis that belong to one channel."""
-        return self.positions.shape[1]
-
-
-@dataclass(frozen=True, eq=False)
-class ChannelGroup:
-    """One set of channels and every place that indexes it.
-
-    Parameters
-    ----------
-    name : str
-        The first layer that writes the channels, or "input of LAYER".
-    size : int
-        Number of channels.
-    places : tuple of Place
-        Every tensor axis that carries the channels.
-    fixed_because : str
-        Why the channels must stay where they are; empty for a free group.
-    normalised : bool
-        True if a LayerNorm or GroupNorm normalises across the channels, so that their number
-        cannot change without changing the function.
-    """
-
-    name: str
-    size: int
-    places: tuple[Place, ...]
-    fixed_because: str = ""
-    normalised: bool = False
-
-    @property
-    def fixed(self) -> bool:
-        """Whether the channels must keep their order (inputs, outputs, the inside of heads)."""
-        return bool(self.fixed_because)
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """What must agree with the same group of a network of another width."""
-        return (
-            self.name,
-            self.fixed,
-            tuple(sorted((p.tensor, p.axis, p.block, p.writes) for p in self.places)),
-        )
 
 
 def trace_groups(model: nn.Module, inputs: Any) -> tuple[list[ChannelGroup], frozenset[str]]:
@@ -405,16 +338,6 @@ class _GroupBuilder:
         if isinstance(module, nn.GroupNorm) and module.num_groups < length:
             return length // int(module.num_groups)
         return length
-
-
-def owner_of(tensor: str) -> str:
-    """Return the name of the module that owns a tensor."""
-    return tensor.rpartition(".")[0] or tensor
-
-
-def module_of(tensor: str) -> str:
-    """Return the name of the module that owns a tensor; "" is the network itself."""
-    return tensor.rpartition(".")[0]
 
 
 def _out_axis(layer: nn.Module) -> int:

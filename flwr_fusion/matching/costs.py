@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.graph.groups import ChannelGraph
 from flwr_fusion.maps import Correspondence, Maps, Segment, map_tensor
-from flwr_fusion.observe import call, evaluation_mode, moved_to
-
-ACTIVATION_COSTS = ("correlation", "euclidean")
+from flwr_fusion.observe import batches_of, record
 
 
 def weight_cost(
@@ -185,18 +181,17 @@ def activation_costs(
     """
     moments: dict[tuple[str, str], _CrossMoments] = defaultdict(_CrossMoments)
     layers = _layer_pairs(correspondence)
-    for batch in [calibration] if isinstance(calibration, Tensor) else calibration:
-        with _recorded(reference, correspondence.fused) as ours:
-            _run(reference, batch)
-        with _recorded(client, correspondence.client) as theirs:
-            _run(client, batch)
+    names = {layer for _, layer, _, _ in layers}
+    for batch in batches_of(calibration):
+        ours, theirs = (
+            record(network, names, batch, _channel_samples, "a network")
+            for network in (reference, client)
+        )
         for group, layer, fused_positions, client_positions in layers:
-            x, y = ours[layer], theirs[layer]
+            x, y = torch.cat(ours[layer], 1), torch.cat(theirs[layer], 1)
             x = x.index_select(0, fused_positions.to(x.device))
             y = y.index_select(0, client_positions.to(y.device))
             moments[group, layer].add(x, y.to(x.device))
-    if not moments:
-        raise FusionError("calibration has no inputs: give a batch, or batches, of real inputs")
     costs: dict[str, list[Tensor]] = defaultdict(list)
     for (group, _), moment in moments.items():
         costs[group].append(moment.cost(kind))
@@ -217,35 +212,10 @@ def _layer_pairs(correspondence: Correspondence) -> list[tuple[str, str, Tensor,
     return pairs
 
 
-def _run(model: nn.Module, batch: Any) -> None:
-    try:
-        with torch.no_grad():
-            call(model, moved_to(model, batch))
-    except Exception as error:
-        raise FusionError(
-            f"the networks cannot be run on the calibration inputs: {error}"
-        ) from error
-
-
-@contextmanager
-def _recorded(model: nn.Module, graph: ChannelGraph) -> Iterator[dict[str, Tensor]]:
-    """Record the outputs of all layers as (channels, samples), in evaluation mode."""
-    outputs: dict[str, Tensor] = {}
-    names = {m: n for n, m in model.named_modules() if n in graph.called_layers}
-
-    def record(module: nn.Module, _args: Any, output: Tensor) -> None:
-        axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
-        rows = output.detach().movedim(axis, 0).flatten(1)
-        seen = outputs.get(names[module])
-        outputs[names[module]] = rows if seen is None else torch.cat([seen, rows], 1)
-
-    handles = [module.register_forward_hook(record) for module in names]
-    try:
-        with evaluation_mode(model):
-            yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+def _channel_samples(layer: nn.Module, _inputs: Tensor, output: Tensor) -> Tensor:
+    """Return a layer's output as (channels, samples), copied."""
+    axis = 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
+    return output.movedim(axis, 0).clone(memory_format=torch.contiguous_format).flatten(1)
 
 
 class _CrossMoments:

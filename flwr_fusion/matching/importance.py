@@ -1,4 +1,4 @@
-"""Choosing channel maps by importance: Neuron Transplantation.
+"""Choosing channel maps by importance, for Neuron Transplantation.
 
 The fused network keeps the most important channels of all clients and drops the others; hidden
 channels of different clients are not averaged and do not read each other. The network that would
@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flwr_fusion.errors import FusionError
+from flwr_fusion.errors import FusionError, check_option
+from flwr_fusion.fusion import Client
+from flwr_fusion.graph.groups import ChannelGroup
 from flwr_fusion.maps import ChannelMap, Segment, Selection
-from flwr_fusion.matching.barycentre import Client
 from flwr_fusion.matching.costs import channel_rows, matched_tensors, segments_of
 
 IMPORTANCES = ("l1", "l2")
+SCHEMES = ("joint", "iterative", "recursive")
 ORDERS = ("merge-then-prune", "prune-then-merge")
 # Estimated distances scatter by sqrt(2 / projections) = 13 %: unrelated channels stay unrelated.
 _PROJECTIONS = 128
@@ -35,32 +37,36 @@ _POINTS = 512
 # The mean over all channels of a group scatters little: unrelated networks stay near 1.
 _COMMON_START = 0.8
 
-Scorer = Callable[[int, str], Tensor]
+Importance = Callable[[nn.Module, ChannelGroup], Tensor]
 
 
 @dataclass(frozen=True)
 class Transplantation:
-    """Which channels are kept.
+    """Which channels a transplantation keeps.
 
     Parameters
     ----------
     importance : {"l1", "l2"} or callable
         Score of a channel: the sum of absolute values or of squares of all its weights, incoming
-        and outgoing, biases and norm scales included; or ``importance(client, group)``, which
-        returns a score for each of the client's channels of a group.
+        and outgoing, biases and norm scales included; or ``importance(model, group)``, which
+        returns one score per channel of a `ChannelGroup`.
     weighted : bool
         Multiply a client's scores by its weight.
+    scheme : {"joint", "iterative", "recursive"}
+        All networks at once, one after the other, or in pairs.
     order : {"merge-then-prune", "prune-then-merge"}
         Clients compete for all places, or each client gets an equal number of them.
     duplicates : float
         Channels of different clients that differ by less than this share of the spread of all
         channels are duplicates: they take one place, and their weights are averaged. 0: never.
     donated : float, optional
-        Share of the places for channels of all clients but the first; default: no limit.
+        Share of the places for channels of all clients but the heaviest (partial transplantation).
+        Default: no limit.
     """
 
-    importance: Literal["l1", "l2"] | Scorer = "l2"
+    importance: Literal["l1", "l2"] | Importance = "l2"
     weighted: bool = False
+    scheme: Literal["joint", "iterative", "recursive"] = "joint"
     order: Literal["merge-then-prune", "prune-then-merge"] = "merge-then-prune"
     duplicates: float = 0.25
     donated: float | None = None
@@ -70,8 +76,8 @@ class Transplantation:
             raise FusionError(
                 f"importance must be one of {IMPORTANCES} or a function, not {self.importance!r}"
             )
-        if self.order not in ORDERS:
-            raise FusionError(f"order must be one of {ORDERS}, not {self.order!r}")
+        check_option("scheme", self.scheme, SCHEMES)
+        check_option("order", self.order, ORDERS)
         if not 0 <= self.duplicates <= 1:
             raise FusionError(f"duplicates must lie in [0, 1], not {self.duplicates!r}")
         if self.donated is not None and not 0 <= self.donated <= 1:
@@ -122,12 +128,12 @@ def choose_channels(
     for group in clients[0].correspondence.free_groups:
         pool = pools[group.name]
         scores = [
-            _scores(n, client, states[n], group.name, transplantation)
-            for n, client in enumerate(clients)
+            _scores(client, state, group.name, transplantation)
+            for client, state in zip(clients, states, strict=True)
         ]
         kept = _kept(scores, pool, group.fused_size, transplantation)
-        for own, members in zip(maps, pool.members, strict=True):
-            own[group.name] = _selection(kept, members, group.fused_size)
+        for client_maps, members in zip(maps, pool.members, strict=True):
+            client_maps[group.name] = _selection(kept, members, group.fused_size)
     return maps
 
 
@@ -149,9 +155,9 @@ def _kept(
         total.index_add_(0, members, score)
     if transplantation.donated is not None:
         donated = round(places * transplantation.donated)
-        own = torch.zeros(pool.size, dtype=torch.bool)
-        own[pool.members[0]] = True
-        chosen = [_best(total, own, places - donated), _best(total, ~own, donated)]
+        heaviest = torch.zeros(pool.size, dtype=torch.bool)
+        heaviest[pool.members[0]] = True
+        chosen = [_best(total, heaviest, places - donated), _best(total, ~heaviest, donated)]
     elif transplantation.order == "prune-then-merge":
         chosen = []
         free = torch.ones(pool.size, dtype=torch.bool)
@@ -179,7 +185,6 @@ def _best(total: Tensor, candidates: Tensor, count: int) -> Tensor:
 
 
 def _scores(
-    n: int,
     client: Client,
     state: Mapping[str, Tensor],
     group: str,
@@ -188,7 +193,7 @@ def _scores(
     """Return the importance of each of a client's channels of a group, in double precision."""
     factor = client.weight if transplantation.weighted else 1.0
     if callable(transplantation.importance):
-        return transplantation.importance(n, group).double().cpu() * factor
+        return _given_scores(transplantation.importance, client, group).double().cpu() * factor
     power = 1 if transplantation.importance == "l1" else 2
     total: Tensor | None = None
     for name, segments_of_axes in client.correspondence.segments.items():
@@ -204,6 +209,15 @@ def _scores(
     if total is None:
         raise FusionError(f"no weights tell the channels of group '{group}' apart")
     return total.cpu() * factor
+
+
+def _given_scores(importance: Importance, client: Client, name: str) -> Tensor:
+    """Return what a user's importance says of each of a client's channels of a group."""
+    group = next(g for g in client.correspondence.client.groups if g.name == name)
+    scores = torch.as_tensor(importance(client.model(), group))
+    if scores.shape != (group.size,) or not bool(torch.isfinite(scores).all()):
+        raise FusionError(f"importance must return {group.size} finite scores for group '{name}'")
+    return scores
 
 
 def pool_channels(
@@ -280,42 +294,43 @@ def _client_size(client: Client, group: str) -> int:
 
 def _pool(signatures: Sequence[Tensor], duplicates: float) -> Pool:
     """Join mutual nearest neighbours of different clients, one client after the other."""
-    count = sum(len(own) for own in signatures)
-    sums = [own.sum(0, dtype=torch.float64) for own in signatures]
+    count = sum(len(rows) for rows in signatures)
+    sums = [rows.sum(0, dtype=torch.float64) for rows in signatures]
     mean = torch.stack(sums).sum(0) / count
-    squares = sum(float(own.norm()) ** 2 for own in signatures) / count
+    squares = sum(float(rows.norm()) ** 2 for rows in signatures) / count
+    # Twice the mean squared distance from the mean: E|x - y|^2 of unrelated x and y.
     spread = 2 * (squares - float(mean.square().sum()))
-    known = signatures[0]
-    members = [torch.arange(len(known))]
-    for own in signatures[1:]:
-        nearest, back = _nearest(own, known)
-        smallest = (own - known[nearest]).square().sum(1)
-        index = torch.arange(len(own))
-        if _common_start(own, signatures[0], spread, smallest):
+    distinct = signatures[0]
+    members = [torch.arange(len(distinct))]
+    for rows in signatures[1:]:
+        nearest, back = _nearest(rows, distinct)
+        smallest = (rows - distinct[nearest]).square().sum(1)
+        index = torch.arange(len(rows))
+        if _common_start(rows, signatures[0], spread, smallest):
             members.append(index)
             continue
         same = (back[nearest] == index) & (smallest <= duplicates * spread)
-        new = torch.cumsum(~same, 0) - 1 + len(known)
+        new = torch.cumsum(~same, 0) - 1 + len(distinct)
         members.append(torch.where(same, nearest, new))
-        known = torch.cat([known, own[~same]])
-    return Pool(len(known), members)
+        distinct = torch.cat([distinct, rows[~same]])
+    return Pool(len(distinct), members)
 
 
-def _common_start(own: Tensor, first: Tensor, spread: float, smallest: Tensor) -> bool:
+def _common_start(rows: Tensor, first: Tensor, spread: float, smallest: Tensor) -> bool:
     """Whether two networks have channels of equal index in common.
 
     They are closer than unrelated ones on average, and no other channels are much closer still, as
     they are in a permuted copy.
     """
-    if len(own) != len(first):
+    if len(rows) != len(first):
         return False
-    distance = float((own - first).square().sum(1).mean())
+    distance = float((rows - first).square().sum(1).mean())
     return distance < _COMMON_START * spread and distance <= 2 * float(smallest.mean()) + 1e-30
 
 
 def _nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest of the others to each point, and of the points to each other one."""
-    norms, own = others.square().sum(1), points.square().sum(1)
+    norms, point_norms = others.square().sum(1), points.square().sum(1)
     nearest: list[Tensor] = []
     back = torch.zeros(len(others), dtype=torch.long)
     least = torch.full((len(others),), torch.inf).to(points)
@@ -323,7 +338,7 @@ def _nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         # Without the points' own norms, which do not matter for what is nearest to them.
         block = torch.addmm(norms, points[start : start + _POINTS], others.T, alpha=-2)
         nearest.append(block.min(1).indices)
-        found = block.add_(own[start : start + _POINTS, None]).min(0)
+        found = block.add_(point_norms[start : start + _POINTS, None]).min(0)
         closer = found.values < least
         back[closer] = found.indices[closer] + start
         least = torch.minimum(least, found.values)
@@ -347,8 +362,8 @@ def _signatures(
                 for a, segments in client.correspondence.segments[name].items()
                 if a != axis
             ]
-            known = all(s.group in pools for _, segments in others for s in segments)
-            if not segment.writes or not known:
+            pooled = all(s.group in pools for _, segments in others for s in segments)
+            if not segment.writes or not pooled:
                 continue
             rows = channel_rows(state[name], axis, segment.client_positions[channels])
             projection = _projection(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,40 +11,12 @@ from torch import Tensor
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import ChannelMap, Correspondence, GroupPair, Plan, Selection, map_tensor
 from flwr_fusion.matching.costs import channel_norms, matched_tensors, segments_of, weight_cost
-from flwr_fusion.matching.transport import Solver, solve
+from flwr_fusion.matching.matching import Matching
+from flwr_fusion.matching.solver import Solver, solve, solver_of
 
-SWEEPS = ("joint", "greedy")
-MASSES = ("uniform", "importance")
 _MAX_SWEEPS = 100
 # A move must pay by more than the rounding of the cost, so that ties keep channels in place.
 _LEAST_GAIN = 1e-6
-
-
-@dataclass(frozen=True)
-class Matching:
-    """How channels are matched.
-
-    Parameters
-    ----------
-    sweep : {"joint", "greedy"}
-        Coordinate descent over all groups until nothing moves (Ainsworth et al. 2023,
-        algorithm 1), or one pass in forward order that looks at the incoming weights only
-        (Singh & Jaggi 2020, algorithm 1).
-    solver : Solver
-        The transport problem.
-    masses : {"uniform", "importance"}
-        All channels weigh the same, or by the L2 norm of their incoming weights.
-    """
-
-    sweep: Literal["joint", "greedy"] = "joint"
-    solver: Solver = field(default_factory=Solver)
-    masses: Literal["uniform", "importance"] = "uniform"
-
-    def __post_init__(self) -> None:
-        if self.sweep not in SWEEPS:
-            raise FusionError(f"sweep must be one of {SWEEPS}, not {self.sweep!r}")
-        if self.masses not in MASSES:
-            raise FusionError(f"masses must be one of {MASSES}, not {self.masses!r}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +58,6 @@ def align_by_weights(
     start : mapping of str to ChannelMap, optional
         Maps to start the joint sweep from. Default: the identity, or two forward passes (with
         and without outgoing weights) if they come closer to the reference; the better end counts.
-
     activations : mapping of str to Tensor, optional
         From `flwr_fusion.matching.costs.activation_costs`: added to the cost by weights, on
         average over all pairs equally large.
@@ -136,7 +106,9 @@ def align_by_activations(
         A map for every free group; groups without recorded layers keep their order.
     """
     maps = correspondence.identity()
-    matched = {name: _solved(name, cost, matching.solver) for name, cost in costs.items()}
+    matched = {
+        name: _solved(name, cost, solver_of(matching.solver)) for name, cost in costs.items()
+    }
     matched_costs = {name: _relative_cost(cost, matched[name]) for name, cost in costs.items()}
     return Alignment(maps | matched, matched_costs)
 
@@ -156,6 +128,7 @@ class _WeightAligner:
         self.client = client
         self.correspondence = correspondence
         self.matching = matching
+        self.solver = solver_of(matching.solver)
         self.norms = {
             name: (_norm(reference[name]), _norm(client[name]))
             for name in matched_tensors(correspondence, reference)
@@ -183,17 +156,17 @@ class _WeightAligner:
         unsettled: set[str] = set()
         for group in self.correspondence.free_groups:
             reads = self.reads[group.name]
-            known = [
+            comparable = [
                 tensor
                 for tensor, needed in reads.items()
                 if needed <= maps.keys() and (self._writes(tensor, group.name) or not incoming_only)
             ]
             maps[group.name] = Selection.identity(group.fused_size, group.client_size)
-            if known:
-                cost = self._cost(group, maps, known)
+            if comparable:
+                cost = self._cost(group, maps, comparable)
                 maps[group.name] = self._solve(cost, group)
                 costs[group.name] = _relative_cost(cost, maps[group.name])
-            if len(known) < len(reads):
+            if len(comparable) < len(reads):
                 unsettled.add(group.name)
         return Alignment(maps, costs), unsettled
 
@@ -252,11 +225,11 @@ class _WeightAligner:
 
     def _solve(self, cost: Tensor, group: GroupPair) -> ChannelMap:
         if self.matching.masses == "uniform":
-            return _solved(group.name, cost, self.matching.solver)
+            return _solved(group.name, cost, self.solver)
         return _solved(
             group.name,
             cost,
-            self.matching.solver,
+            self.solver,
             channel_norms(group.name, self.reference, self.correspondence, fused=True),
             channel_norms(group.name, self.client, self.correspondence, fused=False),
         )

@@ -1,138 +1,154 @@
-"""The rules that ``combine=`` names, applied to clients whose channels have been mapped."""
+"""What a rule is: how clients whose channels have been mapped are put together."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from flwr_fusion.errors import FusionError
+from flwr_fusion.fusion import Fusion
 from flwr_fusion.maps import Maps
-from flwr_fusion.matching.barycentre import Client
-from flwr_fusion.networks import check_option
-from flwr_fusion.rules.least_squares import LeastSquares, RunningLeastSquares, RunningMean
-from flwr_fusion.rules.robust import Krum, TrimmedMean, robustly_combined
-from flwr_fusion.statistics.moments import Statistics, check
-
-Combine = (
-    Literal["mean", "least-squares", "median", "trimmed-mean", "krum"]
-    | LeastSquares
-    | TrimmedMean
-    | Krum
-)
-Rule = LeastSquares | TrimmedMean | Krum | None
-"""What a name stands for; None: the mean."""
-
-_RULES: dict[str, Rule] = {
-    "mean": None,
-    "least-squares": LeastSquares(),
-    "median": TrimmedMean(share=0.5),
-    "trimmed-mean": TrimmedMean(),
-    "krum": Krum(),
-}
 
 
-def rule_of(combine: Combine) -> Rule:
-    """Return the rule that an argument names or is; refuse anything else."""
-    if isinstance(combine, (LeastSquares, TrimmedMean, Krum)):
-        return combine
-    check_option("combine", combine, tuple(_RULES))
-    return _RULES[combine]
-
-
-def wants_statistics(combine: object) -> bool:
-    """Return whether an argument, of whichever method, is the least-squares rule."""
-    return combine == "least-squares" or isinstance(combine, LeastSquares)
-
-
-def least_clients(combine: object) -> int:
-    """Return how many clients an argument, of whichever method, needs as a rule."""
-    rule = _RULES.get(combine) if isinstance(combine, str) else combine
-    return rule.least_clients if isinstance(rule, Krum) else 1
-
-
-def is_robust(combine: object) -> bool:
-    """Return whether an argument, of whichever method, is a rule that few clients cannot decide.
-
-    All clients count the same under such a rule.
-    """
-    rule = _RULES.get(combine) if isinstance(combine, str) else combine
-    return isinstance(rule, (TrimmedMean, Krum))
-
-
-def checked_statistics(
-    statistics: Sequence[Statistics | None] | None,
-    rule: Rule,
-    models: Sequence[nn.Module],
-    order: Sequence[int],
-) -> list[Statistics | None]:
-    """Return the participants' statistics in their order, refusing what does not fit."""
-    if statistics is None:
-        if isinstance(rule, LeastSquares):
-            raise FusionError(
-                "combine='least-squares' needs statistics=: for each network its "
-                "flwr_fusion.statistics.input_moments"
-            )
-        return [None] * len(order)
-    check_statistics(statistics, models, order)
-    return [statistics[k] for k in order]
-
-
-def check_statistics(
-    statistics: Sequence[Statistics | None], models: Sequence[nn.Module], order: Sequence[int]
-) -> None:
-    """Refuse statistics that do not fit the participants' networks."""
-    if len(statistics) != len(models):
-        raise FusionError(f"there are {len(models)} models but {len(statistics)} statistics")
-    for k in order:
-        own = statistics[k]
-        if own is not None:
-            try:
-                check(own, models[k])
-            except FusionError as error:
-                raise FusionError(f"client {k}: {error}") from error
-
-
-def combined(
-    clients: Sequence[Client],
-    maps: Sequence[Maps],
-    template: Mapping[str, Tensor],
-    rule: Rule,
-    statistics: Sequence[Statistics | None],
-    tied: Collection[str],
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the combined state dict, and the layers combined by least squares.
+@dataclass(frozen=True)
+class Combined:
+    """What a rule returns that has something to tell of what it did.
 
     Parameters
     ----------
-    clients, maps
-        What is combined, and how its channels go into the fused network's.
-    template : mapping of str to Tensor
-        State dict of the fused architecture; its values fill channels that no client has.
+    state : mapping of str to Tensor
+        The fused state dict.
+    details : mapping of str to str
+        By tensor, layer or whatever the rule distinguishes; they come into the fusion's report.
+    """
+
+    state: Mapping[str, Tensor]
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """How mapped clients are put together; any object with these members is a rule.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import flwr_fusion as ff
+    >>> class Largest:
+    ...     needs_statistics = needs_sent = few_cannot_decide = False
+    ...     least_clients = 1
+    ...
+    ...     def combine(self, fusion, maps):
+    ...         fused = ff.Mean().combine(fusion, maps)  # integers, and what no client has
+    ...         for block in fusion.blocks(maps):
+    ...             largest = block.values.masked_fill(~block.present, -torch.inf).amax(0)
+    ...             here = block.of(fused[block.name])
+    ...             here.copy_(torch.where(block.present.any(0), largest, here))
+    ...         return fused
+    >>> fused = ff.average([nn.Linear(3, 2), nn.Linear(3, 2)], combine=Largest()).model
+    """
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it needs what the clients measured (`Client.statistics`)."""
+
+    @property
+    def needs_sent(self) -> bool:
+        """Whether it needs the model that was sent out (`Fusion.sent`)."""
+
+    @property
+    def least_clients(self) -> int:
+        """How many clients it needs."""
+
+    @property
+    def few_cannot_decide(self) -> bool:
+        """Whether it keeps a few clients from deciding: then all clients count the same.
+
+        Nothing around such a rule lets one client decide either: not the choice of the reference,
+        not the barycentre, no ensemble of teachers.
+        """
+
+    def combine(self, fusion: Fusion, maps: Sequence[Maps]) -> Mapping[str, Tensor] | Combined:
+        """Return the fused state dict.
+
+        Parameters
+        ----------
+        fusion : Fusion
+            The clients, the fused architecture, and the model that was sent out.
+        maps : sequence of mapping of str to ChannelMap
+            For every client the maps of its channel groups, empty where all stand as they are.
+
+        Returns
+        -------
+        mapping of str to Tensor, or Combined
+            New tensors, in the shapes and dtypes of ``fusion.target``.
+        """
+
+
+def check_rule(rule: object) -> Rule:
+    """Return what is a rule; refuse what lacks one of its members, by name."""
+    members = ("needs_statistics", "needs_sent", "least_clients", "few_cannot_decide", "combine")
+    lacking = [name for name in members if not hasattr(rule, name)]
+    if lacking or isinstance(rule, type):
+        hint = "an object of the class, not the class" if isinstance(rule, type) else lacking
+        raise FusionError(f"combine={rule!r:.60} is neither a rule's name nor a rule: {hint}")
+    assert isinstance(rule, Rule)
+    return rule
+
+
+def check_statistics_given(rule: Rule, statistics: object) -> None:
+    """Refuse a rule that needs statistics where none are given."""
+    if rule.needs_statistics and statistics is None:
+        raise FusionError(
+            f"{rule} needs statistics=: for each network its flwr_fusion.statistics.input_moments"
+        )
+
+
+def combined(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
+    """Return what a rule makes of mapped clients, checked.
+
+    Parameters
+    ----------
     rule : Rule
         How.
-    statistics : sequence of (mapping or None)
-        The clients' statistics, for least squares.
-    tied : collection of str
-        Tensors that several layers share; least squares leaves them the mean.
+    fusion : Fusion
+        What is fused.
+    maps : sequence of mapping of str to ChannelMap
+        The clients' channel maps.
 
     Returns
     -------
-    tuple of (dict of str to Tensor, dict of str to str)
-        The state, and for each layer combined by least squares the detail of its moments.
+    Combined
+        The state in the order of ``fusion.target``.
+
+    Raises
+    ------
+    FusionError
+        If the rule lacks clients or the model that was sent out, or its result is not the target's.
     """
-    if isinstance(rule, (TrimmedMean, Krum)):
-        return robustly_combined(clients, maps, template, rule), {}
-    mean = RunningMean(template)
-    for client, own in zip(clients, maps, strict=True):
-        client.join(mean, own)
-    state = mean.finish(uncovered=template)
-    if rule is None:
-        return state, {}
-    sums = RunningLeastSquares(state, statistics, rule, tied)
-    for client, own, known in zip(clients, maps, statistics, strict=True):
-        sums.add(
-            client.state(), known, client.weight, client.correspondence, own, client.absent or ()
+    if len(fusion.clients) < rule.least_clients:
+        raise FusionError(
+            f"{rule} needs at least {rule.least_clients} clients, there are {len(fusion.clients)}"
         )
-    return sums.finish()
+    if rule.needs_sent and fusion.sent is None:
+        raise FusionError(
+            f"{rule} needs the model that was sent out: give it as reference=, and clients that "
+            "were trained from it"
+        )
+    result = rule.combine(fusion, maps)
+    result = result if isinstance(result, Combined) else Combined(result)
+    for name, like in fusion.target.items():
+        if name not in result.state:
+            raise FusionError(f"{rule} returned no tensor '{name}'")
+        tensor = result.state[name]
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            raise FusionError(
+                f"{rule} returned tensor '{name}' as {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}, the fused network's is {like.dtype} of shape "
+                f"{tuple(like.shape)}"
+            )
+    return Combined({name: result.state[name] for name in fusion.target}, result.details)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import length_hint
 from typing import Any, Literal
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.observe import batch_size, call, evaluation_mode, moved_to
+from flwr_fusion.networks import key_of
+from flwr_fusion.observe import batch_size, run, watched
 
 __all__ = [
     "LayerStatistics",
@@ -160,8 +160,12 @@ def input_moments(
         )
         for module in names
     }
-    with _observed(layers), evaluation_mode(model), torch.no_grad():
-        seen = _run(model, _enough(batches, samples))
+
+    def see(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        layers[module].add(inputs.detach(), output.detach())
+
+    with watched(layers, see):
+        seen = run(model, _enough(batches, samples), "the network", "inputs to measure moments on")
     measured = {
         names[module]: accumulator.finish(seen, noise, generator)
         for module, accumulator in layers.items()
@@ -282,11 +286,6 @@ def check(statistics: Statistics, model: nn.Module) -> None:
             _check_numbers(f"{name}.{kind}", getattr(layer, kind), [(_outputs(module),)])
         if bool((layer.activation_variance < 0).any()):
             raise FusionError(f"statistics '{name}.activation_variance' are negative")
-
-
-def key_of(layer: str, kind: str) -> str:
-    """Return the key of a layer's tensor; the network itself may be the layer."""
-    return f"{layer}.{kind}" if layer else kind
 
 
 def size_in_bytes(statistics: Statistics) -> int:
@@ -519,24 +518,6 @@ def _spread(rows: Tensor, axis: int, most: int = _ROWS_PER_SAMPLE) -> Tensor:
     return rows.index_select(axis, index)
 
 
-@contextmanager
-def _observed(layers: Mapping[nn.Module, _Accumulator]) -> Iterator[None]:
-    """Show every layer's accumulator what goes in and out."""
-
-    def show(
-        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-    ) -> None:
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        layers[module].add(inputs.detach(), output.detach())
-
-    handles = [module.register_forward_hook(show, with_kwargs=True) for module in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _enough(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
     """Yield batches until there are enough samples, evenly from all of a sized iterable."""
     if isinstance(batches, Tensor):
@@ -555,20 +536,6 @@ def _enough(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
         seen += size
         if seen >= samples:
             return
-
-
-def _run(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Call a network on every batch; return the number of samples."""
-    seen = 0
-    for batch in batches:
-        try:
-            call(model, moved_to(model, batch))
-        except Exception as error:
-            raise FusionError(f"the network cannot be run on a batch of inputs: {error}") from error
-        seen += batch_size(batch)
-    if not seen:
-        raise FusionError("there are no batches of inputs to measure moments on")
-    return seen
 
 
 def _tensors_of(layer: LayerStatistics) -> dict[str, Tensor]:

@@ -1,0 +1,165 @@
+"""What the clients' channels are aligned to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+
+from flwr_fusion.fusion import Client
+from flwr_fusion.maps import Selection
+from flwr_fusion.matching.costs import channel_norms
+from flwr_fusion.matching.matching import Matching
+from flwr_fusion.matching.sweeps import align_by_weights
+from flwr_fusion.networks import check_same_tensors, detached_state, squared_norm
+from flwr_fusion.rules.mean import RunningMean
+
+# Networks that started apart have weights with a cosine near 0; after training from one start it
+# stays far above this.
+_SAME_START = 0.2
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the clients are aligned to.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        In the fused network's channels, where the target lives.
+    name : str
+        What reports call it.
+    client : int or None
+        Place in the list of clients of the one that it is, as it stands.
+    given : bool
+        Whether it is the given reference, which the clients resemble.
+    """
+
+    state: Mapping[str, Tensor]
+    name: str
+    client: int | None = None
+    given: bool = False
+
+
+def choose_reference(
+    clients: Sequence[Client],
+    target: nn.Module,
+    given: nn.Module | None,
+    central_by: Matching | None = None,
+) -> Reference:
+    """Choose what clients are aligned to.
+
+    Parameters
+    ----------
+    clients : sequence of Client
+        The heaviest first.
+    target : nn.Module
+        The fused architecture; its values fill what the reference lacks.
+    given : nn.Module, optional
+        A reference, used if at least half of the clients resemble it.
+    central_by : Matching, optional
+        Otherwise the reference is one of the clients that fit the target best: the heaviest, or if
+        this is given, the most central one.
+
+    Returns
+    -------
+    Reference
+        What to align to.
+
+    Raises
+    ------
+    FusionError
+        If the given reference is of another architecture or not finite.
+    """
+    device = next(target.parameters()).device
+    target_state = {name: tensor.to(device) for name, tensor in detached_state(target).items()}
+    if given is not None:
+        state = {name: tensor.to(device) for name, tensor in detached_state(given).items()}
+        check_same_tensors(state, target_state, "the reference", "the target")
+        squared_norm(state, "the reference")
+        if _most_resemble(clients, state):
+            return Reference(state, "the given reference", given=True)
+    shapes = {name: tensor.shape for name, tensor in target_state.items()}
+    # Other widths are the worst to align to; layers that do nothing, or were merged, come next.
+    ranks = [(c.correspondence.client.shapes != shapes, c.depth_aligned) for c in clients]
+    fittest = [n for n, rank in enumerate(ranks) if rank == min(ranks)]
+    of_other_widths, _ = min(ranks)
+    chosen = fittest[0]
+    if central_by is not None and not of_other_widths:
+        chosen = fittest[most_central([clients[n] for n in fittest], central_by)]
+    client = clients[chosen]
+    if of_other_widths:
+        return Reference(_placed(client, target_state), client.name)
+    lacking = {key: target_state[key] for key in client.absent}
+    return Reference(client.state() | lacking, client.name, chosen)
+
+
+def _most_resemble(clients: Sequence[Client], reference: Mapping[str, Tensor]) -> bool:
+    """Whether at least half of the clients come from the reference: no single one can decide."""
+    yes = no = 0
+    for client in clients:
+        resembles = _resembles(client.state(), reference)
+        yes, no = yes + resembles, no + (not resembles)
+        if 2 * yes >= len(clients) or 2 * no > len(clients):
+            break
+    return 2 * yes >= len(clients)
+
+
+def _resembles(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
+    """Whether two networks still have the same start; unequal shapes cannot tell otherwise."""
+    products = torch.zeros(3, dtype=torch.float64)
+    for name, ours in reference.items():
+        if ours.dim() < 2 or not ours.is_floating_point():
+            continue
+        if ours.shape != state[name].shape:
+            return True
+        x, y = ours.double().flatten(), state[name].double().flatten()
+        products += torch.stack([x @ y, x @ x, y @ y]).cpu()
+    # Cosine of all weights: <x, y> > c |x| |y|.
+    scale = float((products[1] * products[2]).sqrt())
+    return float(products[0]) > _SAME_START * scale
+
+
+def _placed(client: Client, target_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put a network of another width into the target's channels: its strongest, in order."""
+    state = client.state()
+    maps = client.correspondence.identity()
+    for group in client.correspondence.free_groups:
+        if group.client_size > group.fused_size:
+            norms = channel_norms(group.name, state, client.correspondence, fused=False)
+            strongest = norms.topk(group.fused_size).indices.sort().values.cpu()
+            maps[group.name] = Selection(strongest, group.client_size)
+    mean = RunningMean(target_state)
+    mean.add(client, maps, state=state)
+    return mean.finish(uncovered=target_state)
+
+
+def most_central(clients: Sequence[Client], matching: Matching) -> int:
+    """Return the client to which half of the others can be aligned at the least cost.
+
+    A client that has nothing in common with the others, whatever its weights, is never chosen
+    while most of the others have.
+
+    Parameters
+    ----------
+    clients : sequence of Client
+        Of the fused architecture, widths included.
+    matching : Matching
+        How channels are matched.
+
+    Returns
+    -------
+    int
+        Its place; every client is aligned to every other one.
+    """
+    costs = torch.full((len(clients), len(clients)), torch.nan)
+    for n, reference in enumerate(clients):
+        state = reference.state()
+        for k, client in enumerate(clients):
+            if k != n:
+                found = align_by_weights(state, client.state(), client.correspondence, matching)
+                costs[n, k] = fmean(found.costs.values()) if found.costs else 0.0
+    return int(costs.nanmedian(1).values.argmin()) if len(clients) > 1 else 0
