@@ -94,18 +94,18 @@ DEFAULT = Method("ot-joint", ff.ot_fusion, {})
 METHODS = [
     AVERAGE,
     DEFAULT,
-    Method("ot-greedy", ff.ot_fusion, {"sweep": "greedy"}),
+    Method("ot-greedy", ff.ot_fusion, {"matching": ff.Matching(sweep="greedy")}),
     # Running statistics drawn at random are no network's own: repair would replace them.
     Method(
         "ot-activations",
         ff.ot_fusion,
-        {"align_by": "activations", "repair": "none"},
+        {"matching": ff.Matching(by="activations"), "repair": "none"},
         needs_calibration=True,
     ),
     Method(
         "ot-activations-greedy",
         ff.ot_fusion,
-        {"align_by": "activations", "sweep": "greedy", "repair": "none"},
+        {"matching": ff.Matching(by="activations", sweep="greedy"), "repair": "none"},
         needs_calibration=True,
     ),
     Method(
@@ -120,14 +120,16 @@ METHODS = [
     Method(
         "ot-sinkhorn",
         ff.ot_fusion,
-        {"solver": "sinkhorn", "regularisation": 0.5},
+        {"matching": ff.Matching(solver=ff.Sinkhorn(regularisation=0.5))},
         widens=False,
         exact=False,
     ),
 ]
 # With a small one, plans between permuted copies are permutations.
 SHARP_SINKHORN = Method(
-    "ot-sharp-sinkhorn", ff.ot_fusion, {"solver": "sinkhorn", "regularisation": 0.01}
+    "ot-sharp-sinkhorn",
+    ff.ot_fusion,
+    {"matching": ff.Matching(solver=ff.Sinkhorn(regularisation=0.01))},
 )
 MATCHING = [method for method in METHODS if method.matches]
 EXACT = [*(method for method in METHODS if method.exact), SHARP_SINKHORN]
@@ -622,6 +624,15 @@ def test_weights_may_be_numpy_or_tensor(method: Method) -> None:
         assert_close(method(models, weights, inputs=inputs), expected, 1e-6)
 
 
+def without_measuring(method: Method) -> Method:
+    """Return a method that is given statistics, if it needs them, of networks that said nothing."""
+    if not method.needs_statistics:
+        return method
+    return replace(
+        method, needs_statistics=False, options=method.options | {"statistics": [None, None]}
+    )
+
+
 @every_method
 @pytest.mark.parametrize(
     ("given", "message"),
@@ -640,7 +651,7 @@ def test_what_are_no_networks_is_refused(
 ) -> None:
     models, inputs = _mlps(method)
     with pytest.raises(ff.FusionError, match=message):
-        replace(method, needs_statistics=False)(given(models), inputs=inputs)
+        without_measuring(method)(given(models), inputs=inputs)
 
 
 @every_method
@@ -650,30 +661,41 @@ def test_no_models_are_refused(method: Method) -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("option", "value"),
     [
-        {"align_by": "luck"},
-        {"sweep": "sideways"},
-        {"solver": "guess"},
-        {"masses": "dark"},
-        {"combine": "stack"},
-        {"solver": "sinkhorn", "regularisation": 0.0},
-        {"solver": "unbalanced", "marginal_relaxation": -1.0},
-        {"regularisation": torch.nan},
-        {"align_by": "activations"},
-        {
-            "align_by": "activations",
-            "activation_cost": "cosine",
-            "calibration": torch.zeros(4, 20),
-        },
-        {"align_by": "activations", "calibration": []},
+        ("by", "luck"),
+        ("by", None),
+        ("sweep", "sideways"),
+        ("solver", "guess"),
+        ("solver", ff.Sinkhorn),
+        ("solver", 0.05),
+        ("masses", "dark"),
+        ("activation_cost", "cosine"),
     ],
-    ids=lambda option: "-".join(option),
 )
-def test_unknown_options_are_refused(option: dict[str, Any]) -> None:
+def test_unknown_ways_to_match_are_refused(option: str, value: Any) -> None:
+    with pytest.raises(ff.FusionError, match=rf"^{option} must be one of .*, not "):
+        ff.Matching(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"combine": "stack"}, "combine must be one of .*'mean'.*, not 'stack'"),
+        ({"repair": "everything"}, "repair must be one of .*, not 'everything'"),
+        ({"matching": "activations"}, r"matching must be a Matching\(...\), not 'activations'"),
+        ({"matching": ff.Matching(by="activations")}, r"by='activations'.* needs calibration="),
+        (
+            {"matching": ff.Matching(by="activations"), "calibration": []},
+            "no batches of the calibration inputs",
+        ),
+    ],
+    ids=["combine", "repair", "matching", "no-calibration", "empty-calibration"],
+)
+def test_unknown_options_are_refused(options: dict[str, Any], message: str) -> None:
     models, inputs = _mlps(DEFAULT)
-    with pytest.raises(ff.FusionError, match="|".join([*option, "calibration"])):
-        ff.ot_fusion(models, example_inputs=inputs[:2], **option)
+    with pytest.raises(ff.FusionError, match=message):
+        ff.ot_fusion(models, example_inputs=inputs[:2], **options)
 
 
 @matching_method
@@ -687,15 +709,23 @@ def test_non_finite_calibration_is_refused() -> None:
     models, inputs = _mlps(DEFAULT)
     inputs[3] = torch.nan
     with pytest.raises(ff.FusionError, match="group '0'"):
-        ff.ot_fusion(models, example_inputs=inputs[:2], align_by="activations", calibration=inputs)
+        ff.ot_fusion(
+            models,
+            example_inputs=inputs[:2],
+            matching=ff.Matching(by="activations"),
+            calibration=inputs,
+        )
 
 
 def test_calibration_that_does_not_fit_is_refused() -> None:
     models, inputs = _mlps(DEFAULT)
     calibration = torch.randn(SAMPLES, 7)
-    with pytest.raises(ff.FusionError, match="calibration"):
+    with pytest.raises(ff.FusionError, match="a network cannot be run on the calibration inputs"):
         ff.ot_fusion(
-            models, example_inputs=inputs[:2], align_by="activations", calibration=calibration
+            models,
+            example_inputs=inputs[:2],
+            matching=ff.Matching(by="activations"),
+            calibration=calibration,
         )
 
 

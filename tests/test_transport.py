@@ -18,9 +18,12 @@ from torch import Tensor
 
 from flwr_fusion import FusionError
 from flwr_fusion.maps import Plan, Selection
-from flwr_fusion.matching.transport import Solver, solve
+from flwr_fusion.matching.assignment import Exact
+from flwr_fusion.matching.matching import Matching
+from flwr_fusion.matching.solver import SOLVERS, Solver, solve, solver_of
+from flwr_fusion.matching.transport import Sinkhorn, Unbalanced
 
-EXACT = Solver()
+EXACT = Exact()
 seeds = st.integers(0, 10_000)
 scales = st.sampled_from([1e-6, 1e-3, 1.0, 1e3, 1e6])
 
@@ -136,7 +139,7 @@ def test_more_client_channels_than_fused_ones_share_them(m: int, more: int, seed
 def test_sinkhorn_has_its_marginals_at_any_scale(m: int, n: int, seed: int, scale: float) -> None:
     cost = random_cost(m, n, seed) * scale
     a, b = random_masses(m, seed + 1), random_masses(n, seed + 2)
-    plan = solve(cost, Solver("sinkhorn", regularisation=0.5), a, b)
+    plan = solve(cost, Sinkhorn(regularisation=0.5), a, b)
     assert isinstance(plan, Plan)
     rows, columns = marginals(plan)
     torch.testing.assert_close(rows, a / a.sum(), rtol=1e-4, atol=1e-5)
@@ -146,8 +149,8 @@ def test_sinkhorn_has_its_marginals_at_any_scale(m: int, n: int, seed: int, scal
 @given(seeds, scales)
 def test_entropic_plans_do_not_depend_on_the_scale(seed: int, scale: float) -> None:
     cost = random_cost(4, 5, seed)
-    for name in ("sinkhorn", "unbalanced"):
-        solver = Solver(name, regularisation=0.5)
+    solvers: tuple[Solver, ...] = (Sinkhorn(regularisation=0.5), Unbalanced(regularisation=0.5))
+    for solver in solvers:
         first, second = solve(cost, solver), solve(cost * scale, solver)
         assert isinstance(first, Plan)
         assert isinstance(second, Plan)
@@ -162,7 +165,7 @@ def test_sinkhorn_approaches_the_exact_plan(seed: int) -> None:
     least = cheapest(cost, a / a.sum(), b / b.sum())
     gaps = []
     for regularisation in (2.0, 0.5, 0.1, 0.03):
-        plan = solve(cost, Solver("sinkhorn", regularisation), a, b)
+        plan = solve(cost, Sinkhorn(regularisation), a, b)
         assert isinstance(plan, Plan)
         gaps.append(transport_cost(cost, plan) - least)
     assert all(after <= before + 1e-6 for before, after in itertools.pairwise(gaps))
@@ -171,14 +174,14 @@ def test_sinkhorn_approaches_the_exact_plan(seed: int) -> None:
 
 
 def test_sinkhorn_with_large_regularisation_is_the_product() -> None:
-    plan = solve(random_cost(3, 4, 0), Solver("sinkhorn", 1000.0))
+    plan = solve(random_cost(3, 4, 0), Sinkhorn(1000.0))
     assert isinstance(plan, Plan)
     torch.testing.assert_close(plan.mass, torch.full((3, 4), 1 / 12).double(), rtol=1e-2, atol=1e-4)
 
 
 @given(st.integers(2, 5), st.integers(2, 5), seeds, scales)
 def test_unbalanced_plan_is_finite_at_any_scale(m: int, n: int, seed: int, scale: float) -> None:
-    plan = solve(random_cost(m, n, seed) * scale, Solver("unbalanced", regularisation=0.2))
+    plan = solve(random_cost(m, n, seed) * scale, Unbalanced(regularisation=0.2))
     assert isinstance(plan, Plan)
     assert plan.mass.isfinite().all()
     assert (plan.mass >= 0).all()
@@ -187,8 +190,8 @@ def test_unbalanced_plan_is_finite_at_any_scale(m: int, n: int, seed: int, scale
 
 def test_unbalanced_with_strict_marginals_is_sinkhorn() -> None:
     cost = random_cost(4, 5, 1)
-    strict = solve(cost, Solver("unbalanced", 0.3, marginal_relaxation=1e4))
-    balanced = solve(cost, Solver("sinkhorn", 0.3))
+    strict = solve(cost, Unbalanced(0.3, marginal_relaxation=1e4))
+    balanced = solve(cost, Sinkhorn(0.3))
     assert isinstance(strict, Plan)
     assert isinstance(balanced, Plan)
     torch.testing.assert_close(strict.mass, balanced.mass, rtol=1e-2, atol=1e-4)
@@ -201,7 +204,7 @@ def test_unbalanced_plan_is_the_fixed_point_of_its_iteration(
     cost = random_cost(m, n, seed)
     a, b = random_masses(m, seed + 1), random_masses(n, seed + 2)
     a[0] = 0
-    plan = solve(cost, Solver("unbalanced", regularisation), a, b)
+    plan = solve(cost, Unbalanced(regularisation), a, b)
     assert isinstance(plan, Plan)
     expected = iterated(cost, a / a.sum(), b / b.sum(), regularisation, relaxation=1.0)
     torch.testing.assert_close(plan.mass, expected, rtol=1e-3, atol=1e-6)
@@ -226,21 +229,21 @@ def iterated(
 
 def test_unbalanced_that_does_not_converge_is_refused() -> None:
     with pytest.raises(FusionError, match="larger regularisation"):
-        solve(random_cost(4, 5, 0), Solver("unbalanced", regularisation=1e-4))
+        solve(random_cost(4, 5, 0), Unbalanced(regularisation=1e-4))
 
 
 def test_unbalanced_leaves_out_what_is_far_from_everything() -> None:
     cost = random_cost(4, 4, 2)
     cost[3] = cost[3] + 20
-    plan = solve(cost, Solver("unbalanced", 0.05, marginal_relaxation=0.5))
+    plan = solve(cost, Unbalanced(0.05, marginal_relaxation=0.5))
     assert isinstance(plan, Plan)
     rows = marginals(plan)[0]
     assert float(rows[3]) < 0.2 * float(rows[:3].min())
 
 
 def test_cost_without_any_difference_is_no_error() -> None:
-    for name in ("exact", "sinkhorn", "unbalanced"):
-        chosen = solve(torch.full((3, 3), 2.0), Solver(name))
+    for solver in SOLVERS.values():
+        chosen = solve(torch.full((3, 3), 2.0), solver)
         assert chosen.merge().isfinite().all()
 
 
@@ -250,7 +253,7 @@ def test_cost_that_is_not_finite_is_refused(value: float, name: str) -> None:
     cost = random_cost(3, 3, 0)
     cost[1, 2] = value
     with pytest.raises(FusionError, match="not finite"):
-        solve(cost, Solver(name))  # type: ignore[arg-type]
+        solve(cost, solver_of(name))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,7 @@ def test_plan_that_lost_its_mass_is_refused(value: float, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("ot.unbalanced.sinkhorn_unbalanced", underflow)
     with pytest.raises(FusionError, match="mass"):
-        solve(random_cost(3, 3, 0), Solver("unbalanced"))
+        solve(random_cost(3, 3, 0), Unbalanced())
 
 
 def test_sinkhorn_that_did_not_converge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +286,7 @@ def test_sinkhorn_that_did_not_converge_is_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("ot.sinkhorn", stopped)
     with pytest.raises(FusionError, match="converge"):
-        solve(random_cost(3, 3, 0), Solver("sinkhorn"))
+        solve(random_cost(3, 3, 0), Sinkhorn())
 
 
 def test_exact_plan_that_is_not_optimal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,24 +317,61 @@ def test_optimality_is_certified_at_any_scale(seed: int, scale: float) -> None:
             solve(cost, EXACT)
 
 
-@pytest.mark.parametrize("name", ["exact", "sinkhorn", "unbalanced"])
-def test_solvers_warn_about_nothing(name: str) -> None:
+@pytest.mark.parametrize("solver", [Exact(), Sinkhorn(0.3), Unbalanced(0.3)], ids=str)
+def test_solvers_warn_about_nothing(solver: Solver) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        solve(random_cost(6, 8, 3), Solver(name, regularisation=0.3))  # type: ignore[arg-type]
+        solve(random_cost(6, 8, 3), solver)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("solver", "option", "value"),
     [
-        ({"name": "guess"}, "solver"),
-        ({"regularisation": 0.0}, "regularisation"),
-        ({"regularisation": torch.nan}, "regularisation"),
-        ({"marginal_relaxation": -1.0}, "marginal_relaxation"),
-        ({"marginal_relaxation": torch.inf}, "marginal_relaxation"),
-        ({"regularisation": torch.inf}, "regularisation"),
+        (Sinkhorn, "regularisation", 0.0),
+        (Sinkhorn, "regularisation", torch.nan),
+        (Sinkhorn, "regularisation", torch.inf),
+        (Unbalanced, "regularisation", 0.0),
+        (Unbalanced, "regularisation", torch.nan),
+        (Unbalanced, "marginal_relaxation", -1.0),
+        (Unbalanced, "marginal_relaxation", torch.inf),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
-    with pytest.raises(FusionError, match=message):
-        Solver(**options)  # type: ignore[arg-type]
+def test_bad_options_are_refused(
+    solver: type[Sinkhorn | Unbalanced], option: str, value: float
+) -> None:
+    with pytest.raises(FusionError, match=f"^{option} must be positive and finite"):
+        solver(**{option: value})
+
+
+@pytest.mark.parametrize("solver", ["guess", Sinkhorn, None, 0.05], ids=str)
+def test_what_is_no_solver_is_refused(solver: Any) -> None:
+    with pytest.raises(FusionError, match="solver must be one of .*'exact'"):
+        solver_of(solver)
+    with pytest.raises(FusionError, match="solver must be one of .*'exact'"):
+        Matching(solver=solver)
+
+
+class Nearest:
+    """A user's solver: every fused channel takes the client channel nearest to it."""
+
+    def solve(self, cost: NDArray[np.float64], fused_mass: Any, client_mass: Any) -> Selection:
+        return Selection(torch.from_numpy(cost.argmin(1)), cost.shape[1])
+
+
+def test_any_object_that_solves_is_a_solver() -> None:
+    cost = random_cost(5, 3, 0)
+    chosen = solve(cost, solver_of(Nearest()))
+    assert isinstance(chosen, Selection)
+    assert torch.equal(chosen.index, cost.argmin(1))
+
+
+class Empty:
+    """A user's solver whose plan holds nothing."""
+
+    def solve(self, cost: NDArray[np.float64], fused_mass: Any, client_mass: Any) -> Plan:
+        return Plan(torch.zeros(cost.shape))
+
+
+def test_plan_of_a_users_solver_is_checked() -> None:
+    with pytest.raises(FusionError, match=r"Empty.*lost its mass"):
+        solve(random_cost(3, 3, 0), Empty())
