@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from flwr_fusion.maps import ChannelMap, Correspondence, Plan, Selection, map_tensor
-from flwr_fusion.matching.barycentre import Client, refine_as_barycentre
+from flwr_fusion.matching.barycentre import refine_as_barycentre
 from flwr_fusion.matching.costs import (
     activation_costs,
     channel_norms,
@@ -25,20 +25,18 @@ from flwr_fusion.matching.costs import (
     weight_cost,
 )
 from flwr_fusion.matching.sweeps import (
-    Matching,
     _WeightAligner,
     align_by_activations,
     align_by_weights,
 )
-from flwr_fusion.matching.transport import Solver
-from flwr_fusion.rules.least_squares import RunningMean
+from flwr_fusion.rules.mean import RunningMean
 from tests.support.architectures import SmallVGG, named, output, randomised, relative_error
 from tests.test_channels import SharedLayer
 from tests.test_maps import correspondence_of
 
 seeds = st.integers(0, 1000)
 State = dict[str, Tensor]
-JOINT, GREEDY = Matching("joint"), Matching("greedy")
+JOINT, GREEDY = ff.Matching(sweep="joint"), ff.Matching(sweep="greedy")
 NAMES = ["mlp", "lenet", "small-vgg", "concat-and-sum", "linear-attention", "tied-weights"]
 
 
@@ -128,7 +126,7 @@ def test_channels_are_compared_by_tensors_with_two_axes() -> None:
 
 @pytest.mark.parametrize("matching", [JOINT, GREEDY], ids=lambda m: m.sweep)
 @pytest.mark.parametrize("name", NAMES)
-def test_scales_and_biases_do_not_count(name: str, matching: Matching) -> None:
+def test_scales_and_biases_do_not_count(name: str, matching: ff.Matching) -> None:
     pair = pair_of(name)
     reference, client = generic_state(pair, 0), generic_state(pair, 1)
     expected = align_by_weights(reference, client, pair, matching).maps
@@ -151,6 +149,16 @@ def test_channel_norms_are_those_of_the_writing_weights() -> None:
     state = generic_state(pair, 0)
     expected = state["0.weight"].norm(dim=1)
     torch.testing.assert_close(channel_norms("0", state, pair, fused=False), expected)
+
+
+def with_state(state: State) -> nn.Module:
+    model = tiny()
+    model.load_state_dict(state)
+    return model
+
+
+def client_of(model: nn.Module, weight: float, correspondence: Correspondence) -> ff.Client:
+    return ff.Client(0, lambda: model, weight, torch.device("cpu"), correspondence)
 
 
 def networks(seed: int) -> tuple[nn.Module, nn.Module, Correspondence, Tensor]:
@@ -230,7 +238,7 @@ def test_activations_recover_a_permutation(seed: int) -> None:
 
 @pytest.mark.parametrize("matching", [JOINT, GREEDY], ids=lambda m: m.sweep)
 @pytest.mark.parametrize("name", NAMES)
-def test_permutation_is_recovered_exactly(name: str, matching: Matching) -> None:
+def test_permutation_is_recovered_exactly(name: str, matching: ff.Matching) -> None:
     pair = pair_of(name)
     for seed in range(3):
         reference = generic_state(pair, seed)
@@ -397,14 +405,13 @@ def test_fusion_by_activations_uses_both_costs_or_activations_alone() -> None:
             [reference, client],
             [3, 1],
             example_inputs=inputs[:2],
-            align_by="activations",
-            sweep=sweep,  # type: ignore[arg-type]
+            matching=ff.Matching(by="activations", sweep=sweep),  # type: ignore[arg-type]
             calibration=inputs,
             repair="none",
         ).model
         mean = RunningMean(states[0])
-        mean.add(states[0], 0.75, pair, pair.identity())
-        mean.add(states[1], 0.25, pair, maps)
+        mean.add(client_of(reference, 0.75, pair), pair.identity())
+        mean.add(client_of(client, 0.25, pair), maps)
         for name, tensor in mean.mean(uncovered=states[0]).items():
             torch.testing.assert_close(fused.state_dict()[name], tensor)
 
@@ -419,7 +426,7 @@ def test_channels_that_are_alike_stay_where_they_are() -> None:
 def test_masses(masses: str) -> None:
     pair = tiny_pair()
     reference, client = generic_state(pair, 0), generic_state(pair, 1)
-    matching = Matching("joint", Solver(), masses)  # type: ignore[arg-type]
+    matching = ff.Matching(masses=masses)  # type: ignore[arg-type]
     for name, chosen in align_by_weights(reference, client, pair, matching).maps.items():
         assert isinstance(chosen, Plan if masses == "importance" else Selection)
         if isinstance(chosen, Plan):
@@ -467,10 +474,10 @@ def test_noisy_permuted_copies_give_the_common_network() -> None:
     assert averaged > 3 * together
 
 
-def barycentre_spread(clients: list[Client], maps: list[Mapping[str, ChannelMap]]) -> float:
+def barycentre_spread(clients: list[ff.Client], maps: list[Mapping[str, ChannelMap]]) -> float:
     mean = RunningMean(clients[0].state())
     for client, chosen in zip(clients, maps, strict=True):
-        mean.add(client.state(), client.weight, client.correspondence, chosen)
+        mean.add(client, chosen)
     centre = mean.mean(uncovered=clients[0].state())
     return sum(
         c.weight * distance(centre, dict(c.state()), c.correspondence, m)
@@ -484,7 +491,7 @@ def spreads(seed: int) -> tuple[float, float]:
     states = [generic_state(pair, seed + k) for k in range(4)]
     weights = [0.4, 0.3, 0.2, 0.1]
     clients = [
-        Client(lambda state=state: state, weight, pair)  # type: ignore[misc]
+        client_of(with_state(state), weight, pair)
         for state, weight in zip(states, weights, strict=True)
     ]
     aligned = [align_by_weights(states[0], state, pair, JOINT) for state in states]
@@ -511,8 +518,9 @@ def test_refining_leaves_the_clients_alone() -> None:
     pair = tiny_pair()
     states = [generic_state(pair, k) for k in range(3)]
     before = copy.deepcopy(states)
-    clients = [Client(lambda k=k: states[k], 1 / 3, pair) for k in range(3)]  # type: ignore[misc]
+    clients = [client_of(with_state(state), 1 / 3, pair) for state in states]
     aligned = [align_by_weights(states[0], state, pair, JOINT) for state in states]
     refine_as_barycentre(clients, aligned, states[0], JOINT)
-    for state, expected in zip(states, before, strict=True):
+    for client, state, expected in zip(clients, states, before, strict=True):
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+        assert all(torch.equal(client.state()[name], t) for name, t in expected.items())

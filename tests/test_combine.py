@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import flwr_fusion as ff
 from flwr_fusion import FusionError
-from flwr_fusion.maps import map_tensor
-from flwr_fusion.rules.least_squares import RunningMean
+from flwr_fusion.maps import Correspondence, Unaligned, map_tensor
+from flwr_fusion.rules.mean import RunningMean
 from tests.support.architectures import named, output, randomised, relative_error
 from tests.test_maps import correspondence_of, random_maps, random_selection
 
@@ -30,10 +30,16 @@ def states(dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
     ]
 
 
+def client_of(weight: float, correspondence: Correspondence | None = None) -> ff.Client:
+    """Return a client whose state is given where it is added."""
+    channels = Unaligned() if correspondence is None else correspondence
+    return ff.Client(0, nn.Identity, weight, torch.device("cpu"), channels)
+
+
 def mean_of(clients: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
     mean = RunningMean(clients[0])
     for client, weight in zip(clients, weights, strict=True):
-        mean.add(client, weight)
+        mean.add(client_of(weight), {}, state=client)
     return mean.mean(uncovered=clients[0])
 
 
@@ -49,12 +55,12 @@ def test_mean_is_the_weighted_mean(weights: list[float]) -> None:
 
 
 @given(weights_of_three, st.integers(0, 2))
-def test_negative_weight_takes_a_client_out(weights: list[float], out: int) -> None:
+def test_negative_sign_takes_a_client_out(weights: list[float], out: int) -> None:
     clients = states(torch.float64)
     mean = RunningMean(clients[0])
     for client, weight in zip(clients, weights, strict=True):
-        mean.add(client, weight)
-    mean.add(clients[out], -weights[out])
+        mean.add(client_of(weight), {}, state=client)
+    mean.add(client_of(weights[out]), {}, sign=-1, state=clients[out])
     rest = [k for k in range(3) if k != out]
     expected = mean_of([clients[k] for k in rest], [weights[k] for k in rest])
     fused = mean.mean(uncovered=clients[0])
@@ -76,7 +82,7 @@ def test_half_precision_is_summed_in_single() -> None:
     one = {"w": torch.ones(1, dtype=torch.bfloat16)}
     mean = RunningMean(one)
     for _ in range(1000):
-        mean.add(one, 0.001)
+        mean.add(client_of(0.001), {}, state=one)
     assert float(mean.mean(uncovered=one)["w"]) == 1.0
 
 
@@ -116,7 +122,7 @@ def test_channels_without_a_client_take_the_given_values() -> None:
     wide = {name: torch.full(shape, 7.0) for name, shape in pair.fused.shapes.items()}
     client = {name: torch.randn(shape) for name, shape in pair.client.shapes.items()}
     mean = RunningMean(wide)
-    mean.add(client, 2.0, pair, maps)
+    mean.add(client_of(2.0, pair), maps, state=client)
     fused = mean.mean(uncovered=wide)
     assert torch.equal(fused["0.weight"][:20], client["0.weight"])
     assert (fused["0.weight"][20:] == 7).all()
@@ -132,8 +138,8 @@ def test_channels_are_the_mean_over_those_who_have_them(seed: int, weight: float
     narrow = {name: torch.randn(shape).double() for name, shape in pair.client.shapes.items()}
     wide = {name: torch.randn(shape).double() for name, shape in pair.fused.shapes.items()}
     mean = RunningMean(wide)
-    mean.add(narrow, weight, pair, maps)
-    mean.add(wide, 1.0, same, same.identity())
+    mean.add(client_of(weight, pair), maps, state=narrow)
+    mean.add(client_of(1.0, same), same.identity(), state=wide)
     fused = mean.mean(uncovered=wide)
     for name in ("conv1.weight", "fc1.weight", "fc2.bias"):
         mapped = map_tensor(narrow[name], name, pair, maps)
@@ -165,7 +171,7 @@ def test_large_tensors_are_mapped_in_parts(name: str, monkeypatch: pytest.Monkey
 
     whole = fused()
     for size in (1, 50, 700):
-        monkeypatch.setattr("flwr_fusion.rules.least_squares._BLOCK", size)
+        monkeypatch.setattr("flwr_fusion.maps._BLOCK", size)
         for ours, expected in zip(fused(), whole, strict=True):
             assert relative_error(ours, expected) < 1e-6
 

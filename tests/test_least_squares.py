@@ -67,7 +67,7 @@ def test_linear_layer_minimises_the_objective() -> None:
     assert isinstance(layer, nn.Linear)
     torch.testing.assert_close(layer.weight.double(), expected[:-1].T, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(layer.bias.double(), expected[-1], rtol=1e-3, atol=1e-4)
-    assert fused.report.least_squares == {"": "full"}
+    assert fused.report.details == {"": "full"}
 
 
 def _excess(weight: Tensor, layers: Sequence[nn.Linear], weights: Sequence[float]) -> float:
@@ -97,7 +97,7 @@ def test_channel_order_does_not_matter(kind: str, detail: str) -> None:
             statistics=moments_of(models, inputs, detail),
             repair="none",
         )
-        return output(result.model, inputs[0]), result.report.least_squares
+        return output(result.model, inputs[0]), result.report.details
 
     (expected, layers), (permuted, _) = fused(other), fused(permuted_copy(other, inputs[0], 3))
     mean = output(ff.average([model, other]).model, inputs[0])
@@ -166,7 +166,7 @@ def test_without_any_statistics_it_is_the_mean() -> None:
     mean = ff.average(models).model.state_dict()
     for name, tensor in fused.model.state_dict().items():
         assert torch.equal(tensor, mean[name])
-    assert fused.report.least_squares == {}
+    assert fused.report.details == {}
 
 
 def test_a_client_without_statistics_counts_with_average_inputs() -> None:
@@ -188,7 +188,7 @@ def test_a_client_that_measured_less_counts_with_average_inputs() -> None:
     known = [input_moments(models[0], [x], convolutions=True), input_moments(models[1], [x])]
     options = ff.LeastSquares(convolutions=True)
     fused = ff.average(models, combine=options, statistics=known)
-    assert "conv2" in fused.report.least_squares
+    assert "conv2" in fused.report.details
 
 
 def test_dead_inputs_keep_the_mean() -> None:
@@ -205,6 +205,74 @@ def test_dead_inputs_keep_the_mean() -> None:
     torch.testing.assert_close(ratio, ratio[0].expand(3), rtol=1e-3, atol=1e-3)
 
 
+def regmean(
+    layers: Sequence[nn.Linear],
+    inputs: Sequence[Tensor],
+    weights: Sequence[float],
+    shrinkage: float,
+) -> Tensor:
+    """Return the closed form of Jin et al. 2023, equation 2, a bias as the last column."""
+    products: list[Tensor] = []
+    moments: list[Tensor] = []
+    for layer, x, weight in zip(layers, inputs, weights, strict=True):
+        matrix = layer.weight.detach().double()
+        rows = x.double()
+        if layer.bias is not None:
+            matrix = torch.cat([matrix, layer.bias.detach().double()[:, None]], 1)
+            rows = torch.cat([rows, torch.ones(len(x), 1).double()], 1)
+        gram = rows.T @ rows / len(x)
+        gram = shrinkage * gram + (1 - shrinkage) * gram.diagonal().diag()
+        moments.append(weight * gram)
+        products.append(matrix @ moments[-1])
+    return torch.linalg.solve(sum(moments, torch.zeros(())), sum(products, torch.zeros(())).T).T
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shrinkage", [1.0, 0.9, 0.0])
+def test_without_ridge_and_bound_it_is_regmean(bias: bool, shrinkage: float) -> None:
+    layers = [nn.Linear(6, 4, bias=bias) for _ in range(3)]
+    inputs = [torch.randn(50, 6) @ torch.randn(6, 6) for _ in layers]
+    weights = [1.0, 2.0, 3.0]
+    rule = ff.LeastSquares(shrinkage=shrinkage, ridge=0, weight_exponent=1, bound=None)
+    result = ff.average(layers, weights, combine=rule, statistics=moments_of(layers, inputs))
+    fused = result.model
+    assert isinstance(fused, nn.Linear)
+    expected = regmean(layers, inputs, weights, shrinkage)
+    torch.testing.assert_close(fused.weight.double(), expected[:, :6], rtol=1e-3, atol=1e-4)
+    if bias:
+        torch.testing.assert_close(fused.bias.double(), expected[:, 6], rtol=1e-3, atol=1e-4)
+    assert result.report.details == {"": "full"}
+
+
+def test_without_ridge_inputs_that_never_occur_keep_the_mean_exactly() -> None:
+    layers = [nn.Linear(5, 3, bias=False) for _ in range(2)]
+    inputs = [torch.randn(30, 5) for _ in layers]
+    for x in inputs:
+        x[:, 2] = 0
+    rule = ff.LeastSquares(shrinkage=0.9, ridge=0, weight_exponent=1, bound=None)
+    fused = ff.average(layers, combine=rule, statistics=moments_of(layers, inputs)).model
+    mean = ff.average(layers).model
+    assert isinstance(fused, nn.Linear)
+    assert isinstance(mean, nn.Linear)
+    assert torch.equal(fused.weight[:, 2], mean.weight[:, 2])
+    # The others are RegMean's, as if the input were not there.
+    live = [0, 1, 3, 4]
+    narrow = [nn.Linear(4, 3, bias=False) for _ in layers]
+    for small, layer in zip(narrow, layers, strict=True):
+        small.load_state_dict({"weight": layer.weight[:, live]})
+    expected = regmean(narrow, [x[:, live] for x in inputs], [1.0, 1.0], 0.9)
+    torch.testing.assert_close(fused.weight[:, live].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_without_ridge_moments_that_determine_nothing_leave_the_mean() -> None:
+    layers = [nn.Linear(5, 3) for _ in range(2)]
+    inputs = [torch.zeros(30, 5) for _ in layers]
+    rule = ff.LeastSquares(ridge=0, bound=None)
+    fused = ff.average(layers, combine=rule, statistics=moments_of(layers, inputs)).model
+    mean = ff.average(layers).model.state_dict()
+    assert torch.equal(fused.state_dict()["weight"], mean["weight"])
+
+
 def test_narrow_clients_fit_into_a_wide_target() -> None:
     wide, narrow = sequential_mlp(32), sequential_mlp(24)
     inputs = [torch.randn(60, 20), skewed_inputs(torch.randn(60, 20), 1)]
@@ -216,7 +284,7 @@ def test_narrow_clients_fit_into_a_wide_target() -> None:
         combine="least-squares",
         statistics=moments_of(models, inputs),
     )
-    assert set(fused.report.least_squares.values()) == {"full"}
+    assert set(fused.report.details.values()) == {"full"}
     assert bool(torch.isfinite(output(fused.model, inputs[0])).all())
 
 
@@ -227,7 +295,7 @@ def test_different_details_of_one_layer_are_reduced_to_the_least() -> None:
     options = ff.LeastSquares(convolutions=True)
     mixed = ff.average(models, combine=options, statistics=[full[0], diagonal[1]])
     alone = ff.average(models, combine=options, statistics=diagonal)
-    assert set(mixed.report.least_squares.values()) == {"diagonal"}
+    assert set(mixed.report.details.values()) == {"diagonal"}
     assert relative_error(output(mixed.model, x), output(alone.model, x)) < 1e-5
 
 
@@ -288,7 +356,7 @@ def test_statistics_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"shrinkage": 2}, {"ridge": 0}, {"strength": -1}, {"bound": "none"}]
+    "options", [{"shrinkage": 2}, {"ridge": -0.1}, {"strength": -1}, {"bound": "none"}]
 )
 def test_bad_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ff.FusionError, match=next(iter(options))):

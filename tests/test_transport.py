@@ -345,9 +345,9 @@ def test_bad_options_are_refused(
 
 @pytest.mark.parametrize("solver", ["guess", Sinkhorn, None, 0.05], ids=str)
 def test_what_is_no_solver_is_refused(solver: Any) -> None:
-    with pytest.raises(FusionError, match="solver must be one of .*'exact'"):
+    with pytest.raises(FusionError, match=r"solver must be one of .*'exact'"):
         solver_of(solver)
-    with pytest.raises(FusionError, match="solver must be one of .*'exact'"):
+    with pytest.raises(FusionError, match=r"solver must be one of .*'exact'"):
         Matching(solver=solver)
 
 
