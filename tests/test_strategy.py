@@ -439,17 +439,12 @@ def test_no_replies_give_no_arrays() -> None:
         ({"target": small_network()}, "target"),
         ({"reference": small_network()}, "reference"),
         ({"weights": [1.0]}, "weights"),
-        ({"solver": "foo"}, "foo"),
-        ({"sweep": "foo"}, "foo"),
-        ({"align_by": "foo"}, "foo"),
+        ({"matching": "greedy"}, "Matching"),
         ({"combine": "foo"}, "foo"),
-        ({"masses": "foo"}, "foo"),
-        ({"align_by": "activations"}, "calibration"),
-        ({"solver": "sinkhorn", "regularisation": -1.0}, "regularisation"),
-        (
-            {"align_by": "activations", "calibration": SMALL, "activation_cost": "foo"},
-            "foo",
-        ),
+        ({"combine": ff.Krum}, "not the class"),
+        ({"repair": "foo"}, "foo"),
+        ({"matching": ff.Matching(by="activations")}, "calibration"),
+        ({"min_train_replies": 0}, "min_train_replies"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], reason: str) -> None:
@@ -587,8 +582,10 @@ def towards_mean(
     return result
 
 
-def own_strategy(method: Callable[..., ff.FusionResult], **arguments: Any) -> FusionStrategy:
-    return FusionStrategy(method, small_network(), SMALL, **arguments)
+def own_strategy(
+    method: Callable[..., ff.FusionResult], options: dict[str, Any] | None = None, **arguments: Any
+) -> FusionStrategy:
+    return FusionStrategy(method, small_network(), SMALL, options, **arguments)
 
 
 def test_own_method_without_reference() -> None:
@@ -600,7 +597,7 @@ def test_own_method_without_reference() -> None:
 @pytest.mark.parametrize("step", [0.5, 1.0, 2.0])
 def test_own_method_with_reference_and_option(step: float) -> None:
     """The reference is the model that was sent out in this round, not the first one."""
-    strategy = own_strategy(towards_mean, step=step, min_train_nodes=3)
+    strategy = own_strategy(towards_mean, {"step": step}, min_train_nodes=3)
     result, _ = run_small(strategy, rounds=2)
     assert shift(result.arrays) == pytest.approx(2 * step * WEIGHTED_SHIFT, abs=1e-6)
     assert strategy.min_train_nodes == 3
@@ -608,9 +605,9 @@ def test_own_method_with_reference_and_option(step: float) -> None:
 
 def test_own_method_refuses_options_that_it_does_not_have() -> None:
     with pytest.raises(ff.FusionError, match="stepp"):
-        own_strategy(towards_mean, stepp=0.5)
+        own_strategy(towards_mean, {"stepp": 0.5})
     with pytest.raises(ff.FusionError, match="step"):
-        own_strategy(own_average, step=0.5)
+        own_strategy(own_average, {"step": 0.5})
 
 
 def test_own_method_with_open_options() -> None:
@@ -620,10 +617,10 @@ def test_own_method_with_open_options() -> None:
         received.append(options)
         return ff.average(models, weights)
 
-    run_small(own_strategy(method, anything=7))
+    run_small(own_strategy(method, {"anything": 7}))
     assert all(options["anything"] == 7 for options in received)
     with pytest.raises(ff.FusionError, match="target"):
-        own_strategy(method, target=small_network())
+        own_strategy(method, {"target": small_network()})
 
 
 def test_own_method_sees_the_weights_of_the_clients() -> None:
@@ -641,8 +638,9 @@ def test_own_method_sees_the_weights_of_the_clients() -> None:
 
 
 def test_ot_fusion_as_a_plain_method_is_otfusion() -> None:
-    plain, _ = run_small(own_strategy(ff.ot_fusion, sweep="greedy"))
-    named, _ = run_small(small_strategy(sweep="greedy"))
+    greedy = ff.Matching(sweep="greedy")
+    plain, _ = run_small(own_strategy(ff.ot_fusion, {"matching": greedy}))
+    named, _ = run_small(small_strategy(matching=greedy))
     assert largest_difference(plain.arrays, named.arrays) == 0
 
 

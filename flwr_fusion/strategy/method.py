@@ -1,12 +1,18 @@
-"""What a strategy asks of its fusion method, and which options it may have."""
+"""Running a fusion method in a round: its options, their schedule, and its rule."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.methods.ot import FusionResult
+from flwr_fusion.report import FusionResult
+from flwr_fusion.rules import RULES, Rule
+from flwr_fusion.statistics.moments import Statistics
 
 FusionMethod = Callable[..., FusionResult]
 
@@ -14,31 +20,90 @@ _GIVEN = {"models", "weights", "example_inputs", "target", "reference", "statist
 """Arguments of a method that the strategy gives it."""
 
 
-def takes(method: FusionMethod, name: str) -> bool:
-    """Return whether a method has an argument of this name."""
-    return name in inspect.signature(method).parameters
+@dataclass(frozen=True)
+class ConfiguredMethod:
+    """A fusion method with its options.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(models, weights, **options)``, which returns a `FusionResult`.
+    options : mapping of str to Any
+        Its options.
+    """
+
+    function: FusionMethod
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the method, for logs and checkpoints."""
+        return str(getattr(self.function, "__name__", "method"))
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule of combination, which a partial function may hold as well; None: unknown.
+
+        What a method of a user's own calls ``combine`` need not be a rule.
+        """
+        held = getattr(self.function, "keywords", {})
+        combine = self.options.get("combine", held.get("combine"))
+        rule = RULES.get(combine) if isinstance(combine, str) else combine
+        return rule if isinstance(rule, Rule) else None
+
+    @property
+    def least_clients(self) -> int:
+        """How many clients the rule needs."""
+        return 1 if self.rule is None else self.rule.least_clients
+
+    def takes(self, name: str) -> bool:
+        """Return whether the method has an argument of this name."""
+        return name in inspect.signature(self.function).parameters
+
+    def check_options(self) -> None:
+        """Refuse options that the method does not have."""
+        parameters = inspect.signature(self.function).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        named = {n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+        allowed = sorted(named - _GIVEN)
+        unknown = sorted(self.options.keys() - set(allowed))
+        if unknown and (not open_ended or _GIVEN & set(unknown)):
+            raise FusionError(
+                f"unknown options {unknown} of the fusion method; it has {', '.join(allowed)}"
+            )
+
+    def without(self, names: set[str]) -> ConfiguredMethod:
+        """Return the method with the defaults of some options."""
+        kept = {name: value for name, value in self.options.items() if name not in names}
+        return ConfiguredMethod(self.function, kept)
+
+    def fuse(
+        self,
+        models: Sequence[nn.Module],
+        weights: Sequence[float],
+        statistics: Sequence[Statistics | None],
+        **context: Any,
+    ) -> FusionResult:
+        """Fuse networks, giving the method what it takes of the context.
+
+        Parameters
+        ----------
+        models, weights, statistics
+            The clients' networks, weights and statistics.
+        **context
+            ``example_inputs``, ``target`` and ``reference``.
+
+        Returns
+        -------
+        FusionResult
+            What the method makes of them.
+        """
+        offered = {"statistics": statistics, **context}
+        taken = {name: value for name, value in offered.items() if self.takes(name)}
+        return self.function(models, weights, **taken, **self.options)
 
 
-def combine_of(method: FusionMethod, options: Mapping[str, object]) -> object:
-    """Return the rule of combination, which a partial function may hold as well."""
-    return options.get("combine", getattr(method, "keywords", {}).get("combine"))
-
-
-def check_options(method: FusionMethod, options: Mapping[str, object]) -> None:
-    """Refuse options that the method does not have."""
-    parameters = inspect.signature(method).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    allowed = sorted(named - _GIVEN)
-    unknown = sorted(options.keys() - set(allowed))
-    if unknown and (not open_ended or _GIVEN & set(unknown)):
-        raise FusionError(
-            f"unknown arguments {unknown}: neither FedAvg's nor options of the fusion method "
-            f"({', '.join(allowed)})"
-        )
-
-
-def check_schedule(schedule: Mapping[str, int], options: Mapping[str, object]) -> None:
+def check_schedule(schedule: Mapping[str, int], options: Mapping[str, Any]) -> None:
     """Refuse a schedule of options that are not given, or of bad numbers of rounds."""
     for name, rounds in schedule.items():
         if name not in options:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
 from flwr_fusion.after.refine import (
+    DEFAULT_TRAINING,
+    Loss,
     RefinementResult,
-    check_batches,
-    check_count,
+    Training,
     distill,
     fine_tune,
+    rereadable,
 )
-from flwr_fusion.errors import FusionError
-from flwr_fusion.rules.rule import is_robust
+from flwr_fusion.errors import FusionError, check_count
+from flwr_fusion.rules import Rule
 
 
 class Refinement(Protocol):
@@ -42,35 +44,41 @@ class FineTuning:
 
     Parameters
     ----------
-    loader : iterable of batches
+    batches : iterable of batches
         The server's data.
     rounds : int or collection of int
         The rounds that end with it: the first ones, as many as the number, or those in a
         collection, such as ``range(1, 4)`` or ``every(5)``.
-    **options
-        Options of `fine_tune`.
+    loss, training
+        As for `fine_tune`.
 
     Raises
     ------
     FusionError
-        If an option is unknown or bad; some are tried out when the strategy is made.
+        If an option is bad; some are tried out when the strategy is made.
     """
 
     def __init__(
-        self, loader: Iterable[Any], *, rounds: int | Collection[int] = 1, **options: Any
+        self,
+        batches: Iterable[Any],
+        *,
+        rounds: int | Collection[int] = 1,
+        loss: Loss = nn.functional.cross_entropy,
+        training: Training = DEFAULT_TRAINING,
     ) -> None:
-        _check_options(fine_tune, options)
-        self.loader, self.rounds, self.options = _rereadable(loader), _rounds(rounds), options
+        self.batches, self.rounds = rereadable(batches), _rounds(rounds)
+        self.loss, self.training = loss, training
 
     def refined(
         self, model: nn.Module, clients: Sequence[nn.Module], weights: Sequence[float]
     ) -> RefinementResult:
         """Return the fused network, fine-tuned; the clients' networks play no part."""
-        return fine_tune(model, self.loader, **self.options)
+        return fine_tune(model, self.batches, loss=self.loss, training=self.training)
 
     def try_out(self, model: nn.Module) -> None:
         """Take one step on a copy of a network; what does not fit together is refused."""
-        fine_tune(model, _first_batch(self.loader), **_short(self.options))
+        training = _short(self.training)
+        fine_tune(model, _first_batch(self.batches), loss=self.loss, training=training)
 
 
 class Distillation:
@@ -78,7 +86,7 @@ class Distillation:
 
     Parameters
     ----------
-    loader : iterable of batches
+    batches : iterable of batches
         The server's data, unlabelled unless ``hard_weight`` is positive.
     rounds : int or collection of int
         As for `FineTuning`.
@@ -88,27 +96,31 @@ class Distillation:
         Count the fused network, as it was before, as one more teacher, of the clients' mean
         weight: where it is good itself, as after least squares, the ensemble is better and easier
         to learn.
-    **options
-        Options of `distill`.
+    ensemble, temperature, hard_weight, training
+        As for `distill`.
 
     Raises
     ------
     FusionError
-        If an option is unknown or bad; some are tried out when the strategy is made.
+        If an option is bad; some are tried out when the strategy is made.
     """
 
     def __init__(
         self,
-        loader: Iterable[Any],
+        batches: Iterable[Any],
         *,
         rounds: int | Collection[int] = 1,
         weighted: bool = False,
         fused_teaches: bool = False,
-        **options: Any,
+        ensemble: Literal["probabilities", "logits"] = "probabilities",
+        temperature: float = 1.0,
+        hard_weight: float = 0.0,
+        training: Training = DEFAULT_TRAINING,
     ) -> None:
-        _check_options(distill, options, "weights")
-        self.loader, self.rounds, self.options = _rereadable(loader), _rounds(rounds), options
+        self.batches, self.rounds = rereadable(batches), _rounds(rounds)
         self.weighted, self.fused_teaches = weighted, fused_teaches
+        self.ensemble, self.temperature, self.hard_weight = ensemble, temperature, hard_weight
+        self.training = training
 
     def refined(
         self, model: nn.Module, clients: Sequence[nn.Module], weights: Sequence[float]
@@ -116,12 +128,32 @@ class Distillation:
         """Return the fused network after distillation of the clients' networks into it."""
         # Every one is asked about every batch: they are built once.
         teachers = [*clients, model] if self.fused_teaches else list(clients)
-        known = [*weights, sum(weights) / len(weights)][: len(teachers)] if self.weighted else None
-        return distill(model, teachers, self.loader, weights=known, **self.options)
+        relative = [*weights, sum(weights) / len(weights)][: len(teachers)]
+        shares = relative if self.weighted else None
+        return self._distilled(model, teachers, self.batches, shares, self.training)
 
     def try_out(self, model: nn.Module) -> None:
         """Take one step on a copy of a network; what does not fit together is refused."""
-        distill(model, [model], _first_batch(self.loader), **_short(self.options))
+        self._distilled(model, [model], _first_batch(self.batches), None, _short(self.training))
+
+    def _distilled(
+        self,
+        model: nn.Module,
+        teachers: Sequence[nn.Module],
+        batches: Iterable[Any],
+        weights: Sequence[float] | None,
+        training: Training,
+    ) -> RefinementResult:
+        return distill(
+            model,
+            teachers,
+            batches,
+            weights=weights,
+            ensemble=self.ensemble,
+            temperature=self.temperature,
+            hard_weight=self.hard_weight,
+            training=training,
+        )
 
 
 def every(number: int) -> Collection[int]:
@@ -147,11 +179,11 @@ def every(number: int) -> Collection[int]:
     return range(number, sys.maxsize, number)
 
 
-def check_refinement(refine: Any, combine: object) -> None:
+def check_refinement(refine: Any, rule: Rule | None) -> None:
     """Refuse what is no refinement, and one that would let in whom the rule keeps out."""
-    if isinstance(refine, Distillation) and is_robust(combine):
+    if isinstance(refine, Distillation) and rule is not None and rule.few_cannot_decide:
         raise FusionError(
-            f"combine={combine!r} keeps a few clients from deciding, but a single teacher can "
+            f"combine={rule!r} keeps a few clients from deciding, but a single teacher can "
             "spoil the ensemble: there is no Distillation with it"
         )
     if not all(hasattr(refine, name) for name in ("rounds", "refined", "try_out")):
@@ -161,39 +193,16 @@ def check_refinement(refine: Any, combine: object) -> None:
         )
 
 
-def _rereadable(loader: Iterable[Any]) -> Iterable[Any]:
-    """Return a loader; refuse what can be read only once or gives no batches."""
-    check_batches(loader)
-    if isinstance(loader, Iterator) or not hasattr(loader, "__iter__"):
-        raise FusionError(
-            "the data of a refinement are read in every epoch: give a list of batches or a data "
-            "loader"
-        )
-    return loader
-
-
-def _first_batch(loader: Iterable[Any]) -> list[Any]:
-    for batch in loader:
+def _first_batch(batches: Iterable[Any]) -> list[Any]:
+    for batch in batches:
         return [batch]
-    raise FusionError("the loader of the refinement has no batches")
+    raise FusionError("the data of the refinement have no batches")
 
 
-def _short(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options for a single step, and a single batch of the held-out data."""
-    held_out = options.get("held_out")
-    shown = None if held_out is None else _first_batch(held_out)
-    return {**options, "epochs": 1, "held_out": shown, "progress": False}
-
-
-def _check_options(function: Callable[..., Any], options: Mapping[str, Any], *own: str) -> None:
-    parameters = inspect.signature(function).parameters.values()
-    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(own)
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise FusionError(f"unknown options {unknown}; known: {', '.join(sorted(known))}")
-    check_count("epochs", options.get("epochs", 1))
-    if options.get("held_out") is not None:
-        _rereadable(options["held_out"])
+def _short(training: Training) -> Training:
+    """Return a single step, and a single batch of the held-out data."""
+    held_out = None if training.held_out is None else _first_batch(training.held_out)
+    return replace(training, epochs=1, held_out=held_out, progress=False)
 
 
 def _rounds(rounds: int | Collection[int]) -> Collection[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD
 from flwr_fusion.errors import FusionError
-from flwr_fusion.statistics.moments import LayerStatistics, unpack
+from flwr_fusion.statistics.moments import LayerStatistics, Statistics, unpack
 from flwr_fusion.strategy.arrays import check_arrays, check_plausible, decode_array
 from flwr_fusion.strategy.reasons import LONGEST_TEXT, Reason, RejectedReply, Rejection
 
@@ -160,20 +160,14 @@ def _same_content(one: Message, other: Message) -> bool:
     return bool(one.content == other.content)
 
 
-def good_updates(
-    answers: Iterable[Answer],
-    model_of: Callable[[int], nn.Module],
-    sent_to: Callable[[int], ArrayRecord | None],
-    validation: Validation,
-    arrays_key: str,
-    weight_key: str,
-) -> tuple[list[Update], list[Rejection]]:
-    """Check the answers to a training message.
+@dataclass(frozen=True)
+class Expected:
+    """What replies to a round's messages must be.
 
     Parameters
     ----------
-    answers : iterable of Answer
-        One for each node.
+    asked : sequence of Metadata
+        Metadata of the messages that were sent.
     model_of : callable
         Returns a network of the architecture that a node trains.
     sent_to : callable
@@ -182,24 +176,122 @@ def good_updates(
         Limits.
     arrays_key, weight_key : str
         Names of the array record and of the metric that weighs the client.
+    """
+
+    asked: Sequence[Metadata]
+    model_of: Callable[[int], nn.Module]
+    sent_to: Callable[[int], ArrayRecord | None]
+    validation: Validation
+    arrays_key: str
+    weight_key: str
+
+
+@dataclass(frozen=True)
+class TrainingReplies:
+    """A round's replies to training, checked.
+
+    Parameters
+    ----------
+    updates : list of Update
+        What takes part.
+    statistics : list of (mapping or None)
+        Of each update; empty where none are wanted.
+    measured : list of Answer
+        Those whose metrics fit together.
+    rejections : list of Rejection
+        Everything else, with its reason.
+    """
+
+    updates: list[Update]
+    statistics: list[Statistics | None]
+    measured: list[Answer]
+    rejections: list[Rejection]
+
+
+def read_training(
+    replies: Iterable[Message], expected: Expected, *, with_statistics: bool
+) -> TrainingReplies:
+    """Return what is usable of the replies to training, and why the rest is not.
+
+    Parameters
+    ----------
+    replies : iterable of Message
+        What was received.
+    expected : Expected
+        What it must be.
+    with_statistics : bool
+        Whether to read what the clients measured.
 
     Returns
     -------
-    tuple of (list of Update, list of Rejection)
+    TrainingReplies
+        Updates with a usable weight, arrays that fit, and size within the limits.
+    """
+    answers, rejections = answers_of(replies, expected.asked)
+    updates, bad = _good_updates(answers, expected)
+    statistics: list[Statistics | None] = []
+    unusable: list[Rejection] = []
+    for update in updates if with_statistics else ():
+        try:
+            model = expected.model_of(update.node_id)
+            statistics.append(read_statistics(update.content, model))
+        except RejectedReply as reason:
+            unusable.append(Rejection(update.node_id, reason.reason, str(reason)))
+            statistics.append(None)
+    contents = [Answer(update.node_id, update.content) for update in updates]
+    limit = expected.validation.max_examples
+    measured, odd = fitting_metrics(contents, expected.weight_key, limit)
+    return TrainingReplies(updates, statistics, measured, [*rejections, *bad, *unusable, *odd])
+
+
+def read_evaluation(
+    replies: Iterable[Message], expected: Expected
+) -> tuple[list[Answer], list[Rejection]]:
+    """Return the replies to evaluation that carry a usable weight and metrics that fit together.
+
+    Parameters
+    ----------
+    replies : iterable of Message
+        What was received.
+    expected : Expected
+        What it must be.
+
+    Returns
+    -------
+    tuple of (list of Answer, list of Rejection)
         What takes part, and what does not.
     """
-    updates, rejections = [], []
+    answers, rejections = answers_of(replies, expected.asked)
+    weighted = []
     for answer in answers:
-        template = model_of(answer.node_id).state_dict()
         try:
-            updates.append(read_update(answer, template, arrays_key, weight_key))
+            read_weight(answer.content, expected.weight_key)
+            weighted.append(answer)
+        except RejectedReply as reason:
+            rejections.append(Rejection(answer.node_id, reason.reason, str(reason)))
+    limit = expected.validation.max_examples
+    good, odd = fitting_metrics(weighted, expected.weight_key, limit)
+    return good, [*rejections, *odd]
+
+
+def _good_updates(
+    answers: Iterable[Answer], expected: Expected
+) -> tuple[list[Update], list[Rejection]]:
+    """Return the answers to a training message that take part, and why the others do not."""
+    updates, rejections = [], []
+    validation = expected.validation
+    for answer in answers:
+        template = expected.model_of(answer.node_id).state_dict()
+        try:
+            update = read_update(answer, template, expected.arrays_key, expected.weight_key)
+            updates.append(update)
         except RejectedReply as rejection:
             rejections.append(Rejection(answer.node_id, rejection.reason, str(rejection)))
         except Exception as error:  # Whatever a forged reply makes the check do.
             text = f"it cannot be checked: {error!r:.{LONGEST_TEXT}}"
             rejections.append(Rejection(answer.node_id, Reason.UNREADABLE, text))
     if validation.max_update is not None:
-        too_large = _too_large(updates, sent_to, validation.max_update)
+        too_large = _too_large(updates, expected.sent_to, validation.max_update)
         updates = [u for u in updates if u.node_id not in {r.node_id for r in too_large}]
         rejections += too_large
     if validation.max_examples is not None:

@@ -1,16 +1,14 @@
-"""The strategy that runs any fusion method inside Flower."""
+"""The strategy that runs any fusion method inside Flower, over one architecture or several."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from logging import ERROR, INFO, WARNING
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.common import log
@@ -18,33 +16,33 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
 
-from flwr_fusion.errors import FusionError
+from flwr_fusion.depth.start import common_start
+from flwr_fusion.errors import FusionError, check_count
 from flwr_fusion.graph.groups import verified_graph
-from flwr_fusion.methods.ot import FusionReport, FusionResult
 from flwr_fusion.networks import BuiltOnAccess, with_state
-from flwr_fusion.rules.rule import least_clients, wants_statistics
+from flwr_fusion.report import FusionReport, FusionResult
 from flwr_fusion.statistics.moments import Statistics
-from flwr_fusion.strategy.arrays import arrays_of, check_arrays, check_plausible, state_of
+from flwr_fusion.strategy.arguments import StrategyArguments, fedavg_arguments
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
-from flwr_fusion.strategy.method import (
-    FusionMethod,
-    check_options,
-    check_schedule,
-    combine_of,
-    takes,
+from flwr_fusion.strategy.global_models import (
+    GlobalModels,
+    load_arrays,
+    named_architectures,
+    usable_arrays,
 )
-from flwr_fusion.strategy.reasons import RejectedReply, Rejection
-from flwr_fusion.strategy.refinement import Refinement, check_refinement
+from flwr_fusion.strategy.method import ConfiguredMethod, FusionMethod, check_schedule
+from flwr_fusion.strategy.nodes import NodeArchitectures
+from flwr_fusion.strategy.reasons import Rejection
+from flwr_fusion.strategy.refinement import check_refinement
 from flwr_fusion.strategy.replies import (
     Answer,
+    Expected,
+    TrainingReplies,
     Update,
     Validation,
-    answers_of,
     counts_of,
-    fitting_metrics,
-    good_updates,
-    read_statistics,
-    read_weight,
+    read_evaluation,
+    read_training,
 )
 from flwr_fusion.strategy.run import EvaluateFunction, run_of
 from flwr_fusion.strategy.waiting import (
@@ -55,21 +53,7 @@ from flwr_fusion.strategy.waiting import (
     patience_of,
 )
 
-_OWN_METRICS = ("rejected", "share-moved", "with-statistics", "refinement-loss")
-ONLY_ARCHITECTURE = "model"
-"""Name of the global model in the checkpoints of a strategy with one architecture."""
-
-
-@dataclass(frozen=True)
-class _Received:
-    """A round's replies to training."""
-
-    updates: Sequence[Update]
-    statistics: list[Statistics | None]
-    """Of each update; empty where the method takes none."""
-    measured: Sequence[Answer]
-    """Those whose metrics fit together."""
-    rejections: list[Rejection]
+_STRATEGY_METRICS = ("rejected", "share-moved", "with-statistics", "refinement-loss")
 
 
 class FusionStrategy(FedAvg):
@@ -79,17 +63,24 @@ class FusionStrategy(FedAvg):
     examples. Every reply is checked; a bad one is logged with its node and reason, counted in the
     round's metrics as ``rejected`` and ``rejected-REASON`` (`Reason`), and left out.
 
+    With several architectures every node is asked once which of them it runs (it answers with
+    `flwr_fusion.client.declare_architecture`), and always gets the global model in its own. After
+    every round the networks of all clients are fused once for each architecture in use.
+
     Parameters
     ----------
     method : callable
         A fusion method: ``method(models, weights, **options)`` that returns a `FusionResult`.
-        Where it takes ``example_inputs``, ``target`` (the model), ``reference`` (the global model
-        that was sent out) or ``statistics`` (what `flwr_fusion.client.attach_statistics` put on
-        the replies, None for a reply without), it receives them.
-    model : nn.Module
-        The global model: its architecture is what clients train. Not modified.
+        Where it takes ``example_inputs``, ``target`` (the architecture), ``reference`` (the global
+        model that was sent out) or ``statistics`` (what `flwr_fusion.client.attach_statistics` put
+        on the replies, None for a reply without), it receives them.
+    model : nn.Module or mapping of str to nn.Module
+        What clients train: one network, or the networks of the federation by name. Not modified;
+        of several the weights only serve to make the common start.
     example_inputs : Tensor, tuple or dict
-        What the model is called with; one or two samples.
+        What all of them are called with; one or two samples.
+    options : mapping of str to Any, optional
+        Options of the method.
     only_first_rounds : mapping of str to int, optional
         Options of the method that hold in the first rounds only, with the number of rounds, for
         steps that help early and cost late: ``{"combine": 3}``. Afterwards the method's default
@@ -101,21 +92,31 @@ class FusionStrategy(FedAvg):
         fails, the fused network stays as it is.
     min_train_replies : int
         A round with fewer good replies, or fewer than the method needs, keeps the last good model.
+        Default: 1.
     checkpoint_dir : str or Path, optional
         Folder in which every round leaves a checkpoint: a safetensors file for each architecture,
         and JSON with metrics, rejections, report and hashes. One run at a time may use it.
     resume : bool
         Go on from the latest whole checkpoint in `checkpoint_dir`, where there is one.
     keep_checkpoints : int
-        How many of the latest checkpoints are kept.
+        How many of the latest checkpoints are kept. Default: 3.
+    architecture : str, optional
+        Of several, the one of the arrays given to `start`, passed to ``evaluate_fn`` and kept in
+        the ``Result``. Default: the first.
+    query_timeout : float
+        Seconds to wait for the nodes' architectures. Default: 60.
     **arguments
-        Arguments of Flower's ``FedAvg`` keep their names and meaning; all others are options of
-        the method.
+        Arguments of Flower's ``FedAvg``, which keep their names and meaning.
 
     Attributes
     ----------
     reports : dict of int to FusionReport
-        What each round's fusion did.
+        What each round's fusion did, in the chosen architecture.
+    architecture_reports : dict of int to (dict of str to FusionReport)
+        The same for every architecture in use.
+    architecture_metrics : dict of int to (dict of str to MetricRecord)
+        For each round the evaluation metrics of each architecture's clients, where there are
+        several.
     fused_nodes : dict of int to list of int
         For each round the nodes whose updates were fused: client 0, 1, ... of its report.
     rejections : dict of int to list of Rejection
@@ -124,80 +125,100 @@ class FusionStrategy(FedAvg):
     Raises
     ------
     FusionError
-        If an option is unknown, or the model cannot be traced or fused.
+        If an argument is unknown or bad, or an architecture cannot be traced or fused.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import flwr_fusion as ff
+    >>> from flwr_fusion.strategy import FusionStrategy
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> greedy = {"matching": ff.Matching(sweep="greedy")}
+    >>> strategy = FusionStrategy(ff.ot_fusion, model, torch.zeros(1, 4), greedy, resume=False)
     """
 
     def __init__(
         self,
         method: FusionMethod,
-        model: nn.Module,
+        model: nn.Module | Mapping[str, nn.Module],
         example_inputs: Any,
-        only_first_rounds: Mapping[str, int] | None = None,
-        validation: Validation | None = None,
-        refine: Refinement | None = None,
-        min_train_replies: int = 1,
-        checkpoint_dir: str | Path | None = None,
-        resume: bool = False,
-        keep_checkpoints: int = 3,
-        **arguments: Any,
+        options: Mapping[str, Any] | None = None,
+        **arguments: Unpack[StrategyArguments],
     ) -> None:
-        fedavg = inspect.signature(FedAvg.__init__).parameters.keys() & arguments.keys()
-        super().__init__(**{name: arguments.pop(name) for name in fedavg})
-        self.method = method
-        self.model = model
+        super().__init__(**fedavg_arguments(arguments))
+        self.method = ConfiguredMethod(method, dict(options or {}))
         self.example_inputs = example_inputs
-        self.options = arguments
-        self.only_first_rounds = dict(only_first_rounds or {})
-        self.validation = Validation() if validation is None else validation
-        self.refine = refine
-        self.min_train_replies = min_train_replies
-        self.resume = resume
+        self.only_first_rounds = dict(arguments.get("only_first_rounds") or {})
+        self.validation = arguments.get("validation") or Validation()
+        self.refine = arguments.get("refine")
+        self.min_train_replies = arguments.get("min_train_replies", 1)
+        self.resume = arguments.get("resume", False)
         self.reports: dict[int, FusionReport] = {}
+        self.architecture_reports: dict[int, dict[str, FusionReport]] = {}
+        self.architecture_metrics: dict[int, dict[str, MetricRecord]] = {}
         self.fused_nodes: dict[int, list[int]] = {}
         self.rejections: dict[int, list[Rejection]] = {}
-        self._checkpoints = (
-            None if checkpoint_dir is None else CheckpointFolder(checkpoint_dir, keep_checkpoints)
-        )
-        self._sent: ArrayRecord | None = None
+        self._models = GlobalModels(named_architectures(model), arguments.get("architecture"))
+        names, chosen = list(self._models.architectures), self._models.chosen
+        self._nodes = NodeArchitectures(names, chosen, arguments.get("query_timeout", 60.0))
+        folder, kept = arguments.get("checkpoint_dir"), arguments.get("keep_checkpoints", 3)
+        self._checkpoints = None if folder is None else CheckpointFolder(folder, kept)
         self._asked: list[Metadata] = []
-        self._own_start = False
+        self._runs_itself = False
         self._had_nodes = False
-        _check_replies_wanted(min_train_replies)
-        if resume and checkpoint_dir is None:
+        check_count("min_train_replies", self.min_train_replies)
+        if self.resume and folder is None:
             raise FusionError("resume=True needs checkpoint_dir=: the folder to go on from")
-        check_options(method, arguments)
-        check_schedule(self.only_first_rounds, arguments)
+        self.method.check_options()
+        check_schedule(self.only_first_rounds, self.method.options)
         # Whatever the method cannot do is refused here, not after the first round of training.
-        groups = verified_graph(model, example_inputs).groups
-        self._fixed = sum(group.fixed for group in groups)
-        self._free = len(groups) - self._fixed
-        if not self._free:
-            log(WARNING, "no channels of %s can be matched: fusion is plain averaging", type(model))
-        self._try_out(method, self.options)
-        if refine is not None:
-            check_refinement(refine, combine_of(method, arguments))
-            self._try_out_refinement(refine)
+        self._log_fixed_networks()
+        self._try_out(self.method)
+        if self.refine is not None:
+            check_refinement(self.refine, self.method.rule)
+            self._try_out_refinement()
+        if self._has_several:
+            start = common_start(self._models.architectures, example_inputs=example_inputs)
+            self._models.set_all(start)
 
-    def _try_out(self, method: FusionMethod, options: Mapping[str, Any]) -> None:
-        """Fuse as many copies of the model as a method needs; what it cannot do, it refuses."""
-        count = least_clients(combine_of(method, options))
-        models, weights = [self.model] * count, [1.0] * count
-        self._fuse(method, options, models, weights, [None] * count, self.model, None)
+    @property
+    def arrays(self) -> dict[str, ArrayRecord]:
+        """The global model by architecture, as it was last fused or sent.
 
-    def _try_out_refinement(self, refine: Refinement) -> None:
-        refine.try_out(self.model)
+        `global_models` has the present one of architectures that nobody runs, too.
+        """
+        return self._models.arrays
+
+    @property
+    def node_architectures(self) -> dict[int, str]:
+        """The architecture of every node that takes part; empty where there is only one."""
+        return self._nodes.by_node
+
+    def global_models(self) -> dict[str, nn.Module]:
+        """Return the present global model in every architecture, as new networks."""
+        self._bring_up_to_date()
+        return {name: self._models.network(name) for name in self._models.architectures}
 
     def summary(self) -> None:
-        """Log the fusion method and its options, then FedAvg's configuration."""
-        options = ", ".join(f"{name}={value!r:.60}" for name, value in self.options.items())
-        log(INFO, "\t├──> Fusion: %s(%s)", getattr(self.method, "__name__", "method"), options)
-        log(INFO, "\t│\t└──Channel groups: %d can move, %d are fixed", self._free, self._fixed)
+        """Log the architectures, the fusion method and its options, then FedAvg's configuration."""
+        for name, model in self._models.architectures.items():
+            size = sum(parameter.numel() for parameter in model.parameters())
+            groups = verified_graph(model, self.example_inputs).groups
+            fixed = sum(group.fixed for group in groups)
+            text = (
+                "\t├──> Architecture '%s'%s: %d parameters, %d channel groups can move, %d cannot"
+            )
+            chosen = " (global model)" if name == self._models.chosen else ""
+            log(INFO, text, name, chosen, size, len(groups) - fixed, fixed)
+        options = ", ".join(f"{name}={value!r:.60}" for name, value in self.method.options.items())
+        log(INFO, "\t├──> Fusion: %s(%s)", self.method.name, options)
         super().summary()
 
     def start(
         self,
         grid: Grid,
-        initial_arrays: ArrayRecord,
+        initial_arrays: ArrayRecord | None = None,
         num_rounds: int = 3,
         timeout: float | None = None,
         train_config: ConfigRecord | None = None,
@@ -210,8 +231,11 @@ class FusionStrategy(FedAvg):
         ----------
         grid : Grid
             As for every strategy.
-        initial_arrays : ArrayRecord
-            The first global model; not used where the run goes on from a checkpoint.
+        initial_arrays : ArrayRecord, optional
+            The first global model in the chosen architecture; not used where the run goes on from a
+            checkpoint. With several architectures the others' are fused from it; without, all start
+            from their `common_start`, which is the better one for training from scratch, and a
+            second start of one strategy from where the first has ended.
         num_rounds : int
             Number of rounds, those before the checkpoint included.
         timeout : float, optional
@@ -225,7 +249,7 @@ class FusionStrategy(FedAvg):
         Returns
         -------
         Result
-            The last good global model, and the metrics of all rounds.
+            The last good global model in the chosen architecture, and the metrics of all rounds.
 
         Raises
         ------
@@ -235,11 +259,19 @@ class FusionStrategy(FedAvg):
             to their folder.
         """
         self._had_nodes = False
+        self._nodes.forget()
+        if initial_arrays is None and not self._has_several:
+            raise FusionError("start needs initial_arrays: ArrayRecord(model.state_dict())")
         with nullcontext() if self._checkpoints is None else self._checkpoints.reserved():
             done = self._checkpoint_to_resume()
+            if done is not None:
+                self._models.restore(done)
+            elif initial_arrays is not None:
+                self._models.start_from(initial_arrays)
+                self._bring_up_to_date()
             return run_of(self, self._checkpoints, done).rounds_of(
                 cast(Grid, PatientGrid(grid, Patience(timeout))),
-                initial_arrays if done is None else self._restored(done),
+                self._models.arrays[self._models.chosen],
                 num_rounds,
                 evaluate_fn,
                 train_config=train_config,
@@ -249,26 +281,23 @@ class FusionStrategy(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Remember the global model that is sent out, then configure training as FedAvg does.
+        """Send every sampled node the global model in its own architecture, as FedAvg does.
 
         From the second round on, a round for which too few nodes are connected in time is left
         out.
         """
         # Under a wrapper of Flower's, another strategy's start() runs the rounds.
-        self._own_start = patience_of(grid) is not None
+        self._runs_itself = patience_of(grid) is not None
         self._check_wrapper()
-        try:
-            check_arrays(arrays, self.model.state_dict())
-        except RejectedReply as error:
-            raise FusionError(f"the arrays to send do not fit the model: {error}") from error
-        self._sent = arrays
+        self._models.set_chosen(arrays, "the arrays to send")
         configure = partial(super().configure_train, server_round, arrays, config)
         return self._asking(configure, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Configure evaluation as FedAvg does; leave it out if too few nodes are connected."""
+        """Configure evaluation as training; leave it out if too few nodes are connected."""
+        self._models.set_chosen(arrays, "the arrays to send")
         configure = partial(super().configure_evaluate, server_round, arrays, config)
         return self._asking(configure, grid)
 
@@ -293,36 +322,53 @@ class FusionStrategy(FedAvg):
             the fusion moved); after a refinement ``refinement-loss``, that of its last epoch;
             where clients attached statistics ``with-statistics``, the number of usable ones.
         """
-        method, options = self.method_of_round(server_round)
-        received = self._received(replies, method)
+        method = self.method_of_round(server_round)
+        takes_statistics = method.takes("statistics")
+        received = read_training(replies, self._expected(), with_statistics=takes_statistics)
         updates, rejections = received.updates, received.rejections
         self.rejections[server_round] = rejections
         _log_replies("aggregate_train", len(updates), rejections)
         if not updates and not rejections:
             return None, None
         counts = counts_of(rejections)
-        needed = max(self.min_train_replies, least_clients(combine_of(method, options)))
+        needed = max(self.min_train_replies, method.least_clients)
         if len(updates) < needed:
             text = "aggregate_train: %d good replies in round %s, %d are needed; the model stays"
             log(ERROR, text, len(updates), server_round, needed)
             return None, _metrics(counts)
+        statistics = self._usable_statistics(received, method)
         try:
-            arrays, report = self._fused_round(server_round, received)
+            fused, reports = self._fused_round(server_round, method, updates, statistics)
         except FusionError as error:
             text = "aggregate_train: round %s cannot be fused, the model stays: %s (clients %s)"
             log(ERROR, text, server_round, error, _nodes_of(updates))
             return None, _metrics(counts)
-        self.reports[server_round] = report
+        self._models.replace(fused)
+        report = reports[self._models.chosen]
+        self.reports[server_round], self.architecture_reports[server_round] = report, reports
         self.fused_nodes[server_round] = [update.node_id for update in updates]
         clients = self._aggregated(self.train_metrics_aggr_fn, received.measured)
-        return arrays, _metrics(counts | _figures(report, received.statistics), clients)
+        figures = _figures(report, statistics)
+        return fused[self._models.chosen], _metrics(counts | figures, clients)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Aggregate the metrics of all evaluation replies that carry a usable weight."""
-        answers, rejections = self._good_evaluations(replies)
-        return self._evaluated(answers, rejections)
+        """Aggregate the metrics of all good replies, and of each architecture's on their own."""
+        good, rejections = read_evaluation(replies, self._expected())
+        _log_replies("aggregate_evaluate", len(good), rejections)
+        if self._has_several:
+            by_name: dict[str, list[Answer]] = {}
+            for answer in good:
+                by_name.setdefault(self._nodes.name_of(answer.node_id), []).append(answer)
+            evaluated = {name: self._evaluated(answers, ()) for name, answers in by_name.items()}
+            self.architecture_metrics[server_round] = {n: m for n, m in evaluated.items() if m}
+        return self._evaluated(good, rejections)
+
+    def method_of_round(self, server_round: int) -> ConfiguredMethod:
+        """Return the method that fuses a round, without the options whose rounds are over."""
+        over = {name for name, last in self.only_first_rounds.items() if server_round > last}
+        return self.method.without(over)
 
     def global_arrays(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
         """Return the global model by architecture, for a checkpoint.
@@ -330,31 +376,63 @@ class FusionStrategy(FedAvg):
         Parameters
         ----------
         arrays : ArrayRecord
-            The global model in the strategy's architecture.
+            The global model in the chosen architecture.
 
         Returns
         -------
         dict of str to ArrayRecord
-            Here there is one architecture, "model".
+            Only those that it has been fused into.
         """
-        return {ONLY_ARCHITECTURE: arrays}
+        return self._models.present(arrays)
 
     def details_of(self, server_round: int) -> dict[str, Any]:
         """Return what a round's checkpoint says of it beside its metrics, ready for JSON."""
-        report = self.reports.get(server_round)
+        reports = self.architecture_reports.get(server_round, {})
         return {
-            "method": getattr(self.method_of_round(server_round)[0], "__name__", ""),
+            "method": self.method_of_round(server_round).name,
             "fused_nodes": self.fused_nodes.get(server_round, []),
+            "node_architectures": {str(n): name for n, name in self._nodes.by_node.items()},
             "rejected": [
                 {"node": r.node_id, "reason": r.reason, "text": r.text}
                 for r in self.rejections.get(server_round, [])
             ],
-            "report": None if report is None else report.to_dict(),
+            "reports": {name: report.to_dict() for name, report in reports.items()},
         }
 
-    def _restored(self, checkpoint: Checkpoint) -> ArrayRecord:
-        """Take over the global model of a checkpoint, and return it in the own architecture."""
-        return checked(checkpoint, ONLY_ARCHITECTURE, self.model)
+    @property
+    def _has_several(self) -> bool:
+        return len(self._models.architectures) > 1
+
+    def _log_fixed_networks(self) -> None:
+        for model in self._models.architectures.values():
+            if all(group.fixed for group in verified_graph(model, self.example_inputs).groups):
+                text = "no channels of %s can be matched: fusion is plain averaging"
+                log(WARNING, text, type(model))
+
+    def _try_out(self, method: ConfiguredMethod) -> None:
+        """Fuse as many copies of all architectures as a method needs into each of them."""
+        architectures = self._models.architectures
+        models = list(architectures.values()) * method.least_clients
+        nothing = [None] * len(models)
+        for name, target in architectures.items():
+            context = {"target": target, "reference": target}
+            try:
+                self._fuse(method, models, [1.0] * len(models), nothing, **context)
+            except FusionError as error:
+                if not self._has_several:
+                    raise
+                clients = ", ".join(f"client {k} is {n!r}" for k, n in enumerate(architectures))
+                raise FusionError(
+                    f"the architectures cannot be fused into {name!r}: {error} ({clients})"
+                ) from error
+
+    def _try_out_refinement(self) -> None:
+        assert self.refine is not None
+        for name, model in self._models.architectures.items():
+            try:
+                self.refine.try_out(model)
+            except FusionError as error:
+                raise FusionError(f"architecture {name!r}: {error}") from error
 
     def _checkpoint_to_resume(self) -> Checkpoint | None:
         if self._checkpoints is None:
@@ -371,26 +449,33 @@ class FusionStrategy(FedAvg):
 
     def _check_wrapper(self) -> None:
         """Refuse what a wrapper would break whose own start() runs the rounds."""
-        if self._own_start:
+        if self._runs_itself:
             return
-        if wants_statistics(self.options.get("combine")):
-            raise FusionError(
-                "combine='least-squares' works with the strategy's own start() alone: under a "
-                "wrapper, such as Flower's for differential privacy, the clients' statistics would "
-                "pass by its clipping and noise"
-            )
-        if self.refine is not None:
-            raise FusionError(
-                "refine= works with the strategy's own start() alone: under a wrapper, such as "
-                "Flower's for differential privacy, the refined model would depend on single "
-                "clients more than its noise covers"
-            )
-        if self._checkpoints is not None:
-            raise FusionError(
-                "checkpoint_dir= works with the strategy's own start() alone: under a wrapper, "
-                "such as Flower's for differential privacy, checkpoints would hold the model "
-                "before its noise is added"
-            )
+        rule = self.method.rule
+        refused = {
+            "a rule that needs the clients' statistics": (
+                rule is not None and rule.needs_statistics,
+                "they would pass by its clipping and noise",
+            ),
+            "refine=": (
+                self.refine is not None,
+                "the refined model would depend on single clients more than its noise covers",
+            ),
+            "checkpoint_dir=": (
+                self._checkpoints is not None,
+                "checkpoints would hold the model before its noise is added",
+            ),
+            "a federation of several architectures": (
+                self._has_several,
+                "it sees the arrays of one architecture only",
+            ),
+        }
+        for what, (asked_for, reason) in refused.items():
+            if asked_for:
+                raise FusionError(
+                    f"{what} works with the strategy's own start() alone: under a wrapper, such as "
+                    f"Flower's for differential privacy, {reason}"
+                )
 
     def _asking(
         self, configure: Callable[[Grid], Iterable[Message]], grid: Grid
@@ -399,8 +484,10 @@ class FusionStrategy(FedAvg):
         if self._had_nodes:
             patience = patience_of(grid) or Patience()
             grid = cast(Grid, ImpatientGrid(grid, patience.for_nodes()))
+        needed = self.min_available_nodes
+        known = self._nodes.answered(grid, self._construct_messages, needed)
         try:
-            messages = list(configure(grid))
+            messages = self._addressed(configure(known))
         except NotEnoughNodesError as reason:
             log(ERROR, "too few nodes, the model stays: %s", reason)
             messages = []
@@ -408,19 +495,31 @@ class FusionStrategy(FedAvg):
         self._asked = [message.metadata for message in messages]
         return messages
 
-    def _good_evaluations(self, replies: Iterable[Message]) -> tuple[list[Answer], list[Rejection]]:
-        answers, rejections = answers_of(replies, self._asked)
-        weighted = []
-        for answer in answers:
-            try:
-                read_weight(answer.content, self.weighted_by_key)
-                weighted.append(answer)
-            except RejectedReply as reason:
-                rejections.append(Rejection(answer.node_id, reason.reason, str(reason)))
-        limit = self.validation.max_examples
-        good, odd = fitting_metrics(weighted, self.weighted_by_key, limit)
-        _log_replies("aggregate_evaluate", len(good), [*rejections, *odd])
-        return good, [*rejections, *odd]
+    def _addressed(self, messages: Iterable[Message]) -> list[Message]:
+        """Give every message the arrays of its node's architecture; one content for each."""
+        contents: dict[str, RecordDict] = {}
+        result = list(messages)
+        for message in result if self._has_several else ():
+            name = self._nodes.name_of(message.metadata.dst_node_id)
+            if name not in contents:
+                self._models.bring_up_to_date(name, self._fused_into)
+                contents[name] = RecordDict(
+                    {**message.content, self.arrayrecord_key: self._models.arrays[name]}
+                )
+            message.content = contents[name]
+        return result
+
+    def _expected(self) -> Expected:
+        """Return what the replies to the last messages must be."""
+
+        def model_of(node: int) -> nn.Module:
+            return self._models.architectures[self._nodes.name_of(node)]
+
+        def sent_to(node: int) -> ArrayRecord | None:
+            return self._models.arrays.get(self._nodes.name_of(node))
+
+        keys = self.arrayrecord_key, self.weighted_by_key
+        return Expected(self._asked, model_of, sent_to, self.validation, *keys)
 
     def _evaluated(
         self, answers: Sequence[Answer], rejections: Sequence[Rejection]
@@ -441,112 +540,70 @@ class FusionStrategy(FedAvg):
             log(WARNING, "the clients' metrics cannot be aggregated: %r", error)
             return MetricRecord()
 
-    def _model_of(self, node_id: int) -> nn.Module:
-        """Return a network of the architecture that a node trains."""
-        return self.model
-
-    def _sent_to(self, node_id: int) -> ArrayRecord | None:
-        """Return the arrays that a node was sent."""
-        return self._sent
-
-    def _received(self, replies: Iterable[Message], method: FusionMethod) -> _Received:
-        """Return what is usable of the replies to training, and why the rest is not."""
-        answers, rejections = answers_of(replies, self._asked)
-        keys = self.arrayrecord_key, self.weighted_by_key
-        updates, bad = good_updates(answers, self._model_of, self._sent_to, self.validation, *keys)
-        statistics, unusable = self._statistics(updates, method)
-        measured, odd = fitting_metrics(
-            [Answer(update.node_id, update.content) for update in updates],
-            self.weighted_by_key,
-            self.validation.max_examples,
-        )
-        return _Received(updates, statistics, measured, [*rejections, *bad, *unusable, *odd])
+    def _usable_statistics(
+        self, received: TrainingReplies, method: ConfiguredMethod
+    ) -> list[Statistics | None]:
+        """Return the clients' statistics; none under a wrapper, by whose noise they would pass."""
+        statistics = received.statistics
+        sent = sum(measured is not None for measured in statistics)
+        if sent and not self._runs_itself:
+            log(WARNING, "statistics are used in rounds of the strategy's own start() only")
+            return [None] * len(statistics)
+        wanted = method.rule is not None and method.rule.needs_statistics
+        if wanted and sent < len(statistics):
+            text = "%d of %d replies have no usable statistics; see flwr_fusion.client"
+            log(WARNING, text, len(statistics) - sent, len(statistics))
+        return statistics
 
     def _fused_round(
-        self, server_round: int, received: _Received
-    ) -> tuple[ArrayRecord, FusionReport]:
-        """Return the next global model, fused from a round's updates and refined."""
-        method, options = self.method_of_round(server_round)
-        updates, statistics = received.updates, received.statistics
-        if wants_statistics(options.get("combine")) and None in statistics:
-            text = "%d of %d replies have no usable statistics; see flwr_fusion.client"
-            log(WARNING, text, statistics.count(None), len(statistics))
+        self,
+        server_round: int,
+        method: ConfiguredMethod,
+        updates: Sequence[Update],
+        statistics: Sequence[Statistics | None],
+    ) -> tuple[dict[str, ArrayRecord], dict[str, FusionReport]]:
+        """Return the next global model and its report, for every architecture in use."""
+        model_of = self._expected().model_of
 
-        def model(k: int) -> nn.Module:
-            return loaded(self._model_of(updates[k].node_id), updates[k].arrays)
+        def network(k: int) -> nn.Module:
+            return load_arrays(model_of(updates[k].node_id), updates[k].arrays)
 
-        models = BuiltOnAccess(len(updates), model)
+        models = BuiltOnAccess(len(updates), network)
         weights = [update.weight for update in updates]
-
-        def fuse(target: nn.Module, reference: nn.Module | None) -> FusionResult:
-            fused = self._fuse(method, options, models, weights, statistics, target, reference)
-            return self._refined(server_round, fused, models, updates)
-
-        return self._fuse_updates(server_round, fuse)
-
-    def _fuse_updates(
-        self, server_round: int, fuse: Callable[[nn.Module, nn.Module | None], FusionResult]
-    ) -> tuple[ArrayRecord, FusionReport]:
-        """Return the next global model; ``fuse`` takes the target and the model sent out."""
-        sent = None if self._sent is None else loaded(self.model, self._sent)
-        result = fuse(self.model, sent)
-        return checked_result(result, self.model), result.report
-
-    def method_of_round(self, server_round: int) -> tuple[FusionMethod, Mapping[str, Any]]:
-        """Return the method that fuses a round, with its options.
-
-        Parameters
-        ----------
-        server_round : int
-            The round, from 1.
-
-        Returns
-        -------
-        tuple of (callable, mapping)
-            The strategy's own method, and its options without those whose rounds are over.
-        """
-        over = {name for name, last in self.only_first_rounds.items() if server_round > last}
-        return self.method, {n: value for n, value in self.options.items() if n not in over}
-
-    def _statistics(
-        self, updates: Sequence[Update], method: FusionMethod
-    ) -> tuple[list[Statistics | None], list[Rejection]]:
-        """Return what the clients measured; None for a reply without usable statistics."""
-        statistics: list[Statistics | None] = []
-        rejections: list[Rejection] = []
-        if not takes(method, "statistics"):
-            return statistics, rejections
-        for update in updates:
-            try:
-                model = self._model_of(update.node_id)
-                statistics.append(read_statistics(update.content, model))
-            except RejectedReply as reason:
-                rejections.append(Rejection(update.node_id, reason.reason, str(reason)))
-                statistics.append(None)
-        if not self._own_start and any(own is not None for own in statistics):
-            # Under a wrapper they would pass by its clipping and noise.
-            log(WARNING, "statistics are used in rounds of the strategy's own start() only")
-            statistics = [None] * len(updates)
-        return statistics, rejections
+        used = self._nodes.in_use()
+        arrays: dict[str, ArrayRecord] = {}
+        reports: dict[str, FusionReport] = {}
+        for name, target in self._models.architectures.items():
+            if name not in used:
+                continue
+            sent = self._models.network(name) if name in self._models.arrays else None
+            context = {"target": target, "reference": sent}
+            fused = self._fuse(method, models, weights, statistics, **context)
+            fused = self._refined(server_round, fused, models, updates)
+            arrays[name] = usable_arrays(fused.model, target)
+            reports[name] = fused.report
+        return arrays, reports
 
     def _fuse(
         self,
-        method: FusionMethod,
-        options: Mapping[str, Any],
+        method: ConfiguredMethod,
         models: Sequence[nn.Module],
         weights: Sequence[float],
         statistics: Sequence[Statistics | None],
-        target: nn.Module,
-        reference: nn.Module | None,
+        **context: nn.Module | None,
     ) -> FusionResult:
-        context = {
-            "statistics": statistics,
-            "example_inputs": self.example_inputs,
-            "target": target,
-            "reference": reference,
-        }
-        taken = {name: value for name, value in context.items() if takes(method, name)}
-        return method(models, weights, **taken, **options)
+        return method.fuse(
+            models, weights, statistics, example_inputs=self.example_inputs, **context
+        )
+
+    def _bring_up_to_date(self) -> None:
+        for name in self._models.architectures:
+            self._models.bring_up_to_date(name, self._fused_into)
+
+    def _fused_into(self, model: nn.Module, target: nn.Module) -> nn.Module:
+        """Return one network in another architecture; no client has a part in it."""
+        method = self.method.without({"combine"})
+        return self._fuse(method, [model], [1.0], [None], target=target, reference=None).model
 
     def _refined(
         self,
@@ -565,7 +622,7 @@ class FusionStrategy(FedAvg):
             # In the fused model's own types, whatever the step has made of them.
             model = with_state(fused.model, refined.model.state_dict())
             result = FusionResult(model, replace(fused.report, refinement=refined.report))
-            checked_result(result, fused.model)
+            usable_arrays(result.model, fused.model)
         except Exception as error:  # The step may be the user's; the round must not be lost.
             text = "round %s: the fused model is not refined: %s (clients %s)"
             reason = error if isinstance(error, FusionError) else repr(error)
@@ -574,47 +631,9 @@ class FusionStrategy(FedAvg):
         return result
 
 
-def loaded(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
-    """Return a network of a model's architecture with the values of checked arrays."""
-    return with_state(model, state_of(arrays, model.state_dict()))
-
-
-def checked_result(result: FusionResult, model: nn.Module) -> ArrayRecord:
-    """Return a fused model's arrays; refuse what could not be sent in the next round."""
-    arrays = arrays_of(result.model.state_dict())
-    try:
-        check_arrays(arrays, model.state_dict())
-        check_plausible(arrays)
-    except RejectedReply as error:
-        raise FusionError(f"the fused model cannot be used: {error}") from error
-    return arrays
-
-
 def _nodes_of(updates: Sequence[Update]) -> dict[int, int]:
     """Return the nodes of a round's clients by number, for messages that name a client."""
     return {k: update.node_id for k, update in enumerate(updates)}
-
-
-def _check_replies_wanted(number: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise FusionError(f"min_train_replies must be at least 1, not {number!r}")
-
-
-def checked(checkpoint: Checkpoint, name: str, model: nn.Module) -> ArrayRecord:
-    """Return a checkpoint's arrays of an architecture, in the order of its model."""
-    if name not in checkpoint.arrays:
-        raise FusionError(
-            f"the checkpoint of round {checkpoint.server_round} holds {sorted(checkpoint.arrays)}, "
-            f"not {name!r}: it is of another strategy or other architectures"
-        )
-    arrays, template = checkpoint.arrays[name], model.state_dict()
-    try:
-        check_arrays(arrays, template)
-    except RejectedReply as error:
-        raise FusionError(
-            f"the checkpoint of round {checkpoint.server_round} is of another network: {error}"
-        ) from error
-    return ArrayRecord({key: arrays[key] for key in template})
 
 
 def _figures(report: FusionReport, statistics: Sequence[Statistics | None]) -> dict[str, float]:
@@ -622,19 +641,19 @@ def _figures(report: FusionReport, statistics: Sequence[Statistics | None]) -> d
     figures = {"share-moved": report.share_moved}
     if report.refinement is not None and report.refinement.losses:
         figures["refinement-loss"] = report.refinement.losses[-1]
-    if any(own is not None for own in statistics):
-        figures["with-statistics"] = sum(own is not None for own in statistics)
+    if any(measured is not None for measured in statistics):
+        figures["with-statistics"] = sum(measured is not None for measured in statistics)
     return figures
 
 
 def _metrics(counts: Mapping[str, float], clients: MetricRecord | None = None) -> MetricRecord:
     """Return the clients' metrics with the strategy's own, which no client can replace."""
-    own = {key: value for key, value in (clients or {}).items() if not _is_ours(key)}
-    return MetricRecord({**own, **counts})
+    theirs = {key: value for key, value in (clients or {}).items() if not _is_ours(key)}
+    return MetricRecord({**theirs, **counts})
 
 
 def _is_ours(key: str) -> bool:
-    return key in _OWN_METRICS or key.startswith("rejected-")
+    return key in _STRATEGY_METRICS or key.startswith("rejected-")
 
 
 def _log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:

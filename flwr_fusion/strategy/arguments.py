@@ -1,0 +1,57 @@
+"""The arguments that all strategies share, spelled out for editors and type checkers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from flwr.app import MetricRecord, RecordDict
+
+from flwr_fusion.errors import FusionError
+from flwr_fusion.strategy.refinement import Refinement
+from flwr_fusion.strategy.replies import Validation
+
+AggregateMetrics = Callable[[list[RecordDict], str], MetricRecord]
+
+
+class FedAvgArguments(TypedDict, total=False):
+    """Arguments of Flower's ``FedAvg``; they keep their names and meaning."""
+
+    fraction_train: float
+    fraction_evaluate: float
+    min_train_nodes: int
+    min_evaluate_nodes: int
+    min_available_nodes: int
+    weighted_by_key: str
+    arrayrecord_key: str
+    configrecord_key: str
+    train_metrics_aggr_fn: AggregateMetrics | None
+    evaluate_metrics_aggr_fn: AggregateMetrics | None
+
+
+class StrategyArguments(FedAvgArguments, total=False):
+    """Arguments of every strategy of this package, beside ``FedAvg``'s; see `FusionStrategy`."""
+
+    only_first_rounds: Mapping[str, int] | None
+    validation: Validation | None
+    refine: Refinement | None
+    min_train_replies: int
+    checkpoint_dir: str | Path | None
+    resume: bool
+    keep_checkpoints: int
+    architecture: str | None
+    query_timeout: float
+
+
+def fedavg_arguments(arguments: StrategyArguments) -> FedAvgArguments:
+    """Return the arguments that are ``FedAvg``'s; refuse what is no strategy's argument."""
+    given: dict[str, Any] = dict(arguments)
+    unknown = sorted(given.keys() - StrategyArguments.__optional_keys__)
+    if unknown:
+        raise FusionError(
+            f"unknown arguments {unknown}: there are, beside the method's options, "
+            f"{', '.join(sorted(StrategyArguments.__optional_keys__))}"
+        )
+    taken = {name: given[name] for name in FedAvgArguments.__optional_keys__ & given.keys()}
+    return cast(FedAvgArguments, taken)

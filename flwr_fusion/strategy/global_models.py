@@ -1,0 +1,156 @@
+"""The global model in every architecture of a federation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from flwr.app import ArrayRecord
+from torch import nn
+
+from flwr_fusion.errors import FusionError
+from flwr_fusion.networks import with_state
+from flwr_fusion.strategy.arrays import arrays_of, check_arrays, check_plausible, state_of
+from flwr_fusion.strategy.checkpoint import Checkpoint
+from flwr_fusion.strategy.reasons import RejectedReply
+
+FuseInto = Callable[[nn.Module, nn.Module], nn.Module]
+
+ONLY_ARCHITECTURE = "model"
+"""Name of the architecture where there is only one."""
+
+
+def named_architectures(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return architectures by name; refuse what is none."""
+    if isinstance(model, nn.Module):
+        return {ONLY_ARCHITECTURE: model}
+    if not isinstance(model, Mapping) or not model:
+        raise FusionError("the architectures must be networks by name, at least one")
+    odd = [name for name in model if not isinstance(name, str) or not name]
+    if odd:
+        raise FusionError(f"architectures have names, texts that are not empty, not {odd}")
+    return dict(model)
+
+
+class GlobalModels:
+    """The arrays of the global model by architecture, as they were last fused or sent.
+
+    Parameters
+    ----------
+    architectures : mapping of str to nn.Module
+        The networks of the federation.
+    chosen : str, optional
+        The one that ``evaluate_fn`` and Flower's ``Result`` see. Default: the first.
+    """
+
+    def __init__(self, architectures: Mapping[str, nn.Module], chosen: str | None) -> None:
+        self.architectures = dict(architectures)
+        self.chosen = next(iter(architectures)) if chosen is None else chosen
+        if self.chosen not in self.architectures:
+            raise FusionError(f"architecture {chosen!r} is not among {sorted(architectures)}")
+        self.arrays: dict[str, ArrayRecord] = {}
+        self._up_to_date: set[str] = set()
+
+    @property
+    def model(self) -> nn.Module:
+        """The chosen architecture."""
+        return self.architectures[self.chosen]
+
+    def network(self, name: str) -> nn.Module:
+        """Return the global model in an architecture, as a new network."""
+        return load_arrays(self.architectures[name], self.arrays[name])
+
+    def set_all(self, networks: Mapping[str, nn.Module]) -> None:
+        """Take networks, one for each architecture, for the global model."""
+        self.arrays = {name: arrays_of(model.state_dict()) for name, model in networks.items()}
+        self._up_to_date = set(networks)
+
+    def set_chosen(self, arrays: ArrayRecord, who: str) -> None:
+        """Take arrays for the global model in the chosen architecture; refuse what does not fit."""
+        try:
+            check_arrays(arrays, self.model.state_dict())
+        except RejectedReply as error:
+            raise FusionError(f"{who} do not fit architecture {self.chosen!r}: {error}") from error
+        self.arrays[self.chosen] = arrays
+        self._up_to_date.add(self.chosen)
+
+    def start_from(self, arrays: ArrayRecord) -> None:
+        """Take arrays for the chosen architecture; the others have yet to be fused from them."""
+        self.set_chosen(arrays, "the initial arrays")
+        self._up_to_date = {self.chosen}
+
+    def replace(self, fused: Mapping[str, ArrayRecord]) -> None:
+        """Take what a round has been fused into."""
+        self.arrays |= fused
+        self._up_to_date = set(fused)
+
+    def bring_up_to_date(
+        self, name: str, fuse: Callable[[nn.Module, nn.Module], nn.Module]
+    ) -> None:
+        """Fuse the global model into an architecture that nobody has run so far.
+
+        Parameters
+        ----------
+        name : str
+            The architecture.
+        fuse : callable
+            Takes the global model in the chosen architecture and the target, returns the result.
+        """
+        if name not in self._up_to_date:
+            fused = fuse(self.network(self.chosen), self.architectures[name])
+            self.arrays[name] = arrays_of(fused.state_dict())
+            self._up_to_date.add(name)
+
+    def present(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
+        """Return the arrays to keep in a checkpoint, given those of the chosen architecture.
+
+        Others than these are fused from them when they are needed.
+        """
+        return {name: self.arrays[name] for name in sorted(self._up_to_date)} | {
+            self.chosen: arrays
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> ArrayRecord:
+        """Take over the global model of a checkpoint; return it in the chosen architecture."""
+        unknown = sorted(checkpoint.arrays.keys() - self.architectures.keys())
+        if unknown:
+            raise FusionError(
+                f"the checkpoint of round {checkpoint.server_round} has architectures {unknown}, "
+                f"which are not among {sorted(self.architectures)}: it is of another strategy"
+            )
+        names = {self.chosen, *checkpoint.arrays}
+        restored = {name: _checked(checkpoint, name, self.architectures[name]) for name in names}
+        self.replace(restored)
+        return self.arrays[self.chosen]
+
+
+def load_arrays(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
+    """Return a network of a model's architecture with the values of checked arrays."""
+    return with_state(model, state_of(arrays, model.state_dict()))
+
+
+def usable_arrays(model: nn.Module, template: nn.Module) -> ArrayRecord:
+    """Return a fused model's arrays; refuse what could not be sent in the next round."""
+    arrays = arrays_of(model.state_dict())
+    try:
+        check_arrays(arrays, template.state_dict())
+        check_plausible(arrays)
+    except RejectedReply as error:
+        raise FusionError(f"the fused model cannot be used: {error}") from error
+    return arrays
+
+
+def _checked(checkpoint: Checkpoint, name: str, model: nn.Module) -> ArrayRecord:
+    """Return a checkpoint's arrays of an architecture, in the order of its model."""
+    if name not in checkpoint.arrays:
+        raise FusionError(
+            f"the checkpoint of round {checkpoint.server_round} holds {sorted(checkpoint.arrays)}, "
+            f"not {name!r}: it is of another strategy or other architectures"
+        )
+    arrays, template = checkpoint.arrays[name], model.state_dict()
+    try:
+        check_arrays(arrays, template)
+    except RejectedReply as error:
+        raise FusionError(
+            f"the checkpoint of round {checkpoint.server_round} is of another network: {error}"
+        ) from error
+    return ArrayRecord({key: arrays[key] for key in template})
