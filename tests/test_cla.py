@@ -96,8 +96,13 @@ def test_target_may_be_any_architecture() -> None:
 def test_default_target() -> None:
     """Add: the deepest network's layers, each as wide as the widest; merge: the shallowest."""
     clients = [randomised(mlp(*widths), 1) for widths in ((24, 12), (16, 14, 10))]
-    assert widths_of(fused(clients, balance="add")) == [24, 24, 12, CLASSES]
-    assert widths_of(fused(clients, balance="merge")) == [24, 12, CLASSES]
+    assert widths_of(fused(clients, layers=ff.LayerMatching(balance="add"))) == [
+        24,
+        24,
+        12,
+        CLASSES,
+    ]
+    assert widths_of(fused(clients, layers=ff.LayerMatching(balance="merge"))) == [24, 12, CLASSES]
 
 
 def widths_of(model: nn.Module) -> list[int]:
@@ -227,8 +232,8 @@ def test_least_squares_across_depths_gives_copies_back() -> None:
             repair="none",
         )
         layers = {name for name, m in target.named_modules() if isinstance(m, nn.Linear)}
-        assert set(result.report.least_squares) == layers
-        assert set(result.report.least_squares.values()) == {"full"}
+        assert set(result.report.details) == layers
+        assert set(result.report.details.values()) == {"full"}
         expected = output(shallow, inputs)
         assert relative_error(output(result.model.eval(), inputs), expected) < 1e-3
 
@@ -283,12 +288,14 @@ def test_report_says_which_layers_correspond() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sweeps": 3}, r"unknown options \['sweeps'\]; known: .*sweep"),
-        ({"layer_cost": "cosine"}, "layer_cost must be one of"),
-        ({"balance": "stretch"}, "balance must be one of"),
-        ({"merge": "product"}, "merge must be one of"),
-        ({"layer_cost": "cka"}, "needs calibration="),
-        ({"merge": "sum", "balance": "merge"}, "needs calibration="),
+        ({"layers": ff.LayerMatching(cost="cka")}, "cost='cka'.* needs calibration="),
+        (
+            {"layers": ff.LayerMatching(merge="sum", balance="merge")},
+            "merge='sum' needs calibration=",
+        ),
+        ({"layers": "merge"}, r"layers must be a LayerMatching\(...\), not 'merge'"),
+        ({"layers": ff.LayerMatching}, r"layers must be a LayerMatching\(...\), not <class"),
+        ({"matching": "activations"}, r"matching must be a Matching\(...\), not 'activations'"),
         ({"statistics": [None]}, "2 models but 1 statistics"),
         ({"combine": "least-squares"}, "needs statistics="),
     ],
@@ -297,6 +304,14 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     clients = [randomised(mlp(24, 12)), randomised(mlp(24, 18, 12), 1)]
     with pytest.raises(ff.FusionError, match=message):
         ff.cla_fusion(clients, example_inputs=VECTORS[:2], **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("cost", "cosine"), ("balance", "stretch"), ("merge", "product")]
+)
+def test_unknown_ways_to_match_layers_are_refused(option: str, value: Any) -> None:
+    with pytest.raises(ff.FusionError, match=rf"^{option} must be one of .*, not '{value}'"):
+        ff.LayerMatching(**{option: value})
 
 
 def test_activations_that_change_when_repeated_are_refused() -> None:
@@ -327,7 +342,11 @@ def test_activations_are_checked_where_other_stages_are_merged() -> None:
 def test_clients_of_one_shape_that_compute_something_else_are_refused() -> None:
     shallow, other = randomised(mlp(8), 1), randomised(mlp(8, activation=nn.Tanh), 2)
     with pytest.raises(ff.FusionError, match=r"client 1 is not as client 0.*something else"):
-        fused([shallow, other, randomised(mlp(8, 8))], (3, 2, 1), balance="add")
+        fused(
+            [shallow, other, randomised(mlp(8, 8))],
+            (3, 2, 1),
+            layers=ff.LayerMatching(balance="add"),
+        )
 
 
 def test_clients_of_another_dtype() -> None:
@@ -340,7 +359,7 @@ def test_clients_of_another_dtype() -> None:
 def test_calibration_that_can_be_read_once_is_refused() -> None:
     clients = [randomised(mlp(24, 12)), randomised(mlp(24, 18, 12), 1)]
     with pytest.raises(ff.FusionError, match="not a generator"):
-        fused(clients, balance="merge", calibration=iter([VECTORS]))
+        fused(clients, layers=ff.LayerMatching(balance="merge"), calibration=iter([VECTORS]))
 
 
 def test_statistics_of_merged_convolutions_with_other_kernels() -> None:

@@ -27,6 +27,8 @@ from tests.support.architectures import CLASSES, named, output, randomised, rela
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 VECTORS = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
+WIDTH = ff.LayerMatching(cost="width")
+COSTS_BY_ACTIVATIONS: tuple[Any, ...] = ("cka", "wasserstein")
 
 
 def mlp(*widths: int, bias: bool = True, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -143,7 +145,7 @@ def brought(
 ) -> DepthAligned:
     """Return a network in the layers of another."""
     ours, theirs = structured(client, inputs), structured(target, inputs, "the target")
-    matches = match_stages(ours, theirs, "width", None)
+    matches = match_stages(ours, theirs, WIDTH, None)
     graph = verified_graph(target, inputs[:2])
     batches = [inputs] if merge != "linear" else None
     return depth_aligned(
@@ -332,17 +334,18 @@ def test_layers_called_twice_are_refused() -> None:
 
 def test_vgg13_to_vgg11() -> None:
     deep, shallow = vgg(tv.vgg13), vgg(tv.vgg11)
-    matches = match_stages(structured(shallow, IMAGES), structured(deep, IMAGES), "width", None)
+    matches = match_stages(structured(shallow, IMAGES), structured(deep, IMAGES), WIDTH, None)
     pairs = [match.pairs for match in matches]
     assert pairs == [((0, 0),), ((0, 0),), *[((0, 0), (1, 1))] * 3, ((0, 0),), ((0, 0),)]
 
 
 @pytest.mark.parametrize("cost", ["width", "cka", "wasserstein"])
-def test_resnet34_to_resnet18(cost: str) -> None:
+def test_resnet34_to_resnet18(cost: Any) -> None:
     deep = randomised(tv.resnet34(num_classes=CLASSES))
     shallow = randomised(tv.resnet18(num_classes=CLASSES), 1)
     calibration = torch.randn(12, 3, 32, 32)
-    matches = match_stages(structured(shallow, IMAGES), structured(deep, IMAGES), cost, calibration)
+    pair = structured(shallow, IMAGES), structured(deep, IMAGES)
+    matches = match_stages(*pair, ff.LayerMatching(cost=cost), calibration)
     # First to first and last to last block of every stage.
     assert [match.pairs for match in matches] == [((0, 0), (1, last)) for last in (2, 3, 5, 2)]
     assert [len(match.cost) for match in matches] == [3, 4, 6, 3]
@@ -359,13 +362,12 @@ def test_cka_and_wasserstein_compare_functions() -> None:
                 tensor.copy_(deep.state_dict()[name])
             if name.startswith("4"):
                 tensor.copy_(tensor[order])
-    for cost in ("cka", "wasserstein"):
+    for cost in COSTS_BY_ACTIVATIONS:
         match = match_stages(
             structured(shallow, VECTORS),
             structured(deep, VECTORS),
-            cost,
+            ff.LayerMatching(cost=cost, last_to_last=False),
             torch.randn(40, 20),
-            last_to_last=False,
         )[0]
         assert match.pairs == ((0, 0), (1, 1), (2, 2))
         own = [match.cost[k][k] for k in range(3)]
@@ -386,9 +388,8 @@ def test_a_cost_of_ones_own_decides_which_layers_correspond() -> None:
 
     for client_is_deep in (True, False):
         client, target = networks[client_is_deep], networks[not client_is_deep]
-        match = match_stages(structured(client, VECTORS), structured(target, VECTORS), cost, None)[
-            0
-        ]
+        pair = structured(client, VECTORS), structured(target, VECTORS)
+        match = match_stages(*pair, ff.LayerMatching(cost=cost), None)[0]
         pairs = [pair if client_is_deep else pair[::-1] for pair in match.pairs]
         assert tuple(deep for deep, _ in pairs) == wanted
         assert seen[-1] == (client, match.client_units, target, match.target_units)
@@ -396,9 +397,9 @@ def test_a_cost_of_ones_own_decides_which_layers_correspond() -> None:
 
 def test_a_cost_of_the_wrong_shape_is_refused_with_both_networks_and_the_stage() -> None:
     pair = structured(mlp(8, 8), VECTORS), structured(mlp(8, 8, 8), VECTORS, "the target")
-    message = r"client 0 .* the target .* stage 1 .*layer_cost must .* of shape \(2, 3\)"
+    message = r"client 0 .* the target .* stage 1 .*the layer cost must return .* of shape \(2, 3\)"
     with pytest.raises(ff.FusionError, match=message):
-        match_stages(*pair, lambda *_: torch.zeros(3, 2), None)
+        match_stages(*pair, ff.LayerMatching(cost=lambda *_: torch.zeros(3, 2)), None)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +431,7 @@ def test_networks_that_cannot_be_matched_are_refused(
     inputs = VECTORS if isinstance(model, nn.Sequential) else IMAGES
     with pytest.raises(ff.FusionError, match=message):
         match_stages(
-            structured(model, inputs), structured(target(), inputs, "the target"), "width", None
+            structured(model, inputs), structured(target(), inputs, "the target"), WIDTH, None
         )
 
 
@@ -439,17 +440,18 @@ def test_other_kernels_are_refused_with_the_stage() -> None:
     shallow[2] = nn.Conv2d(8, 8, 5, padding=2)
     with pytest.raises(ff.FusionError, match=r"client 0.*the target.*stage 1 .*one kind"):
         match_stages(
-            structured(shallow, IMAGES), structured(deep, IMAGES, "the target"), "width", None
+            structured(shallow, IMAGES), structured(deep, IMAGES, "the target"), WIDTH, None
         )
 
 
-@pytest.mark.parametrize("cost", ["cka", "wasserstein"])
-def test_costs_by_activations_need_calibration(cost: str) -> None:
+@pytest.mark.parametrize("cost", COSTS_BY_ACTIVATIONS)
+def test_costs_by_activations_need_calibration(cost: Any) -> None:
     pair = structured(mlp(8, 8), VECTORS), structured(mlp(8, 8, 8), VECTORS)
-    with pytest.raises(ff.FusionError, match="needs calibration="):
-        match_stages(*pair, cost, None)
-    with pytest.raises(ff.FusionError, match="calibration has no inputs"):
-        match_stages(*pair, cost, [])
+    layers = ff.LayerMatching(cost=cost)
+    with pytest.raises(ff.FusionError, match=rf"LayerMatching\(cost='{cost}'\) needs calibration="):
+        match_stages(*pair, layers, None)
+    with pytest.raises(ff.FusionError, match="no batches of the calibration inputs"):
+        match_stages(*pair, layers, [])
 
 
 # --- Adding layers --------------------------------------------------------------------------------
@@ -619,7 +621,7 @@ def test_merging_needs_calibration_where_it_measures() -> None:
     for merge in ("least-squares", "sum", "majority", "average"):
         with pytest.raises(ff.FusionError, match="needs calibration="):
             merged_layer(units, model, None, merge)
-    with pytest.raises(ff.FusionError, match="calibration has no inputs"):
+    with pytest.raises(ff.FusionError, match="no batches of the calibration inputs"):
         merged_layer(units, model, [], "sum")
-    with pytest.raises(ff.FusionError, match="cannot be run on the inputs"):
+    with pytest.raises(ff.FusionError, match="cannot be run on the calibration inputs"):
         merged_layer(units, model, [torch.zeros(2, 3)], "sum")
