@@ -64,7 +64,7 @@ def ensemble_accuracy(models: Sequence[nn.Module]) -> float:
 def test_fine_tuning_recovers_a_plain_average_and_leaves_it_as_it_was() -> None:
     average = ff.average([trained(0), trained(1)]).model.eval()
     before = copy.deepcopy(average.state_dict())
-    result = ff.fine_tune(average, LABELLED, epochs=5, optimizer=SGD)
+    result = ff.fine_tune(average, LABELLED, training=ff.Training(epochs=5, optimizer=SGD))
     assert test_accuracy(result.model) > test_accuracy(average) + 0.2
     assert all(torch.equal(before[name], t) for name, t in average.state_dict().items())
     assert not result.model.training
@@ -80,7 +80,7 @@ def test_it_is_the_descent_that_one_would_write_by_hand() -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(expected(images), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    refined = ff.fine_tune(model, LABELLED, optimizer=SGD).model
+    refined = ff.fine_tune(model, LABELLED, training=ff.Training(optimizer=SGD)).model
     for name, tensor in refined.state_dict().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name])
 
@@ -89,9 +89,8 @@ def test_the_best_network_on_held_out_data_is_returned_and_patience_ends_the_tra
     model = trained(0)
     ruinous = partial(torch.optim.SGD, lr=30.0)
     held_out = [(IMAGES[TEST], LABELS[TEST])]
-    result = ff.fine_tune(
-        model, LABELLED, epochs=9, optimizer=ruinous, held_out=held_out, patience=2
-    )
+    training = ff.Training(epochs=9, optimizer=ruinous, held_out=held_out, patience=2)
+    result = ff.fine_tune(model, LABELLED, training=training)
     assert result.report.best_epoch == 0
     assert len(result.report.losses) == 2
     assert len(result.report.held_out_losses) == 3
@@ -112,11 +111,13 @@ def test_any_loss_and_any_batches() -> None:
     result = ff.fine_tune(
         Named(),
         [batch],
-        epochs=50,
         loss=nn.functional.mse_loss,
-        optimizer=partial(torch.optim.Adam, lr=0.1),
-        inputs=lambda own: {"a": own["a"], "b": own["b"]},
-        labels=lambda own: own["y"],
+        training=ff.Training(
+            epochs=50,
+            optimizer=partial(torch.optim.Adam, lr=0.1),
+            inputs=lambda own: {"a": own["a"], "b": own["b"]},
+            labels=lambda own: own["y"],
+        ),
     )
     assert result.report.losses[-1] < 0.1 * result.report.losses[0]
 
@@ -137,7 +138,9 @@ def test_batchnorm_learns_its_statistics_and_the_modules_keep_their_modes() -> N
 def test_distillation_brings_a_plain_average_near_the_ensemble(ensemble: Any) -> None:
     teachers = [trained(0), trained(1), trained(2)]
     average = ff.average(teachers).model
-    result = ff.distill(average, teachers, UNLABELLED, ensemble=ensemble, epochs=60)
+    result = ff.distill(
+        average, teachers, UNLABELLED, ensemble=ensemble, training=ff.Training(epochs=60)
+    )
     assert test_accuracy(average) < 0.6
     assert test_accuracy(result.model) > ensemble_accuracy(teachers) - 0.05
 
@@ -184,7 +187,7 @@ def test_the_loss_is_the_formula_of_the_documentation(ensemble: Any) -> None:
 
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn() -> None:
     model = trained(0)
-    result = ff.distill(model, [model], UNLABELLED, optimizer=SGD)
+    result = ff.distill(model, [model], UNLABELLED, training=ff.Training(optimizer=SGD))
     assert abs(result.report.losses[0]) < 1e-6
     for name, tensor in result.model.state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name], atol=1e-4, rtol=1e-4)
@@ -199,12 +202,13 @@ def test_a_teacher_of_weight_zero_takes_no_part_and_a_list_is_shown_once() -> No
             return x[:, :10]
 
     teacher = nn.Sequential(Counting(), nn.Linear(10, 10))
-    ff.distill(trained(0), [teacher, trained(1)], UNLABELLED, epochs=3, weights=[0, 1])
+    thrice = ff.Training(epochs=3)
+    ff.distill(trained(0), [teacher, trained(1)], UNLABELLED, weights=[0, 1], training=thrice)
     assert not calls
-    ff.distill(trained(0), [teacher], UNLABELLED, epochs=3)
+    ff.distill(trained(0), [teacher], UNLABELLED, training=thrice)
     assert len(calls) == len(UNLABELLED)
     loader = DataLoader(TensorDataset(IMAGES[SERVER]), batch_size=50, shuffle=True)
-    ff.distill(trained(0), [teacher], loader, epochs=3)
+    ff.distill(trained(0), [teacher], loader, training=thrice)
     assert len(calls) == 4 * len(UNLABELLED)
 
 
@@ -225,12 +229,16 @@ Act = Callable[[], Any]
     [
         (lambda: ff.fine_tune(trained(0), []), "no batches"),
         (lambda: ff.fine_tune(trained(0), UNLABELLED), "no labels"),
-        (lambda: ff.fine_tune(trained(0), LABELLED, epochs=0), "epochs must be a whole number"),
-        (lambda: ff.fine_tune(trained(0), LABELLED, patience=1), "needs held_out"),
+        (lambda: ff.Training(epochs=0), "epochs must be a whole number"),
+        (lambda: ff.Training(patience=1), "needs held_out"),
         (lambda: ff.fine_tune(spoilt(trained(0)), LABELLED), "loss is nan in epoch 1"),
         (lambda: ff.fine_tune(trained(0), [({"img": 1}, 2)]), "cannot be run on a batch"),
         (lambda: ff.fine_tune(trained(0), [{"img": 1}]), "inputs="),
-        (lambda: ff.fine_tune(trained(0), (b for b in LABELLED), epochs=2), "generator"),
+        (
+            lambda: ff.fine_tune(trained(0), (b for b in LABELLED), training=ff.Training(epochs=2)),
+            "generator",
+        ),
+        (lambda: ff.Training(held_out=iter(LABELLED)), "read in every epoch"),
         (lambda: ff.distill(trained(0), [], UNLABELLED), "no teachers"),
         (lambda: ff.distill(trained(0), [trained(1)], IMAGES), r"torch.split\(inputs, 64\)"),
         (lambda: ff.distill(trained(0), [trained(1)], UNLABELLED, weights=[0]), "weights are zero"),
@@ -260,11 +268,17 @@ Act = Callable[[], Any]
         (lambda: Distillation(UNLABELLED, rounds="12"), "every one of rounds must be"),  # type: ignore[arg-type]
         (lambda: ff.distill(trained(0), trained(1), UNLABELLED), "not a single one"),  # type: ignore[arg-type]
         (
-            lambda: ff.fine_tune(trained(0), LABELLED, optimizer=partial(SGD, lr=1e38)),
-            "the loss is|after fine_tune: tensor '.*' has non-finite values",
+            lambda: ff.fine_tune(
+                trained(0), LABELLED, training=ff.Training(optimizer=partial(SGD, lr=1e38))
+            ),
+            "the loss is|the network after fine_tune: tensor '.*' has non-finite values",
         ),
         (
-            lambda: ff.fine_tune(trained(0), LABELLED, held_out=[(DIGIT * torch.nan, LABELS[:2])]),
+            lambda: ff.fine_tune(
+                trained(0),
+                LABELLED,
+                training=ff.Training(held_out=[(DIGIT * torch.nan, LABELS[:2])]),
+            ),
             "held_out is not a number",
         ),
         (
@@ -330,7 +344,14 @@ def test_a_strategy_distils_its_clients_as_the_functions_do() -> None:
     result, _ = run_digits(strategy, digits_app(), rounds=1)
     ((fused, clients, weights),) = seen
     assert sorted(weights) == [250, 300, 450, 500]
-    expected = ff.distill(fused, clients, UNLABELLED, epochs=2, temperature=2.0, weights=weights)
+    expected = ff.distill(
+        fused,
+        clients,
+        UNLABELLED,
+        temperature=2.0,
+        weights=weights,
+        training=ff.Training(epochs=2),
+    )
     for name, tensor in expected.model.state_dict().items():
         torch.testing.assert_close(torch.from_numpy(result.arrays[name].numpy()), tensor)
 

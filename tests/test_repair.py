@@ -87,7 +87,12 @@ def test_rescaled_channels_have_the_clients_mean_and_deviation(name: str) -> Non
     x = named(name).inputs(200)
     models = [named(name).model(seed) for seed in (0, 1)]
     fuse = partial(
-        ff.ot_fusion, models, [1, 3], example_inputs=x[:2], calibration=x, align_by="activations"
+        ff.ot_fusion,
+        models,
+        [1, 3],
+        example_inputs=x[:2],
+        calibration=x,
+        matching=ff.Matching(by="activations"),
     )
     result, plain = fuse(repair="rescale"), fuse(repair="none")
     assert result.report.repair == RESCALED
@@ -163,12 +168,20 @@ def test_transplanted_networks_are_repaired() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mlp", {"repair": "batchnorm"}, "no BatchNorm layer"),
+        (
+            "mlp",
+            {"repair": "batchnorm", "calibration": torch.randn(8, 20)},
+            "no BatchNorm layer",
+        ),
         ("small-vgg", {"repair": "batchnorm"}, "needs calibration= or statistics="),
         ("mlp", {"repair": "rescale"}, "needs calibration="),
-        ("small-vgg", {"repair": "rescale"}, "use repair='batchnorm'"),
+        (
+            "small-vgg",
+            {"repair": "rescale", "calibration": torch.randn(8, 3, 8, 8)},
+            "use repair='batchnorm'",
+        ),
         ("mlp", {"repair": "all"}, "repair must be one of"),
-        ("small-vgg", {"calibration": []}, "calibration has no inputs"),
+        ("small-vgg", {"calibration": []}, "no batches of the calibration inputs"),
         ("small-vgg", {"calibration": [torch.randn(2, 7)]}, "cannot be run on the calibration"),
         ("mlp", {"calibration": iter([])}, "not a generator"),
     ],

@@ -73,8 +73,13 @@ def test_krum_selects_the_clients_that_are_close_together() -> None:
     assert set(krum_selection(distances, ff.Krum(malicious=2, selected=4))) == {0, 1, 2, 3}
     assert krum_selection(distances, ff.Krum(malicious=2, selected=1))[0] in (1, 2)
     assert len(krum_selection(distances, ff.Krum(malicious=1))) == 6
-    with pytest.raises(ff.FusionError, match="at least 9 clients, there are 7"):
-        krum_selection(distances, ff.Krum(malicious=3))
+
+
+def test_krum_refuses_too_few_clients() -> None:
+    models = [nn.Linear(2, 2) for _ in range(7)]
+    assert ff.average(models, combine=ff.Krum(malicious=2)).model is not None
+    with pytest.raises(ff.FusionError, match=r"Krum\(malicious=3.*at least 9 clients, there are 7"):
+        ff.average(models, combine=ff.Krum(malicious=3))
 
 
 @pytest.mark.parametrize(

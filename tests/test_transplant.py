@@ -53,10 +53,22 @@ def mlp(*widths: int, bias: bool = True, seed: int = 0) -> nn.Module:
     return randomised(nn.Sequential(*layers[:-1]), seed)
 
 
-def transplant(models: Sequence[nn.Module], weights: Any = None, **options: Any) -> nn.Module:
-    """Return the fused network of MLPs that take 20 inputs."""
-    options.setdefault("example_inputs", torch.randn(2, 20))
-    return ff.neuron_transplantation(models, weights, **options).model
+def transplant(
+    models: Sequence[nn.Module],
+    weights: Any = None,
+    *,
+    example_inputs: Tensor | None = None,
+    target: nn.Module | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Return the fused network; options are those of a transplantation, inputs by default 20."""
+    return ff.neuron_transplantation(
+        models,
+        weights,
+        example_inputs=torch.randn(2, 20) if example_inputs is None else example_inputs,
+        target=target,
+        transplantation=ff.Transplantation(**options),
+    ).model
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -533,6 +545,14 @@ def test_each_quota_holds_the_clients_most_important_channels() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ff.FusionError, match=name):
         transplant(two_mlps(), **options)
+
+
+@pytest.mark.parametrize("given", ["l2", {"importance": "l2"}, ff.Transplantation])
+def test_what_is_no_transplantation_is_refused(given: Any) -> None:
+    with pytest.raises(ff.FusionError, match=r"must be a Transplantation\(...\), not "):
+        ff.neuron_transplantation(
+            two_mlps(), example_inputs=torch.randn(2, 20), transplantation=given
+        )
 
 
 def test_report_says_which_method_it_was() -> None:
