@@ -197,13 +197,12 @@ def test_content_of_a_checkpoint(tmp_path: Path) -> None:
     assert rejected["reason"] == "shape"
     assert "0.weight" in rejected["text"]
     assert content["details"]["method"] == "ot_fusion"
-    assert content["details"]["report"]["reference"] == "the given reference"
+    assert content["details"]["reports"]["model"]["reference"] == "the given reference"
 
 
 def test_every_architecture_has_a_file(tmp_path: Path) -> None:
     architectures = {"../a": shallow(), "b/c": deep(), "\u5b57" * 60: shallow()}
     strategy = CLAFusion(architectures, INPUTS, checkpoint_dir=tmp_path)
-    strategy.arrays = dict(strategy.arrays)
     folder = CheckpointFolder(tmp_path)
     arrays = strategy.global_arrays(strategy.arrays["../a"])
     folder.write(Checkpoint(1, arrays, History(), {}))
@@ -422,7 +421,7 @@ def test_checkpoints_before_the_noise_are_refused(tmp_path: Path) -> None:
 def test_several_architectures_under_a_wrapper_are_refused() -> None:
     inner: FusionStrategy = CLAFusion({"a": shallow(), "b": deep()}, torch.zeros(2, 3))
     private = DifferentialPrivacyServerSideFixedClipping(inner, 1.0, 1.0, NODES)
-    with pytest.raises(ff.FusionError, match="need the strategy's own start"):
+    with pytest.raises(ff.FusionError, match="several architectures works with the strategy's own start"):
         private.start(
             InProcessGrid(mixed_app(True), NODES), record(shallow().state_dict()), num_rounds=1
         )

@@ -155,7 +155,7 @@ def test_least_squares_and_evaluate_fn() -> None:
     assert result.train_metrics_clientapp[1]["with-statistics"] == NODES
     assert result.arrays.keys() == ARCHITECTURES["narrow"]().state_dict().keys()
     for report in strategy.architecture_reports[1].values():
-        assert report.least_squares
+        assert report.details
 
 
 def test_given_arrays_are_the_start_in_every_architecture() -> None:

@@ -89,7 +89,7 @@ def test_mean_ignores_statistics() -> None:
 def test_least_squares_uses_them() -> None:
     fusion = strategy(combine="least-squares")
     result, models = run_digits(fusion, app_with_statistics(), rounds=2)
-    assert set(fusion.reports[1].least_squares.values()) == {"full"}
+    assert set(fusion.reports[1].details.values()) == {"full"}
     assert number(result.train_metrics_clientapp[1], "with-statistics") == NODES
     _, means = run_digits(strategy(), app_with_statistics(), rounds=2)
     assert largest_difference(models[1], means[1]) > 1e-3
@@ -98,22 +98,23 @@ def test_least_squares_uses_them() -> None:
 def test_schedule_ends_least_squares() -> None:
     fusion = strategy(combine="least-squares", only_first_rounds={"combine": 1})
     run_digits(fusion, app_with_statistics(), rounds=2)
-    assert fusion.reports[1].least_squares
-    assert not fusion.reports[2].least_squares
+    assert fusion.reports[1].details
+    assert not fusion.reports[2].details
+    iterative = ff.Transplantation(scheme="iterative")
     transplantation = NeuronTransplantation(
         model=digits_network(),
         example_inputs=DIGIT,
         transplant_rounds=(1, 2),
-        scheme="iterative",
-        only_first_rounds={"scheme": 1},
+        transplantation=iterative,
+        only_first_rounds={"transplantation": 1},
     )
-    assert transplantation.method_of_round(1)[1] == {"scheme": "iterative"}
-    assert transplantation.method_of_round(2)[1] == {}
+    assert transplantation.method_of_round(1).options["transplantation"] is iterative
+    assert "transplantation" not in transplantation.method_of_round(2).options
 
 
 @pytest.mark.parametrize(
     ("schedule", "message"),
-    [({"repair": 1}, "'repair'"), ({"combine": -1}, "must be"), ({"combine": True}, "must be")],
+    [({"combin": 1}, "'combin'"), ({"combine": -1}, "must be"), ({"combine": True}, "must be")],
 )
 def test_bad_schedules_are_refused(schedule: dict[str, int], message: str) -> None:
     with pytest.raises(ff.FusionError, match=message):
@@ -157,7 +158,7 @@ def test_bad_statistics_are_dropped_and_the_update_is_kept(
     metrics = result.train_metrics_clientapp[1]
     assert number(metrics, "with-statistics") == NODES - 1
     assert number(metrics, "rejected") == 0
-    assert set(fusion.reports[1].least_squares.values()) == {"full"}
+    assert set(fusion.reports[1].details.values()) == {"full"}
     assert "its statistics" in caplog.text
 
 

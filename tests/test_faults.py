@@ -132,7 +132,7 @@ class Harness:
 
         self.grid._mutate = mutate
         if isinstance(self.strategy, CLAFusion):
-            self.strategy.arrays = dict(self._kept)
+            self.strategy.arrays.update(self._kept)
         # As in the strategy's own start().
         grid = cast(Grid, PatientGrid(self.grid, Patience()))
         messages = self.strategy.configure_train(1, self._start, ConfigRecord(), grid)

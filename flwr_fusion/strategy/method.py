@@ -49,7 +49,7 @@ class ConfiguredMethod:
         held = getattr(self.function, "keywords", {})
         combine = self.options.get("combine", held.get("combine"))
         rule = RULES.get(combine) if isinstance(combine, str) else combine
-        return rule if isinstance(rule, Rule) else None
+        return rule if isinstance(rule, Rule) and not isinstance(rule, type) else None
 
     @property
     def least_clients(self) -> int:

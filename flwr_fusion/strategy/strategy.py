@@ -160,7 +160,7 @@ class FusionStrategy(FedAvg):
         self.fused_nodes: dict[int, list[int]] = {}
         self.rejections: dict[int, list[Rejection]] = {}
         self._models = GlobalModels(named_architectures(model), arguments.get("architecture"))
-        names, chosen = list(self._models.architectures), self._models.chosen
+        names, chosen = list(self._models.architectures), self.architecture
         self._nodes = NodeArchitectures(names, chosen, arguments.get("query_timeout", 60.0))
         folder, kept = arguments.get("checkpoint_dir"), arguments.get("keep_checkpoints", 3)
         self._checkpoints = None if folder is None else CheckpointFolder(folder, kept)
@@ -181,6 +181,11 @@ class FusionStrategy(FedAvg):
         if self._has_several:
             start = common_start(self._models.architectures, example_inputs=example_inputs)
             self._models.set_all(start)
+
+    @property
+    def architecture(self) -> str:
+        """The architecture whose arrays ``evaluate_fn`` and Flower's ``Result`` see."""
+        return self._models.chosen
 
     @property
     def arrays(self) -> dict[str, ArrayRecord]:
@@ -209,7 +214,7 @@ class FusionStrategy(FedAvg):
             text = (
                 "\t├──> Architecture '%s'%s: %d parameters, %d channel groups can move, %d cannot"
             )
-            chosen = " (global model)" if name == self._models.chosen else ""
+            chosen = " (global model)" if name == self.architecture else ""
             log(INFO, text, name, chosen, size, len(groups) - fixed, fixed)
         options = ", ".join(f"{name}={value!r:.60}" for name, value in self.method.options.items())
         log(INFO, "\t├──> Fusion: %s(%s)", self.method.name, options)
@@ -271,7 +276,7 @@ class FusionStrategy(FedAvg):
                 self._bring_up_to_date()
             return run_of(self, self._checkpoints, done).rounds_of(
                 cast(Grid, PatientGrid(grid, Patience(timeout))),
-                self._models.arrays[self._models.chosen],
+                self._models.arrays[self.architecture],
                 num_rounds,
                 evaluate_fn,
                 train_config=train_config,
@@ -297,7 +302,7 @@ class FusionStrategy(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Configure evaluation as training; leave it out if too few nodes are connected."""
-        self._models.set_chosen(arrays, "the arrays to send")
+        self._models.arrays[self.architecture] = arrays
         configure = partial(super().configure_evaluate, server_round, arrays, config)
         return self._asking(configure, grid)
 
@@ -344,12 +349,12 @@ class FusionStrategy(FedAvg):
             log(ERROR, text, server_round, error, _nodes_of(updates))
             return None, _metrics(counts)
         self._models.replace(fused)
-        report = reports[self._models.chosen]
+        report = reports[self.architecture]
         self.reports[server_round], self.architecture_reports[server_round] = report, reports
         self.fused_nodes[server_round] = [update.node_id for update in updates]
         clients = self._aggregated(self.train_metrics_aggr_fn, received.measured)
         figures = _figures(report, statistics)
-        return fused[self._models.chosen], _metrics(counts | figures, clients)
+        return fused[self.architecture], _metrics(counts | figures, clients)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
