@@ -164,7 +164,7 @@ def test_architecture() -> None:
     assert architecture("vgg-11") == ("vgg", (11, 64))
 
 
-@pytest.mark.parametrize("name", [*STRATEGIES, "cla"])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_can_be_built(name: str) -> None:
     models = {"mlp-8": build_model("mlp-8", "digits", 0)}
     strategy = build_strategy(settings_of(strategy=name), models, torch.zeros(2, 1, 8, 8))

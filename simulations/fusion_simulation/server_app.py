@@ -10,16 +10,16 @@ from functools import partial
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion.strategy import CLAFusion
+from flwr_fusion.strategy import CLAFusion, FusionStrategy
 from fusion_simulation.comparison import OT_FUSION, Comparison, Fuse
 from fusion_simulation.data import LabelledImages, check_label_skill, load_split
 from fusion_simulation.report import Report, RoundAccuracy, output_folder
 from fusion_simulation.settings import Settings
-from fusion_simulation.strategies import RecordReplies, build_strategy
+from fusion_simulation.strategies import LastReplies, build_strategy
 from fusion_simulation.task import accuracy, build_model, class_probabilities
 
 NODES_NEEDED = 2
@@ -47,7 +47,8 @@ def run(grid: Grid, context: Context) -> None:
     build = partial(build_model, dataset=settings.dataset, seed=settings.seed)
     models = {name: build(name) for name in settings.architectures}
     calibration = calibration_images(settings)
-    strategy = build_strategy(settings, models, test.images[:2], calibration)
+    replies = LastReplies()
+    strategy = build_strategy(settings, models, test.images[:2], calibration, replies)
     folder = output_folder(settings.output_dir)
     check_nodes(grid, settings)
 
@@ -59,15 +60,16 @@ def run(grid: Grid, context: Context) -> None:
         grid,
         initial_arrays=arrays,  # type: ignore[arg-type]
         num_rounds=settings.num_server_rounds,
-        evaluate_fn=evaluator(strategy, first, test, settings.special_label),
+        evaluate_fn=evaluator(strategy, replies, first, test, settings.special_label),
     )
     seconds = {"federation": time.perf_counter() - begin}
-    if not strategy.replies:
+    if not replies.contents:
         print("no client has trained in this run: there is nothing to compare", flush=True)
         return
     cla = isinstance(strategy, CLAFusion)
     methods = cla_methods(settings, models, test, calibration) if cla else None
-    report = compare(settings, strategy, result, build, test, methods, seconds)
+    comparison = Comparison(replies.client_models(build), test, settings.special_label, methods)
+    report = compare(settings, strategy, result, build, comparison, seconds)
     if isinstance(strategy, CLAFusion):
         report = replace(report, layers=matched_layers(strategy, settings.num_server_rounds))
     report.show()
@@ -101,11 +103,20 @@ def calibration_images(settings: Settings) -> Tensor | None:
 
 
 def evaluator(
-    strategy: RecordReplies, model: nn.Module, test: LabelledImages, special_label: int
+    strategy: FedAvg,
+    replies: LastReplies,
+    model: nn.Module,
+    test: LabelledImages,
+    special_label: int,
 ) -> Callable[[int, ArrayRecord], MetricRecord]:
-    """Return the function that evaluates the global model, in all architectures, every round."""
+    """Return the function that evaluates the global model, in all architectures, every round.
+
+    It stops a run in which no client has ever been successful.
+    """
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        if server_round and not replies.contents and not is_resumed(strategy):
+            raise RuntimeError(f"no client trained in round {server_round}{reasons_of(strategy)}")
         probabilities = class_probabilities(load_arrays(model, arrays), test.images)
         metrics = {
             "accuracy": accuracy(probabilities, test.labels),
@@ -118,6 +129,19 @@ def evaluator(
         return MetricRecord(metrics)  # type: ignore[arg-type]
 
     return evaluate
+
+
+def is_resumed(strategy: FedAvg) -> bool:
+    """Return whether a strategy goes on from a checkpoint, whose clients are not kept."""
+    return isinstance(strategy, FusionStrategy) and strategy.resume
+
+
+def reasons_of(strategy: FedAvg) -> str:
+    """Return why the first reply was left out, as far as the strategy knows."""
+    if not isinstance(strategy, FusionStrategy):
+        return ": see the log above"
+    found = [rejection.text for known in strategy.rejections.values() for rejection in known]
+    return f"; the first reason: {found[0]}" if found else ""
 
 
 def cla_methods(
@@ -161,28 +185,22 @@ def load_arrays(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
 
 def compare(
     settings: Settings,
-    strategy: RecordReplies,
+    strategy: FedAvg,
     result: Result,
     build: Build,
-    test: LabelledImages,
-    methods: Mapping[str, Fuse] | None,
+    comparison: Comparison,
     seconds: dict[str, float],
 ) -> Report:
     """Evaluate the last round's clients in every combination, and collect the report."""
     begin = time.perf_counter()
-    clients = strategy.client_models(build)
-    comparison = Comparison(clients, test, settings.special_label, methods)
     rows = comparison.rows(fused_models(settings, strategy, result, build))
     sweep = comparison.sweep() if len(comparison.clients) == NODES_NEEDED else None
-    seconds |= {
-        "aggregation-last-round": strategy.aggregation_seconds[-1],
-        "comparison": time.perf_counter() - begin,
-    }
+    seconds |= {"comparison": time.perf_counter() - begin}
     return Report(settings, rows, sweep, round_accuracies(result), seconds)
 
 
 def fused_models(
-    settings: Settings, strategy: RecordReplies, result: Result, build: Build
+    settings: Settings, strategy: FedAvg, result: Result, build: Build
 ) -> dict[str, nn.Module] | None:
     """Return the strategy's own models by the name of their method; None for FedAvg."""
     if settings.strategy == "fedavg":

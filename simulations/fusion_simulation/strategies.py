@@ -1,67 +1,50 @@
-"""The strategies that a run can choose, each keeping the clients' last replies."""
+"""The strategies that a run can choose, and what keeps the clients' last replies."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor, nn
 
-from flwr_fusion.strategy import (
-    CLAFusion,
-    Distillation,
-    FusionStrategy,
-    NeuronTransplantation,
-    OTFusion,
-)
+import flwr_fusion as ff
+from flwr_fusion.strategy import CLAFusion, Distillation, NeuronTransplantation, OTFusion
 from fusion_simulation.comparison import ClientModel
 from fusion_simulation.data import MixedImages
 from fusion_simulation.settings import Settings
-from fusion_simulation.task import DISTILLATION, DISTILLATION_BATCH
+from fusion_simulation.task import (
+    DISTILLATION_BATCH,
+    DISTILLATION_OPTIMIZER,
+    DISTILLATION_TEMPERATURE,
+)
 
 DISTILLATION_EPOCHS = 100
 COMBINE_RULES = ("mean", "least-squares", "median", "trimmed-mean", "krum")
+STRATEGIES = ("fedavg", "fedprox", "nt", "ot", "cla")
+
+Models = Mapping[str, nn.Module]
+"""The clients' architectures by name; the first is the global model's."""
 
 
-class RecordReplies(FedAvg):
-    """Keep the good replies of the latest round that had any, and the time of aggregations."""
+class LastReplies:
+    """Keeps the good replies of the latest round that had any, while it aggregates their metrics.
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.replies: list[Message] = []
-        self.aggregation_seconds: list[float] = []
+    Any strategy of Flower's takes it as ``train_metrics_aggr_fn``.
+    """
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Aggregate as the strategy does; stop the run if no client has ever been successful."""
-        received = list(replies)
-        successful = [reply for reply in received if not reply.has_error()]
-        if not successful and not self.replies:
-            reasons = [reply.error.reason for reply in received]
-            raise RuntimeError(
-                f"no client trained in round {server_round}; the first reason: "
-                f"{reasons[0] if reasons else 'no reply'}"
-            )
-        begin = time.perf_counter()
-        aggregated = super().aggregate_train(server_round, received)
-        self.aggregation_seconds.append(time.perf_counter() - begin)
-        rejected = self._rejected_in(server_round)
-        good = [reply for reply in successful if reply.metadata.src_node_id not in rejected]
-        self.replies = good or self.replies
-        return aggregated
+    def __init__(self) -> None:
+        self.contents: list[RecordDict] = []
 
-    def _rejected_in(self, server_round: int) -> set[int]:
-        if not isinstance(self, FusionStrategy):
-            return set()
-        rejections = self.rejections[server_round]
-        return {rejection.node_id for rejection in rejections if not rejection.keeps_update}
+    def __call__(self, contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+        """Keep the replies' contents, and aggregate their metrics as Flower does."""
+        self.contents = contents or self.contents
+        return aggregate_metricrecords(contents, weighted_by_key)
 
     def client_models(self, build: Callable[[str], nn.Module]) -> list[ClientModel]:
-        """Return the models of the latest good replies, in the order of the clients' names.
+        """Return the models of the kept replies, in the order of the clients' names.
 
         Parameters
         ----------
@@ -74,42 +57,21 @@ class RecordReplies(FedAvg):
             The clients' models.
         """
         clients = []
-        for reply in self.replies:
+        for content in self.contents:
             try:
-                clients.append(_client_model(reply, build))
+                clients.append(_client_model(content, build))
             except (KeyError, RuntimeError, ValueError) as error:
-                node = reply.metadata.src_node_id
-                print(f"node {node} is not in the report: {error!r:.300}", flush=True)
+                print(f"a reply is not in the report: {error!r:.300}", flush=True)
         return sorted(clients, key=lambda client: (len(client.name), client.name))
 
 
-class RecordingFedAvg(RecordReplies):
-    """FedAvg that keeps the latest replies."""
-
-
-class RecordingFedProx(RecordReplies, FedProx):
-    """FedProx that keeps the latest replies."""
-
-
-class RecordingOTFusion(RecordReplies, OTFusion):
-    """OTFusion that keeps the latest replies."""
-
-
-class RecordingNeuronTransplantation(RecordReplies, NeuronTransplantation):
-    """NeuronTransplantation that keeps the latest replies."""
-
-
-class RecordingCLAFusion(RecordReplies, CLAFusion):
-    """CLAFusion that keeps the latest replies."""
-
-
-Models = Mapping[str, nn.Module]
-"""The clients' architectures by name; the first is the global model's."""
-
-
 def build_strategy(
-    settings: Settings, models: Models, example_inputs: Tensor, calibration: Tensor | None = None
-) -> RecordReplies:
+    settings: Settings,
+    models: Models,
+    example_inputs: Tensor,
+    images: Tensor | None = None,
+    replies: LastReplies | None = None,
+) -> FedAvg:
     """Build the strategy that the settings name.
 
     Parameters
@@ -120,25 +82,41 @@ def build_strategy(
         A model of every architecture of the clients.
     example_inputs : torch.Tensor
         A small batch of inputs.
-    calibration : torch.Tensor, optional
+    images : torch.Tensor, optional
         Images that the server has.
+    replies : LastReplies, optional
+        Keeps the clients' replies.
 
     Returns
     -------
-    RecordReplies
+    FedAvg
         The strategy. The clients are not asked to evaluate: the server does.
     """
-    check_available("strategy", settings.strategy, (*STRATEGIES, "cla"))
+    check_available("strategy", settings.strategy, STRATEGIES)
     check_available("combine", settings.combine, COMBINE_RULES)
-    if settings.strategy == "cla":
-        return RecordingCLAFusion(
-            architectures=models,
-            example_inputs=example_inputs,
-            calibration=calibration,
-            **_options(settings, calibration),
-        )
     model = next(iter(models.values()))
-    return STRATEGIES[settings.strategy](settings, model, example_inputs, calibration)
+    flower: dict[str, Any] = {"fraction_evaluate": 0.0, "train_metrics_aggr_fn": replies}
+    if settings.strategy == "fedavg":
+        return FedAvg(**flower)
+    if settings.strategy == "fedprox":
+        return FedProx(proximal_mu=settings.proximal_mu, **flower)
+    shared = flower | {
+        "checkpoint_dir": settings.checkpoint_dir or None,
+        "resume": settings.resume,
+        "refine": _distillation(settings, images) if settings.distill_rounds else None,
+    }
+    if settings.strategy == "nt":
+        return NeuronTransplantation(model, example_inputs, **shared)
+    matched = shared | {
+        "only_first_rounds": (
+            {"combine": settings.combine_rounds} if settings.combine_rounds else None
+        ),
+        "combine": settings.combine,
+        "repair": settings.repair,
+    }
+    if settings.strategy == "ot":
+        return OTFusion(model, example_inputs, **matched)
+    return CLAFusion(models, example_inputs, calibration=images, **matched)
 
 
 def check_available(key: str, value: str, available: tuple[str, ...]) -> None:
@@ -149,76 +127,18 @@ def check_available(key: str, value: str, available: tuple[str, ...]) -> None:
         )
 
 
-def _fedavg(
-    settings: Settings, model: nn.Module, example_inputs: Tensor, images: Tensor | None
-) -> RecordReplies:
-    return RecordingFedAvg(fraction_evaluate=0.0)
-
-
-def _fedprox(
-    settings: Settings, model: nn.Module, example_inputs: Tensor, images: Tensor | None
-) -> RecordReplies:
-    return RecordingFedProx(fraction_evaluate=0.0, proximal_mu=settings.proximal_mu)
-
-
-def _ot_fusion(
-    settings: Settings, model: nn.Module, example_inputs: Tensor, images: Tensor | None
-) -> RecordReplies:
-    options = _options(settings, images)
-    return RecordingOTFusion(model=model, example_inputs=example_inputs, **options)
-
-
-def _options(settings: Settings, images: Tensor | None) -> dict[str, Any]:
-    """Return the options that matching strategies share."""
-    return {
-        "only_first_rounds": (
-            {"combine": settings.combine_rounds} if settings.combine_rounds else None
-        ),
-        "combine": settings.combine,
-        "repair": settings.repair,
-        **_shared(settings, images),
-    }
-
-
-def _shared(settings: Settings, images: Tensor | None) -> dict[str, Any]:
-    """Return what all strategies of this package share."""
-    return {
-        "fraction_evaluate": 0.0,
-        "checkpoint_dir": settings.checkpoint_dir or None,
-        "resume": settings.resume,
-        "refine": _distillation(settings, images) if settings.distill_rounds else None,
-    }
-
-
 def _distillation(settings: Settings, images: Tensor | None) -> Distillation:
     assert images is not None  # The settings see to it.
     return Distillation(
         MixedImages(images, DISTILLATION_BATCH, settings.seed),
         rounds=settings.distill_rounds,
         fused_teaches=True,
-        epochs=DISTILLATION_EPOCHS,
-        **DISTILLATION,
+        temperature=DISTILLATION_TEMPERATURE,
+        training=ff.Training(epochs=DISTILLATION_EPOCHS, optimizer=DISTILLATION_OPTIMIZER),
     )
 
 
-def _neuron_transplantation(
-    settings: Settings, model: nn.Module, example_inputs: Tensor, images: Tensor | None
-) -> RecordReplies:
-    return RecordingNeuronTransplantation(
-        model=model, example_inputs=example_inputs, **_shared(settings, images)
-    )
-
-
-STRATEGIES: dict[str, Callable[[Settings, nn.Module, Tensor, Tensor | None], RecordReplies]] = {
-    "fedavg": _fedavg,
-    "fedprox": _fedprox,
-    "nt": _neuron_transplantation,
-    "ot": _ot_fusion,
-}
-
-
-def _client_model(reply: Message, build: Callable[[str], nn.Module]) -> ClientModel:
-    content = reply.content
+def _client_model(content: RecordDict, build: Callable[[str], nn.Module]) -> ClientModel:
     client = content.config_records["client"]
     model = build(str(client["model"]))
     model.load_state_dict(content.array_records["arrays"].to_torch_state_dict())

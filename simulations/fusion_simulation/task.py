@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,8 @@ from fusion_simulation.settings import LABELS, Settings, architecture
 
 TEST_BATCH = 1000
 # A high temperature and small steps, for few images that are moved and mixed.
-DISTILLATION: dict[str, Any] = {
-    "temperature": 2.0,
-    "optimizer": partial(torch.optim.Adam, lr=3e-4),
-}
+DISTILLATION_TEMPERATURE = 2.0
+DISTILLATION_OPTIMIZER = partial(torch.optim.Adam, lr=3e-4)
 DISTILLATION_BATCH = 64
 # Convolutions in each stage, by depth.
 VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
