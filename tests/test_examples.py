@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_ties_is_that_of_the_paper(
 def test_ties_in_optimal_transport_fusion() -> None:
     start = digits_network(0)
     clients = [moved(start, seed) for seed in range(4)]
-    options = {"combine": TIES(), "reference": start}
+    options: dict[str, Any] = {"combine": TIES(), "reference": start}
     result = ff.ot_fusion(clients, [1, 2, 3, 4], example_inputs=DIGIT, **options)
     assert result.report.reference == "the given reference"
     assert result.report.share_moved == 0

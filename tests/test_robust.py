@@ -89,7 +89,7 @@ def test_krum_refuses_too_few_clients() -> None:
         (lambda: ff.TrimmedMean(-0.1), "share"),
         (lambda: ff.Krum(malicious=-1), "malicious"),
         (lambda: ff.Krum(selected=0), "selected"),
-        (lambda: ff.ot_fusion([nn.Linear(2, 2)], example_inputs=INPUTS, combine="mode"), "combine"),  # type: ignore[arg-type]
+        (lambda: ff.ot_fusion([nn.Linear(2, 2)], example_inputs=INPUTS, combine="mode"), "combine"),
     ],
 )
 def test_bad_options_are_refused(build: Callable[[], Any], reason: str) -> None:
