@@ -14,7 +14,8 @@ from torch import nn
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.observe import first_of
-from flwr_fusion.statistics.moments import input_moments, pack
+from flwr_fusion.statistics.moments import input_moments
+from flwr_fusion.statistics.wire import pack
 
 __all__ = ["attach_statistics", "declare_architecture"]
 

@@ -30,7 +30,8 @@ from flwr_fusion.networks import (
     detached_state,
     squared_norm,
 )
-from flwr_fusion.statistics.moments import Statistics, check
+from flwr_fusion.statistics.moments import Statistics
+from flwr_fusion.statistics.wire import check
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,10 @@ def test_public_names_have_docstrings(name: str) -> None:
 @pytest.mark.parametrize("name", public_names())
 def test_parameters_are_documented(name: str) -> None:
     thing = public(name)
-    # The signatures of exceptions and enumerations are Python's.
+    # The signatures of exceptions, enumerations and protocols are Python's.
     if inspect.isclass(thing) and issubclass(thing, Exception | Enum):
+        return
+    if getattr(thing, "_is_protocol", False):
         return
     documentation = inspect.getdoc(thing) or ""
     for parameter in inspect.signature(thing).parameters.values():

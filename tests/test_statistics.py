@@ -11,14 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion import FusionError
-from flwr_fusion.statistics.moments import (
-    check,
-    input_moments,
-    pack,
-    reduced,
-    size_in_bytes,
-    unpack,
-)
+from flwr_fusion.statistics import check, input_moments, pack, size_in_bytes, unpack
+from flwr_fusion.statistics.moments import reduced
 from tests.support.architectures import SMALL, Architecture, named, sequential_mlp
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from flwr_fusion.strategy import FusionStrategy, OTFusion
+from tests.conftest import REPOSITORY
 from tests.support.grid import InProcessGrid
 
 NODES = 4
@@ -522,6 +526,34 @@ def test_construction_does_not_modify_the_model() -> None:
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+MISSPELLED = """
+import torch
+from torch import nn
+from flwr_fusion.strategy import CLAFusion, FusionStrategy, NeuronTransplantation, OTFusion
+import flwr_fusion as ff
+
+net, x = nn.Linear(3, 2), torch.zeros(1, 3)
+OTFusion(net, x, min_train_nodes=3, combine="krum", checkpoint_dir=None)
+OTFusion(net, x, min_train_node=3)
+CLAFusion({"a": net}, x, fraction_trian=0.5)
+NeuronTransplantation(net, x, resum=True)
+FusionStrategy(ff.average, net, x, keep_checkpoint=1)
+ff.ot_fusion([net], example_inputs=x, matching=ff.Matching(swep="greedy"))
+"""
+
+
+def test_type_checkers_find_misspelled_arguments(tmp_path: Path) -> None:
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text(MISSPELLED)
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", str(snippet)]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    lines = [line for line in found.stdout.splitlines() if ": error:" in line]
+    expected = ("min_train_node", "fraction_trian", "resum", "keep_checkpoint", "swep")
+    assert len(lines) == len(expected), found.stdout
+    for line, name in zip(lines, expected, strict=True):
+        assert f'"{name}"' in line
 
 
 # --- Initial arrays -------------------------------------------------------------------------------

@@ -1,21 +1,7 @@
 """What a client measures on its own data for the server: a few moments per layer."""
 
-from flwr_fusion.statistics.moments import (
-    LayerStatistics,
-    Statistics,
-    check,
-    input_moments,
-    pack,
-    size_in_bytes,
-    unpack,
-)
+from flwr_fusion.statistics.moments import LayerStatistics, input_moments
+from flwr_fusion.statistics.moments import Statistics as Statistics
+from flwr_fusion.statistics.wire import check, pack, size_in_bytes, unpack
 
-__all__ = [
-    "LayerStatistics",
-    "Statistics",
-    "check",
-    "input_moments",
-    "pack",
-    "size_in_bytes",
-    "unpack",
-]
+__all__ = ["LayerStatistics", "check", "input_moments", "pack", "size_in_bytes", "unpack"]

@@ -8,7 +8,7 @@ less.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import length_hint
 from typing import Any, Literal
@@ -20,22 +20,11 @@ from flwr_fusion.errors import FusionError
 from flwr_fusion.networks import key_of
 from flwr_fusion.observe import batch_size, run, watched
 
-__all__ = [
-    "LayerStatistics",
-    "check",
-    "input_moments",
-    "pack",
-    "size_in_bytes",
-    "unpack",
-]
-
 DETAILS = ("full", "block", "diagonal")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = nn.modules.batchnorm._BatchNorm
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = nn.modules.batchnorm._BatchNorm
 # More rows of one layer and batch tell little more: neighbouring patches are nearly the same.
 _ROWS_PER_SAMPLE = 16
-# By how much single precision may break |E[x y]|^2 <= E[x^2] E[y^2].
-_ROUNDING = 1.001
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +138,7 @@ def input_moments(
     _check_arguments(detail, clip, noise)
 
     def measures_inputs(module: nn.Module) -> bool:
-        return isinstance(module, (nn.Linear, *_CONVOLUTIONS) if convolutions else nn.Linear)
+        return isinstance(module, (nn.Linear, *CONVOLUTIONS) if convolutions else nn.Linear)
 
     names = {module: name for name, module in measurable_layers(model).items()}
     layers: dict[nn.Module, _Accumulator] = {
@@ -172,9 +161,20 @@ def input_moments(
         if accumulator.was_called
     }
     for name, layer in measured.items():
-        if not all(bool(torch.isfinite(t).all()) for t in _tensors_of(layer).values()):
+        if not all(bool(torch.isfinite(t).all()) for t in tensors_of(layer).values()):
             raise FusionError(f"the moments of layer '{name}' are not finite")
     return measured
+
+
+def tensors_of(layer: LayerStatistics) -> dict[str, Tensor]:
+    """Return the tensors that there are of a layer's statistics, by kind."""
+    tensors = {
+        "activation_mean": layer.activation_mean,
+        "activation_variance": layer.activation_variance,
+    }
+    if layer.second is not None and layer.mean is not None:
+        tensors |= {"second": layer.second, "mean": layer.mean}
+    return tensors
 
 
 def measurable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -195,113 +195,9 @@ def measurable_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, _NORMS, *_CONVOLUTIONS))
+        if isinstance(module, (nn.Linear, NORMS, *CONVOLUTIONS))
         and (key_of(name, "weight") in keys or key_of(name, "running_mean") in keys)
     }
-
-
-def pack(statistics: Statistics) -> dict[str, Tensor]:
-    """Return statistics as named tensors to send: of symmetric blocks the upper triangle.
-
-    Parameters
-    ----------
-    statistics : mapping of str to LayerStatistics
-        From `input_moments`.
-
-    Returns
-    -------
-    dict of str to Tensor
-        ``LAYER.second`` of shape (blocks, n (n + 1) / 2), ``LAYER.mean``,
-        ``LAYER.activation_mean`` and ``LAYER.activation_variance``.
-    """
-    packed: dict[str, Tensor] = {}
-    for name, layer in statistics.items():
-        tensors = _tensors_of(layer)
-        if layer.second is not None:
-            n = layer.second.shape[1]
-            rows, columns = torch.triu_indices(n, n)
-            tensors["second"] = layer.second[:, rows, columns].contiguous()
-        packed |= {key_of(name, kind): tensor for kind, tensor in tensors.items()}
-    return packed
-
-
-def unpack(packed: Mapping[str, Tensor], model: nn.Module) -> dict[str, LayerStatistics]:
-    """Return the statistics that `pack` packed, checked against the network they are of.
-
-    Parameters
-    ----------
-    packed : mapping of str to Tensor
-        What was received.
-    model : nn.Module
-        The network.
-
-    Returns
-    -------
-    dict of str to LayerStatistics
-        Statistics that pass `check`.
-
-    Raises
-    ------
-    FusionError
-        Naming the layer whose statistics cannot be those of the network.
-    """
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in packed.items():
-        name, _, kind = key.rpartition(".")
-        layers.setdefault(name, {})[kind] = tensor
-    known = measurable_layers(model)
-    statistics = {
-        name: _unpacked(name, tensors, known.get(name)) for name, tensors in layers.items()
-    }
-    check(statistics, model)
-    return statistics
-
-
-def check(statistics: Statistics, model: nn.Module) -> None:
-    """Refuse statistics that cannot be those of a network.
-
-    Parameters
-    ----------
-    statistics : mapping of str to LayerStatistics
-        From `input_moments` or `unpack`.
-    model : nn.Module
-        The network.
-
-    Raises
-    ------
-    FusionError
-        Naming the layer whose statistics are unknown, of a wrong shape, not finite or impossible
-        (negative mean squares, second moments that contradict the means or each other).
-    """
-    known = measurable_layers(model)
-    for name, layer in statistics.items():
-        module = known.get(name)
-        if module is None:
-            raise FusionError(f"the network has no layer '{name}' that statistics could be of")
-        if (layer.second is None) != (layer.mean is None):
-            raise FusionError(f"the statistics of layer '{name}' lack some moments of its inputs")
-        if layer.second is not None and layer.mean is not None:
-            _check_inputs(name, layer.second, layer.mean, module)
-        for kind in ("activation_mean", "activation_variance"):
-            _check_numbers(f"{name}.{kind}", getattr(layer, kind), [(_outputs(module),)])
-        if bool((layer.activation_variance < 0).any()):
-            raise FusionError(f"statistics '{name}.activation_variance' are negative")
-
-
-def size_in_bytes(statistics: Statistics) -> int:
-    """Return how many bytes of numbers `pack` makes of statistics.
-
-    Parameters
-    ----------
-    statistics : mapping of str to LayerStatistics
-        From `input_moments`.
-
-    Returns
-    -------
-    int
-        Bytes, without names and headers.
-    """
-    return sum(tensor.numel() * tensor.element_size() for tensor in pack(statistics).values())
 
 
 def reduced(second: Tensor, n: int) -> Tensor:
@@ -339,7 +235,7 @@ def _check_arguments(detail: str, clip: float | None, noise: float) -> None:
 
 def _detail_within(module: nn.Module, detail: str, max_bytes: int) -> str:
     """Return the greatest detail of a layer's second moments that stays below the limit."""
-    channels, kernel = _input_shape(module)
+    channels, kernel = input_shape(module)
     sizes = {"full": (1, channels * kernel), "block": (channels, kernel)}
     if getattr(module, "groups", 1) > 1:  # Input channels of different groups never meet.
         del sizes["full"]
@@ -350,11 +246,11 @@ def _detail_within(module: nn.Module, detail: str, max_bytes: int) -> str:
     return "diagonal"
 
 
-def _input_shape(module: nn.Module) -> tuple[int, int]:
+def input_shape(module: nn.Module) -> tuple[int, int]:
     """Return the number of input channels and of kernel positions."""
     if isinstance(module, nn.Linear):
         return module.in_features, 1
-    assert isinstance(module, _CONVOLUTIONS)
+    assert isinstance(module, CONVOLUTIONS)
     return module.in_channels, math.prod(module.kernel_size)
 
 
@@ -413,10 +309,10 @@ class _Accumulator:
             return  # A routed layer may see none of a batch.
         if inputs.dim() == 1:
             inputs, outputs = inputs.unsqueeze(0), outputs.unsqueeze(0)
-        if isinstance(self._module, _NORMS):
+        if isinstance(self._module, NORMS):
             self._add_outputs(inputs, 1)
         else:
-            convolution = isinstance(self._module, _CONVOLUTIONS)
+            convolution = isinstance(self._module, CONVOLUTIONS)
             self._add_outputs(outputs, 1 if convolution else outputs.dim() - 1)
         if self._detail == "none":
             return
@@ -430,7 +326,7 @@ class _Accumulator:
             return (rows.T @ rows).unsqueeze(0)
         if self._detail == "diagonal":
             return rows.square().sum(0).reshape(-1, 1, 1)
-        channels, kernel = _input_shape(self._module)
+        channels, kernel = input_shape(self._module)
         blocks = rows.reshape(-1, channels, kernel).transpose(0, 1)
         products: Tensor = blocks.transpose(1, 2) @ blocks
         return products
@@ -496,7 +392,7 @@ def _input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         rows = inputs.reshape(-1, *inputs.shape[-2:]) if inputs.dim() > 2 else inputs[:, None]
         return _spread(rows, 1).flatten(0, 1).float()
-    assert isinstance(module, _CONVOLUTIONS)
+    assert isinstance(module, CONVOLUTIONS)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     patches = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
     spatial = len(module.kernel_size)
@@ -536,89 +432,3 @@ def _enough(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
         seen += size
         if seen >= samples:
             return
-
-
-def _tensors_of(layer: LayerStatistics) -> dict[str, Tensor]:
-    tensors = {
-        "activation_mean": layer.activation_mean,
-        "activation_variance": layer.activation_variance,
-    }
-    if layer.second is not None and layer.mean is not None:
-        tensors |= {"second": layer.second, "mean": layer.mean}
-    return tensors
-
-
-def _outputs(module: nn.Module) -> int:
-    """Return the number of a layer's activations that are measured."""
-    if isinstance(module, _NORMS):
-        return module.num_features
-    assert isinstance(module.weight, Tensor)
-    return len(module.weight)
-
-
-def _block_shapes(module: nn.Module) -> list[tuple[int, int]]:
-    """Return number and size of the blocks that a layer's second moments can have."""
-    channels, kernel = _input_shape(module)
-    sizes = [1, kernel]
-    if getattr(module, "groups", 1) == 1:
-        sizes.append(channels * kernel)
-    return [(channels * kernel // n, n) for n in sizes]
-
-
-def _unpacked(
-    name: str, tensors: Mapping[str, Tensor], module: nn.Module | None
-) -> LayerStatistics:
-    outputs = {"activation_mean", "activation_variance"}
-    if tensors.keys() not in (outputs, outputs | {"second", "mean"}):
-        raise FusionError(f"layer '{name}' has no statistics of the kinds {sorted(tensors)}")
-    packed, second = tensors.get("second"), None
-    if packed is not None:
-        if module is None or isinstance(module, _NORMS):
-            raise FusionError(f"the network has no layer '{name}' whose inputs are measured")
-        # Before anything is allocated: a few bytes can claim any number of triangles.
-        triangles = {(count, n * (n + 1) // 2): n for count, n in _block_shapes(module)}
-        _check_numbers(f"{name}.second", packed, list(triangles))
-        second = _symmetric(packed, triangles[packed.shape[0], packed.shape[1]])
-    return LayerStatistics(
-        second,
-        tensors.get("mean"),
-        tensors["activation_mean"],
-        tensors["activation_variance"],
-    )
-
-
-def _symmetric(packed: Tensor, n: int) -> Tensor:
-    """Return symmetric blocks from their upper triangles."""
-    rows, columns = torch.triu_indices(n, n)
-    blocks = packed.new_zeros(len(packed), n, n)
-    blocks[:, rows, columns] = packed
-    blocks[:, columns, rows] = packed
-    return blocks
-
-
-def _check_inputs(name: str, second: Tensor, mean: Tensor, module: nn.Module) -> None:
-    """Check the moments of a layer's inputs."""
-    if isinstance(module, _NORMS):
-        raise FusionError(f"the inputs of layer '{name}' have no second moments")
-    channels, kernel = _input_shape(module)
-    shapes = [(count, n, n) for count, n in _block_shapes(module)]
-    _check_numbers(f"{name}.mean", mean, [(channels * kernel,)])
-    _check_numbers(f"{name}.second", second, shapes)
-    squares = second.diagonal(dim1=1, dim2=2)
-    if bool((squares < 0).any()):
-        raise FusionError(f"statistics '{name}.second' have negative mean squares")
-    roots = squares.sqrt() * _ROUNDING + 1e-6
-    products = roots.unsqueeze(1) * roots.unsqueeze(2)
-    if bool((mean.reshape(squares.shape).abs() > roots).any() or (second.abs() > products).any()):
-        raise FusionError(f"statistics '{name}.second' contradict the means or each other")
-
-
-def _check_numbers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
-    if tuple(tensor.shape) not in shapes or tensor.dtype != torch.float32:
-        raise FusionError(
-            f"statistics '{name}' are {tensor.dtype} of shape {tuple(tensor.shape)}, not float32 "
-            f"of shape {' or '.join(map(str, shapes))}"
-        )
-    # Far above any network's, far below where single precision overflows.
-    if not bool((tensor.abs() < 1e15).all()):
-        raise FusionError(f"statistics '{name}' have values that are not finite or huge")
