@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_channel_order_does_not_matter(kind: str, detail: str) -> None:
     inputs = [skewed_inputs(architecture.inputs(60), seed) for seed in (0, 1)]
     options = ff.LeastSquares(0.7, 0.05, convolutions=True, bound="norm")
 
-    def fused(second: nn.Module) -> tuple[Tensor, dict[str, str]]:
+    def fused(second: nn.Module) -> tuple[Tensor, Mapping[str, str]]:
         models = [model, second]
         result = ff.ot_fusion(
             models,
@@ -224,7 +224,9 @@ def regmean(
         gram = shrinkage * gram + (1 - shrinkage) * gram.diagonal().diag()
         moments.append(weight * gram)
         products.append(matrix @ moments[-1])
-    return torch.linalg.solve(sum(moments, torch.zeros(())), sum(products, torch.zeros(())).T).T
+    inner, outer = torch.stack(moments).sum(0), torch.stack(products).sum(0)
+    solved: Tensor = torch.linalg.solve(inner, outer.T).T
+    return solved
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -352,7 +354,7 @@ def test_statistics_are_asked_for() -> None:
     with pytest.raises(ff.FusionError, match="2 models but 1 statistics"):
         ff.average(models, combine="least-squares", statistics=[None])
     with pytest.raises(ff.FusionError, match="combine must be one of"):
-        ff.average(models, combine="mode")  # type: ignore[arg-type]
+        ff.average(models, combine="mode")
 
 
 @pytest.mark.parametrize(

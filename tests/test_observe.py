@@ -132,11 +132,13 @@ def test_record_keeps_every_call_and_leaves_the_network_alone() -> None:
 
 
 def test_what_is_recorded_is_what_was_there_before_an_activation_worked_in_place() -> None:
-    found = {in_place: record(network(in_place), ["0", "2"], INPUTS, both) for in_place in (0, 1)}
+    found = {
+        in_place: record(network(in_place), ["0", "2"], INPUTS, both) for in_place in (False, True)
+    }
     for name in ("0", "2"):
-        for ours, theirs in zip(found[0][name][0], found[1][name][0], strict=True):
+        for ours, theirs in zip(found[False][name][0], found[True][name][0], strict=True):
             torch.testing.assert_close(ours, theirs)
-    assert (found[1]["0"][0][1] < 0).any()
+    assert (found[True]["0"][0][1] < 0).any()
 
 
 def test_in_place_activations_do_not_spoil_the_costs_by_activations() -> None:
@@ -144,7 +146,7 @@ def test_in_place_activations_do_not_spoil_the_costs_by_activations() -> None:
     pair = Correspondence(graph, graph)
     other = network()
     with torch.no_grad():
-        other[0].weight.mul_(-1)
+        other.get_parameter("0.weight").mul_(-1)
     in_place = network(True), network(True)
     in_place[1].load_state_dict(other.state_dict())
     for kind in ("correlation", "euclidean"):
@@ -232,5 +234,6 @@ def test_what_cannot_be_run_is_refused_by_name(act: Callable[[], Any], message: 
 
 
 def test_what_can_be_read_again_is_no_generator() -> None:
-    for given in (None, INPUTS, [INPUTS], torch.utils.data.DataLoader([1, 2])):  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(INPUTS))
+    for given in (None, INPUTS, [INPUTS], loader):
         check_rereadable(given)

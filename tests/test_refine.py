@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -298,7 +298,7 @@ Act = Callable[[], Any]
             "cannot be run on a batch",
         ),
         (lambda: OTFusion(digits_network(), DIGIT, refine=FineTuning([])), "no batches"),
-        (lambda: OTFusion(digits_network(), DIGIT, refine="distil"), "refine must be FineTuning"),
+        (lambda: OTFusion(digits_network(), DIGIT, refine="distil"), "refine must be FineTuning"),  # type: ignore[arg-type]
     ],
 )
 def test_what_does_not_fit_is_refused(act: Act, message: str) -> None:
@@ -402,7 +402,7 @@ def test_a_refinement_that_fails_leaves_the_fused_model(
     refine: Refine, message: str, flower_log: pytest.LogCaptureFixture
 ) -> None:
     class Own:
-        rounds = (1,)
+        rounds: Collection[int] = (1,)
 
         def refined(self, model: nn.Module, clients: Any, weights: Any) -> Any:
             return refine(model)
