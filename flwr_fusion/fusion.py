@@ -205,27 +205,8 @@ def participants(
 ) -> list[Client]:
     """Return the clients with a weight, the heaviest first, in whichever order they came.
 
-    Parameters
-    ----------
-    models : sequence of nn.Module
-        The clients' networks.
-    weights : sequence of float, optional
-        Relative weights. Default: equal.
-    statistics : sequence of (mapping or None), optional
-        What the clients measured.
-    count_the_same : bool
-        Whether all clients of positive weight count the same.
-
-    Returns
-    -------
-    list of Client
-        As they stand: `corresponding` finds their positions in a fused network.
-
-    Raises
-    ------
-    FusionError
-        If a weight is bad, a network has non-finite values, or statistics do not fit; it names the
-        client.
+    They stand as they are: `corresponding` finds their positions in a fused network. Bad weights,
+    non-finite values and statistics that do not fit are refused, by the client's name.
     """
     shares = shares_of(models, weights)
     if count_the_same:
@@ -272,29 +253,7 @@ def largest(clients: Sequence[Client]) -> nn.Module:
 def corresponding(
     clients: Sequence[Client], target: nn.Module, graph: ChannelGraph, example_inputs: Any
 ) -> list[Client]:
-    """Return clients with their correspondence to a target, computing where it lives.
-
-    Parameters
-    ----------
-    clients : sequence of Client
-        In the target's layers, of any widths.
-    target : nn.Module
-        The fused architecture.
-    graph : ChannelGraph
-        Its groups.
-    example_inputs : Tensor, tuple or dict
-        What all are called with.
-
-    Returns
-    -------
-    list of Client
-        In their order.
-
-    Raises
-    ------
-    FusionError
-        If a client cannot be fused into the target; it names the client.
-    """
+    """Return clients in the target's layers with their correspondence to it, by name or refused."""
     found: dict[Any, Correspondence] = {architecture_of(target): Correspondence(graph, graph)}
     device = next(target.parameters()).device
     result = []

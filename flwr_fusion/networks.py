@@ -102,20 +102,7 @@ def check_same_tensors(
 
 
 def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a network with other values.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network; not modified.
-    state : mapping of str to Tensor
-        Values for all keys of its state dict.
-
-    Returns
-    -------
-    nn.Module
-        The copy.
-    """
+    """Return a copy of a network with other values, given for keys of its state dict."""
     loaded = copy.deepcopy(model)
     # The network's own state dict carries the versions that some layers ask for.
     full = loaded.state_dict()
@@ -125,20 +112,7 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def assembled(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Return a network of a model's architecture made of the tensors of a state dict, not copies.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The architecture; not modified.
-    state : mapping of str to Tensor
-        Tensors for all keys of its state dict, which nobody else uses.
-
-    Returns
-    -------
-    nn.Module
-        The network that owns them.
-    """
+    """Return a network of a model's architecture made of a state dict's tensors, not copies."""
     tensors: dict[int, Any] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         value = state[name]

@@ -75,20 +75,7 @@ def _in_mode(model: nn.Module, training_now: bool) -> Iterator[None]:
 
 
 def moved_to(model: nn.Module, inputs: Any) -> Any:
-    """Bring inputs to the device and the floating-point type of a network.
-
-    Parameters
-    ----------
-    inputs : Tensor, tuple or dict
-        What the network is called with.
-    model : nn.Module
-        The network.
-
-    Returns
-    -------
-    Tensor, tuple or dict
-        The same structure.
-    """
+    """Bring inputs to the device and the floating-point type of a network."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise FusionError(f"{type(model).__name__} has no parameters: there is nothing to fuse")
@@ -103,26 +90,9 @@ def moved_to(model: nn.Module, inputs: Any) -> Any:
 
 
 def output_of(model: nn.Module, inputs: Any, who: str, what: str) -> Any:
-    """Return what a network gives for inputs, brought to its device and type.
+    """Return what a network, in its present mode, gives for inputs brought to its device and type.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The network, run in the mode that it is in.
-    inputs : Tensor, tuple or dict
-        What it is called with.
-    who, what : str
-        What to call the network and the inputs in the refusal.
-
-    Returns
-    -------
-    Any
-        Its output.
-
-    Raises
-    ------
-    FusionError
-        If the network cannot be run on the inputs.
+    ``who`` and ``what`` name the network and the inputs where it cannot be run.
     """
     with named_failure(who, what):
         return call(model, moved_to(model, inputs))

@@ -57,29 +57,6 @@ def depth_aligned(
     kernel, an identity BatchNorm, a residual block whose branch is zero. That is exact where an
     activation applied twice is the activation applied once. Where it is shallower, a layer is
     merged into the next one and a residual block left out. (Nguyen et al., section 3.2.)
-
-    Parameters
-    ----------
-    client : StructuredNetwork
-        The network; not modified.
-    target : StructuredNetwork
-        A network of the other architecture.
-    graph : ChannelGraph
-        Channel groups of the target.
-    matches : sequence of StageMatch
-        Which units correspond.
-    merge : callable
-        Returns weight and bias of one layer in the place of the client's layers given to it.
-
-    Returns
-    -------
-    DepthAligned
-        The network in the target's layers.
-
-    Raises
-    ------
-    FusionError
-        If a unit can neither be added nor merged; it names the unit.
     """
     state = corresponding_tensors(client, target, matches)
     _merge_layers(client, target, matches, state, merge)
@@ -90,25 +67,7 @@ def depth_aligned(
 def corresponding_tensors(
     client: StructuredNetwork, target: StructuredNetwork, matches: Sequence[StageMatch]
 ) -> dict[str, Tensor]:
-    """Return the client's tensors under the keys of the target's corresponding units.
-
-    Parameters
-    ----------
-    client, target : StructuredNetwork
-        The networks.
-    matches : sequence of StageMatch
-        Which units correspond.
-
-    Returns
-    -------
-    dict of str to Tensor
-        A part of a state dict in the target's layers.
-
-    Raises
-    ------
-    FusionError
-        If corresponding units do not have the same tensors.
-    """
+    """Return the client's tensors under the keys of the target's corresponding units."""
     ours, theirs = client.model.state_dict(), target.model.state_dict()
     pairs = [
         (_owned(ours, a), _owned(theirs, b), a, b)

@@ -24,20 +24,6 @@ def statistics_in_layers_of(
 
     Merged layers read what the first of them read. The inputs of an added linear layer are those
     of the layer behind it; of other added layers nothing is known.
-
-    Parameters
-    ----------
-    target, client : StructuredNetwork
-        The networks.
-    matches : sequence of StageMatch
-        Which units correspond.
-    statistics : mapping of str to LayerStatistics
-        What the client measured.
-
-    Returns
-    -------
-    dict of str to LayerStatistics
-        By the names of the target's layers.
     """
     renamed = dict(zip(client.structure.rest, target.structure.rest, strict=True))
     result: dict[str, LayerStatistics] = {}

@@ -127,27 +127,7 @@ def _both(_layer: nn.Module, inputs: Tensor, output: Tensor) -> tuple[Tensor, Te
 def recorded(
     model: nn.Module, names: Sequence[str], batches: Iterable[Any]
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Yield for every batch the first input and the output of some modules' last call.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network; run in evaluation mode, not modified.
-    names : sequence of str
-        The modules.
-    batches : Tensor or iterable of inputs
-        What the network is called with.
-
-    Yields
-    ------
-    dict of str to (Tensor, Tensor)
-        Input and output by the module's name.
-
-    Raises
-    ------
-    FusionError
-        If there are no batches or the network cannot be run on them.
-    """
+    """Yield for every batch the first input and the output of some modules' last call."""
     for batch in batches_of(batches):
         yield {name: calls[-1] for name, calls in record(model, names, batch, _both).items()}
 

@@ -14,17 +14,7 @@ from flwr_fusion.networks import key_of
 def group_widths(graph: ChannelGraph, state: Mapping[str, Tensor]) -> dict[str, int]:
     """Return how many channels each group has in a network of other widths.
 
-    Parameters
-    ----------
-    graph : ChannelGraph
-        Groups of an architecture.
-    state : mapping of str to Tensor
-        Some tensors of the same architecture with other widths.
-
-    Returns
-    -------
-    dict of str to int
-        By the group's name; the architecture's own size where no tensor tells.
+    The architecture's own number where no tensor of the state dict tells.
     """
     return {
         group.name: min(_widths(group, graph, state), default=group.size) for group in graph.groups
@@ -42,22 +32,7 @@ def _widths(group: ChannelGroup, graph: ChannelGraph, state: Mapping[str, Tensor
 
 
 def resized_shape(name: str, graph: ChannelGraph, widths: Mapping[str, int]) -> list[int]:
-    """Return the shape of a tensor in a network of other widths.
-
-    Parameters
-    ----------
-    name : str
-        Its key in the state dict.
-    graph : ChannelGraph
-        Groups of the architecture.
-    widths : mapping of str to int
-        The wanted width of every group.
-
-    Returns
-    -------
-    list of int
-        The shape.
-    """
+    """Return the shape of a tensor in a network of other widths."""
     shape = list(graph.shapes[name])
     for group in graph.groups:
         for place in group.places:
@@ -67,20 +42,7 @@ def resized_shape(name: str, graph: ChannelGraph, widths: Mapping[str, int]) -> 
 
 
 def with_own_widths(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a network with tensors of other widths.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The architecture; not modified.
-    state : mapping of str to Tensor
-        Values for all keys of its state dict, of whatever shapes.
-
-    Returns
-    -------
-    nn.Module
-        The copy, its modules' sizes set to fit the tensors.
-    """
+    """Return a copy of a network with tensors of other widths, its modules' sizes set to fit."""
     network = copy.deepcopy(model)
     replaced: dict[int, nn.Parameter] = {}
     for name, module in network.named_modules():

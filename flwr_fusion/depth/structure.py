@@ -180,26 +180,7 @@ class DepthStructure:
 
 
 def trace_family(models: Sequence[nn.Module], example_inputs: Any) -> list[DepthStructure]:
-    """Return the structures of several networks, which tell each other what a block is.
-
-    Parameters
-    ----------
-    models : sequence of nn.Module
-        Networks of one family. A module of the type of another network's residual blocks is a
-        block, even if every one of them changes the shape.
-    example_inputs : Tensor, tuple or dict
-        What they are called with.
-
-    Returns
-    -------
-    list of DepthStructure
-        One for each network, as `DepthStructure.trace` says.
-
-    Raises
-    ------
-    FusionError
-        If a network is neither residual nor a chain.
-    """
+    """Return the structures of several networks, which tell each other what a block is."""
     calls = [_Calls(model, example_inputs) for model in models]
     switches = [
         {name: found for name in own.by_name if (found := _switches(name, own))} for own in calls

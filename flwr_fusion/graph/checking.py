@@ -27,21 +27,7 @@ _LISTED = 4
 
 
 def check_groups(graph: ChannelGraph, seed: int) -> None:
-    """Check that permuting the free groups does not change the network.
-
-    Parameters
-    ----------
-    graph : ChannelGraph
-        The traced groups.
-    seed : int
-        Of the random weights and permutations.
-
-    Raises
-    ------
-    FusionError
-        Naming each group whose permutation changes the output, and its layers; or layers that run
-        in training only and read permuted channels.
-    """
+    """Check that permuting the free groups does not change the network."""
     generator = torch.Generator().manual_seed(seed)
     state = random_state(graph.model, generator)
     free = [group for group in graph.groups if not group.fixed]
@@ -150,20 +136,7 @@ def call_order(model: nn.Module, inputs: Any) -> dict[str, int]:
 
 
 def idle_layers(model: nn.Module, inputs: Any) -> list[str]:
-    """Return the layers whose parameters play no part in what a network computes on inputs.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network, all of whose parameters take gradients.
-    inputs : Tensor, tuple or dict
-        What it is called with.
-
-    Returns
-    -------
-    list of str
-        Layers that are not called and get no gradient; some are read without a call.
-    """
+    """Return the layers whose parameters play no part in what a network computes on inputs."""
     called = call_order(model, inputs)
     silent = {
         name: parameters

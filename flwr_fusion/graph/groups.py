@@ -210,19 +210,9 @@ class ChannelGraph:
 
 
 def verified_graph(model: nn.Module, example_inputs: Any) -> ChannelGraph:
-    """Trace and verify a network, remembering the result while the module object lives.
+    """Return a network's verified graph, remembered while the module object lives.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The network.
-    example_inputs : Tensor, tuple or dict
-        As for `ChannelGraph.trace`.
-
-    Returns
-    -------
-    ChannelGraph
-        The verified graph; traced again if the shapes of the parameters or inputs have changed.
+    It is traced again if the shapes of parameters or inputs have changed.
     """
     shapes = tuple((n, t.shape) for n, t in model.state_dict().items())
     key = (shapes, tuple(getattr(x, "shape", x) for x in tree_leaves(example_inputs)))

@@ -28,19 +28,9 @@ _NORMALISED_ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm)
 
 
 def trace_groups(model: nn.Module, inputs: Any) -> tuple[list[ChannelGroup], frozenset[str]]:
-    """Find the channel groups of a network.
+    """Return a network's channel groups in forward order, and the layers that are called.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The network, in evaluation mode, all of whose parameters take gradients.
-    inputs : Tensor, tuple or dict
-        What it is called with.
-
-    Returns
-    -------
-    tuple of (list of ChannelGroup, frozenset of str)
-        The groups in forward order, and the layers that are called.
+    The network is in evaluation mode, and all of its parameters take gradients.
     """
     order = call_order(model, inputs)
     with warnings.catch_warnings():

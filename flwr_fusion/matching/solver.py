@@ -61,27 +61,7 @@ def solve(
     fused_mass: Tensor | None = None,
     client_mass: Tensor | None = None,
 ) -> ChannelMap:
-    """Choose the channel map of least ground cost.
-
-    Parameters
-    ----------
-    cost : Tensor
-        Shape (fused channels, client channels): the ground cost.
-    solver : Solver
-        The transport problem.
-    fused_mass, client_mass : Tensor, optional
-        Masses of the channels, of any sum; default: uniform.
-
-    Returns
-    -------
-    ChannelMap
-        A `Selection` for an assignment, else a `Plan`.
-
-    Raises
-    ------
-    FusionError
-        If the cost is not finite, the solver does not reach the optimum, or mass is lost.
-    """
+    """Choose the channel map of least ground cost."""
     matrix = cost.detach().to("cpu").double().clone().numpy()
     if not np.isfinite(matrix).all():
         raise FusionError("the ground cost is not finite: check the networks' weights")

@@ -160,26 +160,7 @@ def fuse_clients(
     reference: nn.Module | None,
     steps: Steps,
 ) -> FusionResult:
-    """Match, combine and repair clients in the target's layers.
-
-    Parameters
-    ----------
-    clients : sequence of Client
-        The heaviest first.
-    target : nn.Module
-        The fused architecture.
-    example_inputs : Tensor, tuple or dict
-        What all are called with.
-    reference : nn.Module, optional
-        As for `ot_fusion`.
-    steps : Steps
-        How.
-
-    Returns
-    -------
-    FusionResult
-        Its report has no method and no time.
-    """
+    """Match, combine and repair clients in the target's layers."""
     graph = verified_graph(target, example_inputs)
     clients = corresponding(clients, target, graph, example_inputs)
     central_by = steps.matching if steps.rule.few_cannot_decide else None

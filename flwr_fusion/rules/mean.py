@@ -59,19 +59,7 @@ class RunningMean:
         sign: int = 1,
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Add a client, or with sign -1 take it out again.
-
-        Parameters
-        ----------
-        client : Client
-            The client; tensors that it lacks are not counted.
-        maps : mapping of str to ChannelMap
-            How its channels go into the fused network's.
-        sign : int
-            1 or -1.
-        state : mapping of str to Tensor, optional
-            Its state dict, where it is at hand.
-        """
+        """Add a client, or with sign -1 take it out again."""
         # fused = sum_k diag(c_k w_k / sum_l c_l w_l) M_k W_k M'_k (merge M, unmerge M'): a fused
         # channel is the mean over the clients that have a channel there (coverage c_k).
         values = client.state() if state is None else state
@@ -107,18 +95,7 @@ class RunningMean:
             )
 
     def mean(self, uncovered: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the mean in the template's dtypes.
-
-        Parameters
-        ----------
-        uncovered : mapping of str to Tensor
-            State dict whose values fill channels and tensors that no client has.
-
-        Returns
-        -------
-        dict of str to Tensor
-            A state dict of the fused architecture.
-        """
+        """Return the mean in the template's dtypes; ``uncovered`` fills what no client has."""
         return self._divided(lambda name: self._sums[name].clone(), uncovered)
 
     def finish(self, uncovered: Mapping[str, Tensor]) -> dict[str, Tensor]:

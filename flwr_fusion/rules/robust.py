@@ -136,19 +136,9 @@ def trimmed_mean(values: Tensor, present: Tensor, share: float) -> Tensor:
 
 
 def krum_selection(distances: Tensor, rule: Krum) -> list[int]:
-    """Return the clients that Krum selects, the best first.
+    """Return the places of the clients that Krum selects, the best first.
 
-    Parameters
-    ----------
-    distances : Tensor
-        Squared distances of shape (clients, clients), for at least `Krum.least_clients`.
-    rule : Krum
-        How.
-
-    Returns
-    -------
-    list of int
-        Their places.
+    ``distances`` are squared, of shape (clients, clients), for at least `Krum.least_clients`.
     """
     clients = len(distances)
     neighbours = distances.clone().fill_diagonal_(torch.inf).sort(1).values
@@ -180,18 +170,6 @@ def squared_distances(fusion: Fusion, maps: Sequence[Maps]) -> Tensor:
     """Return the squared distances between clients in the fused network's channels.
 
     Positions that one of two clients does not have count as the mean of the others.
-
-    Parameters
-    ----------
-    fusion : Fusion
-        The clients.
-    maps : sequence of mapping of str to ChannelMap
-        Their channel maps.
-
-    Returns
-    -------
-    Tensor
-        Of shape (clients, clients), in double precision.
     """
     size = len(fusion.clients)
     total = torch.zeros(size, size, dtype=torch.float64)

@@ -23,20 +23,7 @@ _KINDS = {"f": "floating-point", "i": "integer", "u": "integer", "b": "boolean"}
 
 
 def check_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None:
-    """Check that arrays are those of a model: names, shapes, kinds, finite and not huge.
-
-    Parameters
-    ----------
-    arrays : ArrayRecord
-        What was received.
-    template : mapping of str to Tensor
-        State dict of the model; integer tables (indices, masks) must have its values.
-
-    Raises
-    ------
-    RejectedReply
-        Naming the first array at fault.
-    """
+    """Reject arrays that are not a model's: names, shapes, kinds, not finite, huge."""
     missing, extra = template.keys() - arrays.keys(), arrays.keys() - template.keys()
     if missing or extra:
         raise RejectedReply(
@@ -52,16 +39,6 @@ def check_plausible(arrays: ArrayRecord) -> None:
     """Check what no training can lead to: negative variances, huge counters.
 
     Counters may be negative: noise that a client adds to all it sends makes them so.
-
-    Parameters
-    ----------
-    arrays : ArrayRecord
-        Arrays that have passed `check_arrays`.
-
-    Raises
-    ------
-    RejectedReply
-        Naming the first array at fault.
     """
     for name, array in arrays.items():
         values = np.asarray(array.numpy())
@@ -139,20 +116,7 @@ def decode_array(name: str, array: Array, shape: tuple[int, ...]) -> NDArray[Any
 
 
 def state_of(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a checked array record, in the model's dtypes.
-
-    Parameters
-    ----------
-    arrays : ArrayRecord
-        Arrays that have passed `check_arrays`.
-    template : mapping of str to Tensor
-        State dict of the model.
-
-    Returns
-    -------
-    dict of str to Tensor
-        A state dict on the CPU.
-    """
+    """Return the tensors of arrays that have passed `check_arrays`, in the model's dtypes."""
     state = {}
     for name, like in template.items():
         values = decode_array(name, arrays[name], tuple(like.shape))
@@ -162,18 +126,7 @@ def state_of(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, T
 
 
 def arrays_of(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return a state dict as an array record; types that NumPy lacks travel in single precision.
-
-    Parameters
-    ----------
-    state : mapping of str to Tensor
-        The state dict.
-
-    Returns
-    -------
-    ArrayRecord
-        What Flower sends.
-    """
+    """Return a state dict as an array record; types that NumPy lacks travel in single precision."""
     return ArrayRecord({name: Array(_as_numpy(tensor)) for name, tensor in state.items()})
 
 

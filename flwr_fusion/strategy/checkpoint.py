@@ -110,11 +110,6 @@ class CheckpointFolder:
         """Make the folder and keep it for one run; refuse it if that cannot be had.
 
         The system ends the reservation of a process that is killed.
-
-        Raises
-        ------
-        FusionError
-            If the folder cannot be written to, or another run has it.
         """
         lock = FileLock(self.path / _LOCK, timeout=0)
         try:

@@ -51,6 +51,11 @@ class GlobalModels:
         self._up_to_date: set[str] = set()
 
     @property
+    def has_several(self) -> bool:
+        """Whether there is more than one architecture."""
+        return len(self.architectures) > 1
+
+    @property
     def model(self) -> nn.Module:
         """The chosen architecture."""
         return self.architectures[self.chosen]
@@ -86,15 +91,7 @@ class GlobalModels:
     def bring_up_to_date(
         self, name: str, fuse: Callable[[nn.Module, nn.Module], nn.Module]
     ) -> None:
-        """Fuse the global model into an architecture that nobody has run so far.
-
-        Parameters
-        ----------
-        name : str
-            The architecture.
-        fuse : callable
-            Takes the global model in the chosen architecture and the target, returns the result.
-        """
+        """Fuse the global model into an architecture that nobody has run so far."""
         if name not in self._up_to_date:
             fused = fuse(self.network(self.chosen), self.architectures[name])
             self.arrays[name] = arrays_of(fused.state_dict())

@@ -84,20 +84,7 @@ class ConfiguredMethod:
         statistics: Sequence[Statistics | None],
         **context: Any,
     ) -> FusionResult:
-        """Fuse networks, giving the method what it takes of the context.
-
-        Parameters
-        ----------
-        models, weights, statistics
-            The clients' networks, weights and statistics.
-        **context
-            ``example_inputs``, ``target`` and ``reference``.
-
-        Returns
-        -------
-        FusionResult
-            What the method makes of them.
-        """
+        """Fuse networks, giving the method what it takes of the context."""
         offered = {"statistics": statistics, **context}
         taken = {name: value for name, value in offered.items() if self.takes(name)}
         return self.function(models, weights, **taken, **self.options)

@@ -168,7 +168,7 @@ class NeuronTransplantation(FusionStrategy):
             "repair": repair,
         }
         super().__init__(neuron_transplantation, model, example_inputs, options, **arguments)
-        self._try_out(self.otherwise)
+        self._fuser.try_out(self.otherwise)
 
     def method_of_round(self, server_round: int) -> ConfiguredMethod:
         """Return transplantation in its rounds, the other method in the others."""

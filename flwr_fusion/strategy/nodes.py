@@ -59,27 +59,7 @@ class NodeArchitectures:
         return {self._chosen, *(n for node, n in self.by_node.items() if node in self._present)}
 
     def answered(self, grid: Grid, make_messages: MakeMessages, needed: int) -> Grid:
-        """Return the grid without the nodes whose architecture is not known.
-
-        Parameters
-        ----------
-        grid : Grid
-            All nodes.
-        make_messages : callable
-            Makes messages of a content, nodes and a type.
-        needed : int
-            Of so many nodes at least one must run a known architecture.
-
-        Returns
-        -------
-        Grid
-            A view that asks nodes which have not answered yet.
-
-        Raises
-        ------
-        FusionError
-            From the view, if none of the nodes needed runs a known architecture.
-        """
+        """Return the grid without the nodes whose architecture is not known."""
         if len(self._architectures) == 1:
             return grid
         return cast(Grid, KnownNodes(grid, lambda g: self._nodes(g, make_messages, needed)))

@@ -110,19 +110,6 @@ def answers_of(
 
     A reply belongs to the node that the message it replies to was sent to: the SuperLink reports
     SuperNodes that are gone under its own id.
-
-    Parameters
-    ----------
-    replies : iterable of Message
-        What was received, in any order.
-    asked : sequence of Metadata
-        Metadata of the messages that were sent; their ids may be unknown, then every reply counts
-        for the node that it names.
-
-    Returns
-    -------
-    tuple of (list of Answer, list of Rejection)
-        The nodes' answers, and what was sorted out.
     """
     node_of = {sent.message_id: sent.dst_node_id for sent in asked if sent.message_id}
     rejections = []
@@ -212,22 +199,7 @@ class TrainingReplies:
 def read_training(
     replies: Iterable[Message], expected: Expected, *, with_statistics: bool
 ) -> TrainingReplies:
-    """Return what is usable of the replies to training, and why the rest is not.
-
-    Parameters
-    ----------
-    replies : iterable of Message
-        What was received.
-    expected : Expected
-        What it must be.
-    with_statistics : bool
-        Whether to read what the clients measured.
-
-    Returns
-    -------
-    TrainingReplies
-        Updates with a usable weight, arrays that fit, and size within the limits.
-    """
+    """Return what is usable of the replies to training, and why the rest is not."""
     answers, rejections = answers_of(replies, expected.asked)
     updates, bad = _good_updates(answers, expected)
     statistics: list[Statistics | None] = []
@@ -248,20 +220,7 @@ def read_training(
 def read_evaluation(
     replies: Iterable[Message], expected: Expected
 ) -> tuple[list[Answer], list[Rejection]]:
-    """Return the replies to evaluation that carry a usable weight and metrics that fit together.
-
-    Parameters
-    ----------
-    replies : iterable of Message
-        What was received.
-    expected : Expected
-        What it must be.
-
-    Returns
-    -------
-    tuple of (list of Answer, list of Rejection)
-        What takes part, and what does not.
-    """
+    """Return the replies to evaluation that carry a usable weight and metrics that fit together."""
     answers, rejections = answers_of(replies, expected.asked)
     weighted = []
     for answer in answers:
@@ -304,27 +263,7 @@ def _good_updates(
 def read_update(
     answer: Answer, template: Mapping[str, Tensor], arrays_key: str, weight_key: str
 ) -> Update:
-    """Check one answer to a training message.
-
-    Parameters
-    ----------
-    answer : Answer
-        What a node sent.
-    template : mapping of str to Tensor
-        State dict that the client was asked to train.
-    arrays_key, weight_key : str
-        Names of the array record and of the metric that weighs the client.
-
-    Returns
-    -------
-    Update
-        The checked reply.
-
-    Raises
-    ------
-    RejectedReply
-        If a record, name, shape, type, value or weight is not as it must be.
-    """
+    """Return a checked answer to a training message; raise `RejectedReply` where it is bad."""
     content = answer.content
     arrays = _one_record(dict(content.array_records), arrays_key, "ArrayRecord")
     weight = read_weight(content, weight_key)
@@ -334,25 +273,7 @@ def read_update(
 
 
 def read_statistics(content: RecordDict, model: nn.Module) -> dict[str, LayerStatistics] | None:
-    """Read the statistics that `flwr_fusion.client.attach_statistics` put on a reply.
-
-    Parameters
-    ----------
-    content : RecordDict
-        The reply.
-    model : nn.Module
-        The network that the client was asked to train.
-
-    Returns
-    -------
-    dict of str to LayerStatistics, or None
-        None if there are none.
-
-    Raises
-    ------
-    RejectedReply
-        If they cannot be read or do not fit the model.
-    """
+    """Return what `flwr_fusion.client.attach_statistics` put on a reply, or reject it."""
     record = content.config_records.get(STATISTICS_RECORD)
     if record is None:
         return None
@@ -371,25 +292,7 @@ def read_statistics(content: RecordDict, model: nn.Module) -> dict[str, LayerSta
 
 
 def read_weight(content: RecordDict, weight_key: str) -> float:
-    """Return the positive weight in a reply's metrics.
-
-    Parameters
-    ----------
-    content : RecordDict
-        The reply.
-    weight_key : str
-        Name of the metric.
-
-    Returns
-    -------
-    float
-        The weight.
-
-    Raises
-    ------
-    RejectedReply
-        If there is not exactly one metric record, or no positive number of sensible size in it.
-    """
+    """Return the positive weight in a reply's one metric record; reject anything else."""
     metrics: Mapping[str, object] = _one_record(dict(content.metric_records), None, "MetricRecord")
     weight = metrics.get(weight_key)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
@@ -407,23 +310,7 @@ def read_weight(content: RecordDict, weight_key: str) -> float:
 def fitting_metrics(
     answers: Sequence[Answer], weight_key: str, max_examples: float | None
 ) -> tuple[list[Answer], list[Rejection]]:
-    """Return the answers whose metrics can be aggregated, with limited numbers of examples.
-
-    Parameters
-    ----------
-    answers : sequence of Answer
-        Answers that carry one metric record with a weight.
-    weight_key : str
-        Name of the metric that weighs the client.
-    max_examples : float, optional
-        Its limit.
-
-    Returns
-    -------
-    tuple of (list of Answer, list of Rejection)
-        Answers whose metrics have the names, and lists the lengths, that most clients' have; and
-        the others.
-    """
+    """Return the answers whose metrics can be aggregated, with limited numbers of examples."""
     metrics = [next(iter(answer.content.metric_records.values())) for answer in answers]
     shapes = [_shape_of(record) for record in metrics]
     usual = max(Counter(shapes).items(), key=lambda item: (item[1], str(item[0])), default=((), 0))
@@ -463,18 +350,7 @@ def _named(shape: _Shape) -> str:
 
 
 def counts_of(rejections: Sequence[Rejection]) -> dict[str, int]:
-    """Return a round's metrics of its rejections: ``rejected``, and ``rejected-REASON`` for each.
-
-    Parameters
-    ----------
-    rejections : sequence of Rejection
-        What was rejected.
-
-    Returns
-    -------
-    dict of str to int
-        Statistics and metrics are not counted as ``rejected``, because their update takes part.
-    """
+    """Return a round's metrics of its rejections: ``rejected`` and every ``rejected-REASON``."""
     counts = Counter(rejection.reason for rejection in rejections)
     total = sum(not rejection.keeps_update for rejection in rejections)
     return {"rejected": total} | {f"rejected-{reason}": counts[reason] for reason in sorted(counts)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from logging import ERROR, INFO
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
@@ -13,40 +13,10 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder, History
 
+if TYPE_CHECKING:
+    from flwr_fusion.strategy.strategy import FusionStrategy
+
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
-
-
-class Resumable(Protocol):
-    """A strategy that says of itself what belongs into a checkpoint."""
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As Flower's."""
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """As Flower's."""
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As Flower's."""
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """As Flower's."""
-
-    def summary(self) -> None:
-        """As Flower's."""
-
-    def global_arrays(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
-        """Return the global model by architecture; ``arrays`` are those of the chosen one."""
-
-    def details_of(self, server_round: int) -> dict[str, Any]:
-        """Return what a round's checkpoint should say of it, ready for JSON."""
 
 
 class Run(Strategy):
@@ -58,7 +28,7 @@ class Run(Strategy):
 
     Parameters
     ----------
-    strategy : Resumable
+    strategy : FusionStrategy
         What runs.
     folder : CheckpointFolder, optional
         Where every round is written.
@@ -67,7 +37,7 @@ class Run(Strategy):
     """
 
     def __init__(
-        self, strategy: Resumable, folder: CheckpointFolder | None, done: Checkpoint | None
+        self, strategy: FusionStrategy, folder: CheckpointFolder | None, done: Checkpoint | None
     ) -> None:
         self._strategy = strategy
         self._folder = folder
@@ -84,26 +54,7 @@ class Run(Strategy):
         evaluate_fn: EvaluateFunction | None,
         **arguments: Any,
     ) -> Result:
-        """Run the rounds that are not done, and return the result of all of them.
-
-        Parameters
-        ----------
-        grid : Grid
-            The nodes.
-        arrays : ArrayRecord
-            The global model to go on from.
-        num_rounds : int
-            Number of rounds in all.
-        evaluate_fn : callable, optional
-            As for Flower's ``Strategy.start``.
-        **arguments
-            Other arguments of it.
-
-        Returns
-        -------
-        Result
-            The last global model, and the metrics of all rounds, by their true numbers.
-        """
+        """Run the rounds that are not done, and return the result of all of them."""
         self._arrays = arrays
         if self._done:
             text = "Going on after round %s of %s: what Flower calls round 1 is round %s"
@@ -199,7 +150,9 @@ class Run(Strategy):
             kept[server_round] = metrics
 
 
-def run_of(strategy: Resumable, folder: CheckpointFolder | None, done: Checkpoint | None) -> Run:
+def run_of(
+    strategy: FusionStrategy, folder: CheckpointFolder | None, done: Checkpoint | None
+) -> Run:
     """Return the run of a strategy; Flower logs its class, which therefore has the same name."""
     named: type[Run] = type(type(strategy).__name__, (Run,), {})
     return named(strategy, folder, done)

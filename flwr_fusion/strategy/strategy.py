@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from logging import ERROR, INFO, WARNING
 from typing import Any, Unpack, cast
@@ -19,26 +17,25 @@ from torch import nn
 from flwr_fusion.depth.start import common_start
 from flwr_fusion.errors import FusionError, check_count
 from flwr_fusion.graph.groups import verified_graph
-from flwr_fusion.networks import BuiltOnAccess, with_state
-from flwr_fusion.report import FusionReport, FusionResult
+from flwr_fusion.report import FusionReport
 from flwr_fusion.statistics.moments import Statistics
 from flwr_fusion.strategy.arguments import StrategyArguments, fedavg_arguments
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
-from flwr_fusion.strategy.global_models import (
-    GlobalModels,
-    load_arrays,
-    named_architectures,
-    usable_arrays,
-)
+from flwr_fusion.strategy.fusing import Fuser, check_own_start, nodes_of
+from flwr_fusion.strategy.global_models import GlobalModels, named_architectures
 from flwr_fusion.strategy.method import ConfiguredMethod, FusionMethod, check_schedule
+from flwr_fusion.strategy.metrics import (
+    aggregated_metrics,
+    figures_of,
+    log_replies,
+    round_metrics,
+)
 from flwr_fusion.strategy.nodes import NodeArchitectures
 from flwr_fusion.strategy.reasons import Rejection
-from flwr_fusion.strategy.refinement import check_refinement
 from flwr_fusion.strategy.replies import (
     Answer,
     Expected,
     TrainingReplies,
-    Update,
     Validation,
     counts_of,
     read_evaluation,
@@ -52,8 +49,6 @@ from flwr_fusion.strategy.waiting import (
     PatientGrid,
     patience_of,
 )
-
-_STRATEGY_METRICS = ("rejected", "share-moved", "with-statistics", "refinement-loss")
 
 
 class FusionStrategy(FedAvg):
@@ -172,13 +167,10 @@ class FusionStrategy(FedAvg):
             raise FusionError("resume=True needs checkpoint_dir=: the folder to go on from")
         self.method.check_options()
         check_schedule(self.only_first_rounds, self.method.options)
-        # Whatever the method cannot do is refused here, not after the first round of training.
-        self._log_fixed_networks()
-        self._try_out(self.method)
-        if self.refine is not None:
-            check_refinement(self.refine, self.method.rule)
-            self._try_out_refinement()
-        if self._has_several:
+        self._fuser = Fuser(self._models, example_inputs, self.refine)
+        self._fuser.try_out(self.method)
+        self._fuser.try_out_refinement(self.method)
+        if self._models.has_several:
             start = common_start(self._models.architectures, example_inputs=example_inputs)
             self._models.set_all(start)
 
@@ -202,7 +194,7 @@ class FusionStrategy(FedAvg):
 
     def global_models(self) -> dict[str, nn.Module]:
         """Return the present global model in every architecture, as new networks."""
-        self._bring_up_to_date()
+        self._fuser.bring_up_to_date(self.method, self._models.architectures)
         return {name: self._models.network(name) for name in self._models.architectures}
 
     def summary(self) -> None:
@@ -265,7 +257,7 @@ class FusionStrategy(FedAvg):
         """
         self._had_nodes = False
         self._nodes.forget()
-        if initial_arrays is None and not self._has_several:
+        if initial_arrays is None and not self._models.has_several:
             raise FusionError("start needs initial_arrays: ArrayRecord(model.state_dict())")
         with nullcontext() if self._checkpoints is None else self._checkpoints.reserved():
             done = self._checkpoint_to_resume()
@@ -273,7 +265,7 @@ class FusionStrategy(FedAvg):
                 self._models.restore(done)
             elif initial_arrays is not None:
                 self._models.start_from(initial_arrays)
-                self._bring_up_to_date()
+                self._fuser.bring_up_to_date(self.method, self._models.architectures)
             return run_of(self, self._checkpoints, done).rounds_of(
                 cast(Grid, PatientGrid(grid, Patience(timeout))),
                 self._models.arrays[self.architecture],
@@ -293,7 +285,8 @@ class FusionStrategy(FedAvg):
         """
         # Under a wrapper of Flower's, another strategy's start() runs the rounds.
         self._runs_itself = patience_of(grid) is not None
-        self._check_wrapper()
+        if not self._runs_itself:
+            check_own_start(self.method, self._fuser, self._checkpoints)
         self._models.set_chosen(arrays, "the arrays to send")
         configure = partial(super().configure_train, server_round, arrays, config)
         return self._asking(configure, grid)
@@ -332,7 +325,7 @@ class FusionStrategy(FedAvg):
         received = read_training(replies, self._expected(), with_statistics=takes_statistics)
         updates, rejections = received.updates, received.rejections
         self.rejections[server_round] = rejections
-        _log_replies("aggregate_train", len(updates), rejections)
+        log_replies("aggregate_train", len(updates), rejections)
         if not updates and not rejections:
             return None, None
         counts = counts_of(rejections)
@@ -340,29 +333,33 @@ class FusionStrategy(FedAvg):
         if len(updates) < needed:
             text = "aggregate_train: %d good replies in round %s, %d are needed; the model stays"
             log(ERROR, text, len(updates), server_round, needed)
-            return None, _metrics(counts)
+            return None, round_metrics(counts)
         statistics = self._usable_statistics(received, method)
         try:
-            fused, reports = self._fused_round(server_round, method, updates, statistics)
+            model_of, used = self._expected().model_of, self._nodes.in_use()
+            fused, reports = self._fuser.fuse_round(
+                server_round, method, updates, statistics, model_of, used
+            )
         except FusionError as error:
             text = "aggregate_train: round %s cannot be fused, the model stays: %s (clients %s)"
-            log(ERROR, text, server_round, error, _nodes_of(updates))
-            return None, _metrics(counts)
+            log(ERROR, text, server_round, error, nodes_of(updates))
+            return None, round_metrics(counts)
         self._models.replace(fused)
         report = reports[self.architecture]
         self.reports[server_round], self.architecture_reports[server_round] = report, reports
         self.fused_nodes[server_round] = [update.node_id for update in updates]
-        clients = self._aggregated(self.train_metrics_aggr_fn, received.measured)
-        figures = _figures(report, statistics)
-        return fused[self.architecture], _metrics(counts | figures, clients)
+        aggregate, key = self.train_metrics_aggr_fn, self.weighted_by_key
+        clients = aggregated_metrics(aggregate, received.measured, key)
+        figures = figures_of(report, statistics)
+        return fused[self.architecture], round_metrics(counts | figures, clients)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Aggregate the metrics of all good replies, and of each architecture's on their own."""
         good, rejections = read_evaluation(replies, self._expected())
-        _log_replies("aggregate_evaluate", len(good), rejections)
-        if self._has_several:
+        log_replies("aggregate_evaluate", len(good), rejections)
+        if self._models.has_several:
             by_name: dict[str, list[Answer]] = {}
             for answer in good:
                 by_name.setdefault(self._nodes.name_of(answer.node_id), []).append(answer)
@@ -404,41 +401,6 @@ class FusionStrategy(FedAvg):
             "reports": {name: report.to_dict() for name, report in reports.items()},
         }
 
-    @property
-    def _has_several(self) -> bool:
-        return len(self._models.architectures) > 1
-
-    def _log_fixed_networks(self) -> None:
-        for model in self._models.architectures.values():
-            if all(group.fixed for group in verified_graph(model, self.example_inputs).groups):
-                text = "no channels of %s can be matched: fusion is plain averaging"
-                log(WARNING, text, type(model))
-
-    def _try_out(self, method: ConfiguredMethod) -> None:
-        """Fuse as many copies of all architectures as a method needs into each of them."""
-        architectures = self._models.architectures
-        models = list(architectures.values()) * method.least_clients
-        nothing = [None] * len(models)
-        for name, target in architectures.items():
-            context = {"target": target, "reference": target}
-            try:
-                self._fuse(method, models, [1.0] * len(models), nothing, **context)
-            except FusionError as error:
-                if not self._has_several:
-                    raise
-                clients = ", ".join(f"client {k} is {n!r}" for k, n in enumerate(architectures))
-                raise FusionError(
-                    f"the architectures cannot be fused into {name!r}: {error} ({clients})"
-                ) from error
-
-    def _try_out_refinement(self) -> None:
-        assert self.refine is not None
-        for name, model in self._models.architectures.items():
-            try:
-                self.refine.try_out(model)
-            except FusionError as error:
-                raise FusionError(f"architecture {name!r}: {error}") from error
-
     def _checkpoint_to_resume(self) -> Checkpoint | None:
         if self._checkpoints is None:
             return None
@@ -451,36 +413,6 @@ class FusionStrategy(FedAvg):
                 "to go on from the latest, or choose an empty checkpoint_dir"
             )
         return None
-
-    def _check_wrapper(self) -> None:
-        """Refuse what a wrapper would break whose own start() runs the rounds."""
-        if self._runs_itself:
-            return
-        rule = self.method.rule
-        refused = {
-            "a rule that needs the clients' statistics": (
-                rule is not None and rule.needs_statistics,
-                "they would pass by its clipping and noise",
-            ),
-            "refine=": (
-                self.refine is not None,
-                "the refined model would depend on single clients more than its noise covers",
-            ),
-            "checkpoint_dir=": (
-                self._checkpoints is not None,
-                "checkpoints would hold the model before its noise is added",
-            ),
-            "a federation of several architectures": (
-                self._has_several,
-                "it sees the arrays of one architecture only",
-            ),
-        }
-        for what, (asked_for, reason) in refused.items():
-            if asked_for:
-                raise FusionError(
-                    f"{what} works with the strategy's own start() alone: under a wrapper, such as "
-                    f"Flower's for differential privacy, {reason}"
-                )
 
     def _asking(
         self, configure: Callable[[Grid], Iterable[Message]], grid: Grid
@@ -504,10 +436,10 @@ class FusionStrategy(FedAvg):
         """Give every message the arrays of its node's architecture; one content for each."""
         contents: dict[str, RecordDict] = {}
         result = list(messages)
-        for message in result if self._has_several else ():
+        for message in result if self._models.has_several else ():
             name = self._nodes.name_of(message.metadata.dst_node_id)
             if name not in contents:
-                self._models.bring_up_to_date(name, self._fused_into)
+                self._fuser.bring_up_to_date(self.method, [name])
                 contents[name] = RecordDict(
                     {**message.content, self.arrayrecord_key: self._models.arrays[name]}
                 )
@@ -531,19 +463,9 @@ class FusionStrategy(FedAvg):
     ) -> MetricRecord | None:
         counts = counts_of(rejections) if rejections else {}
         if not answers:
-            return _metrics(counts) if counts else None
-        return _metrics(counts, self._aggregated(self.evaluate_metrics_aggr_fn, answers))
-
-    def _aggregated(
-        self,
-        aggregate: Callable[[list[RecordDict], str], MetricRecord],
-        answers: Sequence[Answer],
-    ) -> MetricRecord:
-        try:
-            return aggregate([answer.content for answer in answers], self.weighted_by_key)
-        except Exception as error:  # What clients put into their metrics must not end the run.
-            log(WARNING, "the clients' metrics cannot be aggregated: %r", error)
-            return MetricRecord()
+            return round_metrics(counts) if counts else None
+        aggregate, key = self.evaluate_metrics_aggr_fn, self.weighted_by_key
+        return round_metrics(counts, aggregated_metrics(aggregate, answers, key))
 
     def _usable_statistics(
         self, received: TrainingReplies, method: ConfiguredMethod
@@ -559,120 +481,3 @@ class FusionStrategy(FedAvg):
             text = "%d of %d replies have no usable statistics; see flwr_fusion.client"
             log(WARNING, text, len(statistics) - sent, len(statistics))
         return statistics
-
-    def _fused_round(
-        self,
-        server_round: int,
-        method: ConfiguredMethod,
-        updates: Sequence[Update],
-        statistics: Sequence[Statistics | None],
-    ) -> tuple[dict[str, ArrayRecord], dict[str, FusionReport]]:
-        """Return the next global model and its report, for every architecture in use."""
-        model_of = self._expected().model_of
-
-        def network(k: int) -> nn.Module:
-            return load_arrays(model_of(updates[k].node_id), updates[k].arrays)
-
-        models = BuiltOnAccess(len(updates), network)
-        weights = [update.weight for update in updates]
-        used = self._nodes.in_use()
-        arrays: dict[str, ArrayRecord] = {}
-        reports: dict[str, FusionReport] = {}
-        for name, target in self._models.architectures.items():
-            if name not in used:
-                continue
-            sent = self._models.network(name) if name in self._models.arrays else None
-            context = {"target": target, "reference": sent}
-            fused = self._fuse(method, models, weights, statistics, **context)
-            fused = self._refined(server_round, fused, models, updates)
-            arrays[name] = usable_arrays(fused.model, target)
-            reports[name] = fused.report
-        return arrays, reports
-
-    def _fuse(
-        self,
-        method: ConfiguredMethod,
-        models: Sequence[nn.Module],
-        weights: Sequence[float],
-        statistics: Sequence[Statistics | None],
-        **context: nn.Module | None,
-    ) -> FusionResult:
-        return method.fuse(
-            models, weights, statistics, example_inputs=self.example_inputs, **context
-        )
-
-    def _bring_up_to_date(self) -> None:
-        for name in self._models.architectures:
-            self._models.bring_up_to_date(name, self._fused_into)
-
-    def _fused_into(self, model: nn.Module, target: nn.Module) -> nn.Module:
-        """Return one network in another architecture; no client has a part in it."""
-        method = self.method.without({"combine"})
-        return self._fuse(method, [model], [1.0], [None], target=target, reference=None).model
-
-    def _refined(
-        self,
-        server_round: int,
-        fused: FusionResult,
-        models: Sequence[nn.Module],
-        updates: Sequence[Update],
-    ) -> FusionResult:
-        """Return the result of a fusion after the round's refinement."""
-        if self.refine is None or server_round not in self.refine.rounds:
-            return fused
-        try:
-            # A copy: what fails half-way must not have touched the fused model.
-            weights = [update.weight for update in updates]
-            refined = self.refine.refined(copy.deepcopy(fused.model), models, weights)
-            # In the fused model's own types, whatever the step has made of them.
-            model = with_state(fused.model, refined.model.state_dict())
-            result = FusionResult(model, replace(fused.report, refinement=refined.report))
-            usable_arrays(result.model, fused.model)
-        except Exception as error:  # The step may be the user's; the round must not be lost.
-            text = "round %s: the fused model is not refined: %s (clients %s)"
-            reason = error if isinstance(error, FusionError) else repr(error)
-            log(ERROR, text, server_round, reason, _nodes_of(updates))
-            return fused
-        return result
-
-
-def _nodes_of(updates: Sequence[Update]) -> dict[int, int]:
-    """Return the nodes of a round's clients by number, for messages that name a client."""
-    return {k: update.node_id for k, update in enumerate(updates)}
-
-
-def _figures(report: FusionReport, statistics: Sequence[Statistics | None]) -> dict[str, float]:
-    """Return a round's own metrics, beside the counts of rejections."""
-    figures = {"share-moved": report.share_moved}
-    if report.refinement is not None and report.refinement.losses:
-        figures["refinement-loss"] = report.refinement.losses[-1]
-    if any(measured is not None for measured in statistics):
-        figures["with-statistics"] = sum(measured is not None for measured in statistics)
-    return figures
-
-
-def _metrics(counts: Mapping[str, float], clients: MetricRecord | None = None) -> MetricRecord:
-    """Return the clients' metrics with the strategy's own, which no client can replace."""
-    theirs = {key: value for key, value in (clients or {}).items() if not _is_ours(key)}
-    return MetricRecord({**theirs, **counts})
-
-
-def _is_ours(key: str) -> bool:
-    return key in _STRATEGY_METRICS or key.startswith("rejected-")
-
-
-def _log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:
-    if good or rejections:
-        log(INFO, "%s: %d good replies, %d rejections", where, good, len(rejections))
-    for rejection in rejections:
-        if rejection.keeps_update:
-            log(WARNING, "%s: node %s: %s", where, rejection.node_id, rejection.text)
-        else:
-            log(
-                WARNING,
-                "%s: rejected node %s (%s): %s",
-                where,
-                rejection.node_id,
-                rejection.reason,
-                rejection.text,
-            )

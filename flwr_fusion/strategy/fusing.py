@@ -1,0 +1,185 @@
+"""Fusing a round's updates into every architecture in use, and what is done with the result."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from logging import ERROR, WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord
+from flwr.common import log
+from torch import nn
+
+from flwr_fusion.errors import FusionError
+from flwr_fusion.graph.groups import verified_graph
+from flwr_fusion.networks import BuiltOnAccess, with_state
+from flwr_fusion.report import FusionReport, FusionResult
+from flwr_fusion.statistics.moments import Statistics
+from flwr_fusion.strategy.global_models import GlobalModels, load_arrays, usable_arrays
+from flwr_fusion.strategy.method import ConfiguredMethod
+from flwr_fusion.strategy.refinement import Refinement, check_refinement
+from flwr_fusion.strategy.replies import Update
+
+
+@dataclass(frozen=True)
+class Fuser:
+    """Fuses networks of a federation into its architectures.
+
+    Parameters
+    ----------
+    models : GlobalModels
+        The architectures, and the global model that was sent out.
+    example_inputs : Any
+        What all networks are called with.
+    refine : Refinement, optional
+        What is done with the fused networks.
+    """
+
+    models: GlobalModels
+    example_inputs: Any
+    refine: Refinement | None
+
+    def try_out(self, method: ConfiguredMethod) -> None:
+        """Fuse as many copies of all architectures as a method needs into each of them.
+
+        Whatever the method cannot do is refused here, not after the first round of training.
+        """
+        architectures = self.models.architectures
+        networks = list(architectures.values()) * method.least_clients
+        weights, nothing = [1.0] * len(networks), [None] * len(networks)
+        for name, target in architectures.items():
+            if all(group.fixed for group in verified_graph(target, self.example_inputs).groups):
+                text = "no channels of %s can be matched: fusion is plain averaging"
+                log(WARNING, text, type(target))
+            try:
+                self._fuse(method, networks, weights, nothing, target, target)
+            except FusionError as error:
+                if not self.models.has_several:
+                    raise
+                clients = ", ".join(f"client {k} is {n!r}" for k, n in enumerate(architectures))
+                raise FusionError(
+                    f"the architectures cannot be fused into {name!r}: {error} ({clients})"
+                ) from error
+
+    def try_out_refinement(self, method: ConfiguredMethod) -> None:
+        """Refuse a refinement that does not fit the rule or an architecture."""
+        if self.refine is None:
+            return
+        check_refinement(self.refine, method.rule)
+        for name, model in self.models.architectures.items():
+            try:
+                self.refine.try_out(model)
+            except FusionError as error:
+                raise FusionError(f"architecture {name!r}: {error}") from error
+
+    def bring_up_to_date(self, method: ConfiguredMethod, names: Collection[str]) -> None:
+        """Fuse the global model into architectures that nobody has run so far."""
+        # No client has a part in it: there is nothing to combine.
+        alone = method.without({"combine"})
+
+        def fused_into(model: nn.Module, target: nn.Module) -> nn.Module:
+            return self._fuse(alone, [model], [1.0], [None], target, None).model
+
+        for name in names:
+            self.models.bring_up_to_date(name, fused_into)
+
+    def fuse_round(
+        self,
+        server_round: int,
+        method: ConfiguredMethod,
+        updates: Sequence[Update],
+        statistics: Sequence[Statistics | None],
+        model_of: Callable[[int], nn.Module],
+        used: Collection[str],
+    ) -> tuple[dict[str, ArrayRecord], dict[str, FusionReport]]:
+        """Return the next global model and its report, for every architecture in use."""
+
+        def network(k: int) -> nn.Module:
+            return load_arrays(model_of(updates[k].node_id), updates[k].arrays)
+
+        networks = BuiltOnAccess(len(updates), network)
+        weights = [update.weight for update in updates]
+        arrays: dict[str, ArrayRecord] = {}
+        reports: dict[str, FusionReport] = {}
+        for name, target in self.models.architectures.items():
+            if name not in used:
+                continue
+            sent = self.models.network(name) if name in self.models.arrays else None
+            fused = self._fuse(method, networks, weights, statistics, target, sent)
+            if self.refine is not None and server_round in self.refine.rounds:
+                fused = self._refined(self.refine, server_round, fused, networks, updates)
+            arrays[name] = usable_arrays(fused.model, target)
+            reports[name] = fused.report
+        return arrays, reports
+
+    def _fuse(
+        self,
+        method: ConfiguredMethod,
+        networks: Sequence[nn.Module],
+        weights: Sequence[float],
+        statistics: Sequence[Statistics | None],
+        target: nn.Module,
+        reference: nn.Module | None,
+    ) -> FusionResult:
+        context = {"target": target, "reference": reference, "example_inputs": self.example_inputs}
+        return method.fuse(networks, weights, statistics, **context)
+
+    def _refined(
+        self,
+        refine: Refinement,
+        server_round: int,
+        fused: FusionResult,
+        networks: Sequence[nn.Module],
+        updates: Sequence[Update],
+    ) -> FusionResult:
+        """Return the result of a fusion after the round's refinement."""
+        try:
+            # A copy: what fails half-way must not have touched the fused model.
+            weights = [update.weight for update in updates]
+            refined = refine.refined(copy.deepcopy(fused.model), networks, weights)
+            # In the fused model's own types, whatever the step has made of them.
+            model = with_state(fused.model, refined.model.state_dict())
+            result = FusionResult(model, replace(fused.report, refinement=refined.report))
+            usable_arrays(result.model, fused.model)
+        except Exception as error:  # The step may be the user's; the round must not be lost.
+            text = "round %s: the fused model is not refined: %s (clients %s)"
+            reason = error if isinstance(error, FusionError) else repr(error)
+            log(ERROR, text, server_round, reason, nodes_of(updates))
+            return fused
+        return result
+
+
+def nodes_of(updates: Sequence[Update]) -> dict[int, int]:
+    """Return the nodes of a round's clients by number, for messages that name a client."""
+    return {k: update.node_id for k, update in enumerate(updates)}
+
+
+def check_own_start(method: ConfiguredMethod, fuser: Fuser, checkpoints: object) -> None:
+    """Refuse what a wrapper would break, whose own start() runs the rounds."""
+    rule = method.rule
+    refused = {
+        "a rule that needs the clients' statistics": (
+            rule is not None and rule.needs_statistics,
+            "they would pass by its clipping and noise",
+        ),
+        "refine=": (
+            fuser.refine is not None,
+            "the refined model would depend on single clients more than its noise covers",
+        ),
+        "checkpoint_dir=": (
+            checkpoints is not None,
+            "checkpoints would hold the model before its noise is added",
+        ),
+        "a federation of several architectures": (
+            fuser.models.has_several,
+            "it sees the arrays of one architecture only",
+        ),
+    }
+    for what, (asked_for, reason) in refused.items():
+        if asked_for:
+            raise FusionError(
+                f"{what} works with the strategy's own start() alone: under a wrapper, such as "
+                f"Flower's for differential privacy, {reason}"
+            )

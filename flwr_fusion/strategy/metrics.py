@@ -1,0 +1,67 @@
+"""A round's metrics and log lines: the clients', and what the strategy says of the round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from logging import INFO, WARNING
+
+from flwr.app import MetricRecord, RecordDict
+from flwr.common import log
+
+from flwr_fusion.report import FusionReport
+from flwr_fusion.statistics.moments import Statistics
+from flwr_fusion.strategy.reasons import Rejection
+from flwr_fusion.strategy.replies import Answer
+
+_STRATEGY_METRICS = ("rejected", "share-moved", "with-statistics", "refinement-loss")
+
+
+def aggregated_metrics(
+    aggregate: Callable[[list[RecordDict], str], MetricRecord],
+    answers: Sequence[Answer],
+    weight_key: str,
+) -> MetricRecord:
+    """Return the clients' metrics as Flower aggregates them; empty where that fails."""
+    try:
+        return aggregate([answer.content for answer in answers], weight_key)
+    except Exception as error:  # What clients put into their metrics must not end the run.
+        log(WARNING, "the clients' metrics cannot be aggregated: %r", error)
+        return MetricRecord()
+
+
+def round_metrics(counts: Mapping[str, float], clients: MetricRecord | None = None) -> MetricRecord:
+    """Return the clients' metrics with the strategy's own, which no client can replace."""
+    theirs = {
+        key: value
+        for key, value in (clients or {}).items()
+        if key not in _STRATEGY_METRICS and not key.startswith("rejected-")
+    }
+    return MetricRecord({**theirs, **counts})
+
+
+def figures_of(report: FusionReport, statistics: Sequence[Statistics | None]) -> dict[str, float]:
+    """Return a round's own metrics, beside the counts of rejections."""
+    figures = {"share-moved": report.share_moved}
+    if report.refinement is not None and report.refinement.losses:
+        figures["refinement-loss"] = report.refinement.losses[-1]
+    if any(measured is not None for measured in statistics):
+        figures["with-statistics"] = sum(measured is not None for measured in statistics)
+    return figures
+
+
+def log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:
+    """Log how many replies are good, and each one that is not, with its node and reason."""
+    if good or rejections:
+        log(INFO, "%s: %d good replies, %d rejections", where, good, len(rejections))
+    for rejection in rejections:
+        if rejection.keeps_update:
+            log(WARNING, "%s: node %s: %s", where, rejection.node_id, rejection.text)
+        else:
+            log(
+                WARNING,
+                "%s: rejected node %s (%s): %s",
+                where,
+                rejection.node_id,
+                rejection.reason,
+                rejection.text,
+            )
