@@ -647,9 +647,8 @@ def test_options_reach_the_transplantation_alone() -> None:
         scored.append(group.name)
         return torch.ones(group.size)
 
-    strategy = strategy_of(
-        otherwise=otherwise, importance=importance, donated=0.5, scheme="iterative"
-    )
+    chosen = ff.Transplantation(importance=importance, donated=0.5, scheme="iterative")
+    strategy = strategy_of(otherwise=otherwise, transplantation=chosen)
     run_digits(strategy, skewed_app(), rounds=2)
     assert {"0", "2"} == set(scored)
     assert seen == [{}, {}]  # Tried at construction, used in round 2.
@@ -657,7 +656,7 @@ def test_options_reach_the_transplantation_alone() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"importance": "l3"}, {"duplicates": 2}, {"scheme": "none"}, {"importances": "l2"}],
+    [{"transplantation": "l2"}, {"repair": "all"}, {"importance": "l2"}, {"resum": True}],
     ids=lambda options: "-".join(options),
 )
 @pytest.mark.parametrize("rounds", [(1,), (2,)], ids=["first", "second"])
@@ -684,7 +683,8 @@ def test_repeated_transplantation_from_a_shared_start_stays_near_fedavg() -> Non
     by_default = repeated(default)
     assert methods_of_rounds(default) == ["neuron_transplantation"] * 6
     assert by_default == pytest.approx(averaged, abs=0.01)
-    unguarded = repeated(strategy_of(transplant_rounds=every_round, duplicates=0))
+    unlike = ff.Transplantation(duplicates=0)
+    unguarded = repeated(strategy_of(transplant_rounds=every_round, transplantation=unlike))
     assert by_default[-1] > unguarded[-1] + 0.1
 
 

@@ -52,7 +52,8 @@ class LeastSquares:
     ----------
     Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023,
     equation 2 (RegMean); Nasery et al., "PLeaS", 2024, section 3.2. Pulling towards the mean
-    instead of zero, and the bounds, are not in these papers: RegMean as published, fused once, is
+    instead of zero, and the bounds, are not in these papers: RegMean as published, for layers
+    without biases (which it averages), is
     ``LeastSquares(shrinkage=0.9, ridge=0, weight_exponent=1, bound=None)``.
     """
 

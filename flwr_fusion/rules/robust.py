@@ -175,8 +175,8 @@ def squared_distances(fusion: Fusion, maps: Sequence[Maps]) -> Tensor:
     total = torch.zeros(size, size, dtype=torch.float64)
     common = torch.zeros(size, size, dtype=torch.float64)
     for block in fusion.blocks(maps):
-        present = block.present.flatten(1).double()
-        flat = block.values.flatten(1).double() * present
+        present = block.present.reshape(size, -1).double()
+        flat = block.values.reshape(size, -1).double() * present
         for k in range(size):
             both = present[k] * present
             total[k] += ((flat - flat[k]).square() * both).sum(1).cpu()

@@ -141,14 +141,20 @@ def combined(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
         )
     result = rule.combine(fusion, maps)
     result = result if isinstance(result, Combined) else Combined(result)
+    if not isinstance(result.state, Mapping):
+        raise FusionError(f"{rule} returned {result.state!r:.60}, not a state dict")
     for name, like in fusion.target.items():
-        if name not in result.state:
-            raise FusionError(f"{rule} returned no tensor '{name}'")
-        tensor = result.state[name]
-        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
-            raise FusionError(
-                f"{rule} returned tensor '{name}' as {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}, the fused network's is {like.dtype} of shape "
-                f"{tuple(like.shape)}"
-            )
+        _check_tensor(f"{rule} returned tensor '{name}'", result.state.get(name), like)
     return Combined({name: result.state[name] for name in fusion.target}, result.details)
+
+
+def _check_tensor(what: str, tensor: object, like: Tensor) -> None:
+    """Refuse what is not a finite tensor of the fused network's shape, dtype and device."""
+    found, expected = (
+        f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
+        for t in (tensor, like)
+    )
+    if found != expected or not isinstance(tensor, Tensor):
+        raise FusionError(f"{what} as {found:.60}, the fused network's is {expected}")
+    if not bool(tensor.isfinite().all()):
+        raise FusionError(f"{what} with values that are not finite")

@@ -25,7 +25,9 @@ from flwr_fusion.rules import Rule
 class Refinement(Protocol):
     """What a strategy does with the fused network in some rounds."""
 
-    rounds: Collection[int]
+    @property
+    def rounds(self) -> Collection[int]:
+        """The rounds that end with it."""
 
     def refined(
         self, model: nn.Module, clients: Sequence[nn.Module], weights: Sequence[float]
