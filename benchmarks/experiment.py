@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fusion_simulation.task import Recipe
@@ -29,77 +31,48 @@ class Task:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of the experiments is run.
-
-    Parameters
-    ----------
-    name : str
-        Its name in paths.
-    mnist, mnist_part, cifar, cifar_part : Task
-        The data sets; of the parts fewer images, for experiments with many or large networks.
-    federation, cifar_federation : Task
-        All clients' images, and their training in a round.
-    own_starts : Task
-        The same for clients that bring finished networks.
-    attacked : Task
-        The same for clients of which one is bad.
-    seeds, few_seeds : int
-        Repetitions of cheap experiments, and of all others.
-    mlp, wide_mlp : str
-        The networks of the skill transfer and of Neuron Transplantation.
-    mixed : tuple of str
-        The networks of a federation of different depths and widths: deep, shallow, narrow.
-    widths, depths : tuple of int
-        Of multi-layer perceptrons in Neuron Transplantation's tables.
-    timed_widths : tuple of int
-        Of the networks whose fusion is timed.
-    measured_images : int
-        Images with which clients' statistics are timed.
-    vgg, pruned_vgg, teacher, student : str
-        Names of VGGs.
-    shallow_resnet, deep_resnet : str
-        Names of residual networks.
-    counts : tuple of int
-        How many networks are fused.
-    rounds : int
-        Of federations.
-    checkpoints : tuple of int
-        Epochs of fine-tuning after which a network is scored.
-    distillation_epochs, cifar_distillation_epochs : int
-        Epochs of distillation.
-    unlabelled : int
-        Images that the server has, without labels, which no network is trained on.
-    """
+    """How much of the experiments is run; networks by their names in the app."""
 
     name: str
+    # The data sets; of the parts fewer images, for experiments with many or large networks.
     mnist: Task
     mnist_part: Task
     cifar: Task
     cifar_part: Task
+    # All clients' images and their training in a round; of clients that bring finished networks;
+    # of clients of which one is bad.
     federation: Task
     cifar_federation: Task
     own_starts: Task
     attacked: Task
+    # Repetitions of cheap experiments, and of all others.
     seeds: int = 3
     few_seeds: int = 2
+    # The networks of the skill transfer and of Neuron Transplantation; of a federation of
+    # different depths and widths: deep, shallow, narrow.
     mlp: str = "mlp-400-200-100"
     wide_mlp: str = "mlp-512-512-512"
     mixed: tuple[str, str, str] = ("mlp-400-200-100-50", "mlp-400-200-100", "mlp-100-50-25")
-    widths: tuple[int, ...] = (16, 64, 256, 1024)
-    depths: tuple[int, ...] = (1, 2, 4, 6)
-    timed_widths: tuple[int, ...] = (256, 1024, 4096)
-    measured_images: int = 2048
     vgg: str = "vgg-11-8"
     pruned_vgg: str = "vgg-11-16"
     teacher: str = "vgg-13-16"
     student: str = "vgg-11-4"
     shallow_resnet: str = "resnet-8"
     deep_resnet: str = "resnet-14"
+    # Of the MLPs in Neuron Transplantation's tables, and of those whose fusion is timed.
+    widths: tuple[int, ...] = (16, 64, 256, 1024)
+    depths: tuple[int, ...] = (1, 2, 4, 6)
+    timed_widths: tuple[int, ...] = (256, 1024, 4096)
+    # Images with which clients' statistics are timed.
+    measured_images: int = 2048
+    # How many networks are fused, and the rounds of federations.
     counts: tuple[int, ...] = (2, 4, 8)
     rounds: int = 10
+    # Epochs of fine-tuning after which a network is scored, and of distillation.
     checkpoints: tuple[int, ...] = (0, 1, 3)
     distillation_epochs: int = 200
     cifar_distillation_epochs: int = 20
+    # Images that the server has, without labels, which no network is trained on.
     unlabelled: int = 1000
 
 
@@ -127,8 +100,8 @@ PAPER = Scale(
     mnist_part=Task("mnist", ALL, _FAST),
     cifar=Task("cifar10", ALL, Recipe(100, 0.01, 0.9, 128)),
     cifar_part=Task("cifar10", ALL, Recipe(100, 0.05, 0.9, 128)),
-    federation=Task("mnist", ALL, _ROUND),
-    cifar_federation=Task("cifar10", ALL, _ROUND),
+    federation=Task("mnist", 59_000, _ROUND),
+    cifar_federation=Task("cifar10", 49_000, _ROUND),
     own_starts=Task("mnist", ALL, _ROUND_OF_FINISHED),
     attacked=Task("mnist", ALL, _ATTACKED),
     seeds=5,
@@ -147,7 +120,7 @@ PAPER = Scale(
     cifar_distillation_epochs=300,
 )
 _DIGITS = Task("digits", ALL, Recipe(3, 0.05, 0.9, 32), tuning_rate=0.05)
-_DIGITS_ROUND = Task("digits", ALL, _ROUND)
+_DIGITS_ROUND = Task("digits", 1000, _ROUND)
 SMOKE = Scale(
     "smoke",
     mnist=_DIGITS,
@@ -191,16 +164,12 @@ class Experiment:
         What it is called on the command line.
     title : str
         What it shows, in a line.
-    source : str
-        Paper, table or section.
     measure : callable
         Takes a `Bench`, and one of the cases if there are any; returns `Scores`.
     columns : str
         What the columns are.
-    printed : mapping of str to (mapping of str to str)
-        Figures to compare with, by row and column.
-    whose : str
-        Where these figures come from.
+    source : str
+        Paper, table or section.
     cases : sequence
         What is measured apart, kept apart, and put together in the table: dataclasses whose
         ``repr`` says all that the result depends on.
@@ -231,11 +200,9 @@ class Experiment:
 
     name: str
     title: str
-    source: str
     measure: Callable[..., Scores]
     columns: str
-    printed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    whose: str = "paper"
+    source: str
     cases: Sequence[Any] = (None,)
     data: str = "mnist"
     rows: str = ""
@@ -257,6 +224,25 @@ class Experiment:
     def dataset(self, scale: Scale) -> str:
         """Return the name of the data set at a scale, "" if it needs none."""
         return getattr(scale, self.data).dataset if self.data else ""
+
+
+@dataclass(frozen=True)
+class Printed:
+    """Figures of a paper or of its code, by row and column, and whose they are."""
+
+    figures: Mapping[str, Mapping[str, str]]
+    whose: str = "paper"
+
+    @classmethod
+    def of(cls, experiment: str) -> Printed:
+        """Return those of an experiment in ``printed.toml``."""
+        path = Path(__file__).with_name("printed.toml")
+        own = tomllib.loads(path.read_text(encoding="utf-8")).get(experiment, {})
+        figures = {
+            row: {column: one for column, one in zip(own["columns"], cells, strict=True) if one}
+            for row, cells in own.get("rows", {}).items()
+        }
+        return cls(figures, own.get("whose", ""))
 
 
 def after(epochs: int) -> str:

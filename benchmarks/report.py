@@ -8,8 +8,9 @@ from pathlib import Path
 
 from fusion_simulation.report import markdown_row, new_figure_grid, save_figure
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-from benchmarks.experiment import GROUP, Experiment, Scores
+from benchmarks.experiment import GROUP, Experiment, Printed, Scores
 
 # Columns beyond which the printed figures stand below, not beside.
 WIDE = 4
@@ -37,7 +38,7 @@ def by_group(measured: Measured) -> dict[str, Measured]:
     return result
 
 
-def table(experiment: Experiment, repetitions: Sequence[Scores], compare: bool) -> str:
+def table(experiment: Experiment, repetitions: Sequence[Scores], printed: Printed) -> str:
     """Return an experiment's results as a Markdown table.
 
     Parameters
@@ -46,8 +47,8 @@ def table(experiment: Experiment, repetitions: Sequence[Scores], compare: bool) 
         The experiment.
     repetitions : sequence of Scores
         What each repetition measured.
-    compare : bool
-        Whether to show the printed figures: in columns beside ours, of wide tables in rows below.
+    printed : Printed
+        Figures to compare with: in columns beside ours, of wide tables in rows below.
 
     Returns
     -------
@@ -65,8 +66,8 @@ def table(experiment: Experiment, repetitions: Sequence[Scores], compare: bool) 
     }
     if experiment.baseline:
         _compare_with_baseline(experiment, measured, ours)
-    printed = experiment.printed if compare else {}
-    columns = list(dict.fromkeys(c for cells in (*ours.values(), *printed.values()) for c in cells))
+    known = (*ours.values(), *printed.figures.values())
+    columns = list(dict.fromkeys(column for cells in known for column in cells))
     if len(columns) > WIDE:
         return _with_rows_below(experiment, columns, ours, printed)
     return _with_columns_beside(experiment, columns, ours, printed)
@@ -97,33 +98,33 @@ def _compare_with_baseline(
 
 
 def _with_columns_beside(
-    experiment: Experiment, columns: Sequence[str], ours: Cells, printed: Cells
+    experiment: Experiment, columns: Sequence[str], ours: Cells, printed: Printed
 ) -> str:
-    known = {column for figures in printed.values() for column in figures}
+    known = {column for figures in printed.figures.values() for column in figures}
     header = []
     measured = {column for cells in ours.values() for column in cells}
     for column in columns:
         header += [_heading(experiment, column)] if column in measured else []
-        header += [f"{column} ({experiment.whose})"] if column in known else []
+        header += [f"{column} ({printed.whose})"] if column in known else []
     lines = []
-    for row in dict.fromkeys((*ours, *printed)):
+    for row in dict.fromkeys((*ours, *printed.figures)):
         line = row.split(GROUP)
         for column in columns:
             line += [ours.get(row, {}).get(column, "")] if column in measured else []
-            line += [printed.get(row, {}).get(column, "")] if column in known else []
+            line += [printed.figures.get(row, {}).get(column, "")] if column in known else []
         lines.append(line)
     return _markdown(experiment, header, lines)
 
 
 def _with_rows_below(
-    experiment: Experiment, columns: Sequence[str], ours: Cells, printed: Cells
+    experiment: Experiment, columns: Sequence[str], ours: Cells, printed: Printed
 ) -> str:
     lines = []
     for row, cells in ours.items():
         lines.append([*row.split(GROUP), *(cells.get(column, "") for column in columns)])
-        if row in printed:
-            figures = (printed[row].get(column, "") for column in columns)
-            lines.append([f"{row} ({experiment.whose})", *figures])
+        if row in printed.figures:
+            figures = (printed.figures[row].get(column, "") for column in columns)
+            lines.append([f"{row} ({printed.whose})", *figures])
     return _markdown(experiment, [_heading(experiment, column) for column in columns], lines)
 
 
@@ -162,6 +163,8 @@ def draw(experiment: Experiment, repetitions: Sequence[Scores], path: Path) -> N
         }
         axes.set_title(group.replace(GROUP, ", "), fontsize=9)
         (_draw_lines if experiment.curve else _draw_bars)(axes, means, experiment)
+    for axes in panels[::across] if experiment.curve else []:
+        axes.set_ylabel(experiment.unit)
     if not experiment.curve:
         panels[0].invert_yaxis()  # They share it.
     lines, labels = panels[0].get_legend_handles_labels()
@@ -194,7 +197,8 @@ def _draw_lines(
         points = [float(column) for column in cells]
         axes.plot(points, list(cells.values()), style, marker=".", label=row)
     axes.set_xlabel(experiment.columns)
-    axes.set_ylabel(experiment.unit)
+    if all(column.isdecimal() for column in next(iter(means.values()))):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
 
 

@@ -20,7 +20,7 @@ from fusion_simulation.data import load_raw_split
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.bench import Bench
-from benchmarks.experiment import SCALES, Experiment, Scale, Scores
+from benchmarks.experiment import SCALES, Experiment, Printed, Scale, Scores
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.report import draw, table
 
@@ -215,12 +215,13 @@ def _section(
 ) -> str:
     measured = [_together([cell["scores"] for cell in cells]) for cells in repetitions]
     draw(experiment, measured, setup.folder / f"{experiment.name}.png")
+    printed = Printed({}) if setup.scale == "smoke" else Printed.of(experiment.name)
     minutes = sum(cell["seconds"] for cells in repetitions for cell in cells) / 60
     return (
         f"## {experiment.title}\n\n`{experiment.name}`: {experiment.source}. "
         f"{experiment.unit[0].upper()}{experiment.unit[1:]}, seeds: {len(measured)}, "
         f"{minutes:.1f} minutes on one core."
-        f"\n\n{table(experiment, measured, compare=setup.scale != 'smoke')}"
+        f"\n\n{table(experiment, measured, printed)}"
     )
 
 

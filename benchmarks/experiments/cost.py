@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from fusion_simulation.settings import LABELS
@@ -28,12 +29,14 @@ from torch import Tensor, nn
 import flwr_fusion as ff
 from benchmarks import REPOSITORY
 from benchmarks.bench import Bench
-from benchmarks.experiment import GROUP, Experiment, Scores
+from benchmarks.experiment import Experiment, Scores
 from benchmarks.methods import STATISTICS_BATCH, Fuse
 from flwr_fusion.statistics import input_moments, size_in_bytes
 
+Result = TypeVar("Result")
+
 INPUTS, OUTPUTS = 3072, 10
-REPEATS = 5
+REPEATS, STATISTICS_REPEATS = 5, 3
 KIBIBYTES_IN_MEBIBYTE = 1024
 # glibc keeps what is freed for later; then what a fusion needs would depend on what was there.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -88,7 +91,7 @@ def print_measured(method: str, width: int) -> None:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # The peak starts anew.
     before = memory("VmRSS")
-    seconds = median_seconds(partial(fuse, networks), REPEATS)
+    _, seconds = timed(partial(fuse, networks), REPEATS)
     print(json.dumps({"seconds": seconds, "mebibytes": memory("VmHWM") - before}))
 
 
@@ -100,15 +103,15 @@ def memory(field: str) -> float:
     raise ValueError(f"/proc/self/status has no {field}")
 
 
-def median_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a call."""
+def timed(call: Callable[[], Result], repeats: int) -> tuple[Result, float]:
+    """Return what a call returned at last, and its median time."""
     seconds = []
     for _ in range(repeats):
         gc.collect()
         begin = time.perf_counter()
-        call()
+        result = call()
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+    return result, statistics.median(seconds)
 
 
 def of_statistics(bench: Bench) -> Scores:
@@ -134,12 +137,11 @@ def of_statistics(bench: Bench) -> Scores:
                 detail=detail,  # type: ignore[arg-type]
                 convolutions=convolutions,
             )
-            measured = measure()
-            taken = median_seconds(measure, REPEATS)
+            measured, taken = timed(measure, STATISTICS_REPEATS)
             kinds = Counter(own.detail for own in measured.values() if own.second is not None)
             layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-            row = f"{detail}, {'with' if convolutions else 'without'} convolutions: {layers}"
-            scores[f"{name}{GROUP}{row}"] = {
+            which = f"{detail}, {'with' if convolutions else 'without'} convolutions"
+            scores[f"{name}, {which}: {layers}"] = {
                 "weights MB": weights / 1e6,
                 "statistics MB": size_in_bytes(measured) / 1e6,
                 "seconds": taken,
@@ -161,56 +163,41 @@ def _epoch_seconds(model: nn.Module, images: Tensor) -> float:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    return median_seconds(step, TIMED_BATCHES) * CLIENT_IMAGES / BATCH_SIZE
+    _, seconds = timed(step, TIMED_BATCHES)
+    return seconds * CLIENT_IMAGES / BATCH_SIZE
 
 
+_fusion = partial(
+    Experiment,
+    columns="width",
+    source="Öz et al. 2024, section 4 (time and memory)",
+    data="",
+    many_seeds=False,
+    curve=True,
+    alone=True,
+)
 EXPERIMENTS = (
-    Experiment(
+    _fusion(
         "nt-time",
         "Seconds of one fusion of two networks 3072-width-10",
-        "Öz et al. 2024, section 4 (time and memory)",
         partial(of_fusion, "seconds"),
-        "width",
-        {
-            "average": {"256": "0.006", "1024": "0.031", "4096": "0.19"},
-            "Neuron Transplantation": {"256": "0.043", "1024": "0.22", "4096": "2.8"},
-            "OT fusion": {"256": "0.047", "1024": "0.69", "4096": "14.5"},
-        },
-        whose="original code",
-        data="",
         unit="seconds",
         decimals=3,
-        many_seeds=False,
-        curve=True,
-        alone=True,
     ),
-    Experiment(
+    _fusion(
         "nt-memory",
         "Extra memory of one fusion of two networks 3072-width-10",
-        "Öz et al. 2024, section 4 (time and memory)",
         partial(of_fusion, "mebibytes"),
-        "width",
-        {
-            "average": {"256": "11", "1024": "46", "4096": "291"},
-            "Neuron Transplantation": {"256": "39", "1024": "131", "4096": "1,160"},
-            "OT fusion": {"256": "26", "1024": "144", "4096": "1,450"},
-        },
-        whose="original code",
-        data="",
         unit="MiB",
         decimals=1,
-        many_seeds=False,
-        curve=True,
-        alone=True,
     ),
     Experiment(
         "statistics-cost",
         "What statistics cost a client: beside its weights, and beside an epoch of 50,000 images",
-        "input moments of 2,048 samples, for least squares",
         of_statistics,
-        "",
+        "network and detail: layers",
+        "input moments of 2,048 samples, for least squares",
         data="",
-        rows=GROUP.join(("network", "detail: layers")),
         unit="share of an epoch %",
         in_figure=("share of an epoch %",),
         many_seeds=False,

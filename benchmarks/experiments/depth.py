@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import flwr_fusion as ff
 from benchmarks.bench import Bench
 from benchmarks.experiment import Experiment, Scores, after, plain
-from benchmarks.experiments.skill_transfer import by_weight, skill_pair
+from benchmarks.experiments.skill_transfer import skill_pair
 from benchmarks.methods import ENSEMBLE, ONE_SHOT, average_with_norms
 
 PAPER = "Nguyen et al. 2021"
@@ -282,130 +282,72 @@ def in_own_layers(source: nn.Module, target: nn.Module, example_inputs: Tensor) 
     return result
 
 
-def _balanced(add: str, total: str, average: str) -> dict[str, str]:
-    return {"add": add, "merge (sum)": total, "merge (average)": average}
-
-
-def _ends(at_once: str, tuned: str) -> dict[str, str]:
-    return {after(0): at_once, "fine-tuned to the end": tuned}
+def _on_cifar(name: str, title: str, measure: Callable[[Bench], Scores], where: str) -> Experiment:
+    return Experiment(
+        name,
+        title,
+        measure,
+        "fine-tuning",
+        f"{PAPER}, section {where}, CIFAR-10, fine-tuned to the end)",
+        data="cifar",
+        many_seeds=False,
+    )
 
 
 EXPERIMENTS = (
     Experiment(
         "cla-layer-costs",
         "Which of five hidden layers correspond to three, by layer cost",
-        f"{PAPER}, table 9",
         layer_costs,
         "cost and constraints",
-        {f"{cost}, first to first, last to last": {"1, 2, 5": "100"} for cost in COSTS}
-        | {f"{cost}, first to first": {"1, 2, 3": "100"} for cost in COSTS},
+        f"{PAPER}, table 9",
         unit="share of seeds %",
         counts=True,
     ),
     Experiment(
         "cla-mappings",
         "Three and five hidden layers fused equally, for each correspondence of layers",
-        f"{PAPER}, table 10",
         mappings,
         "layers of the deep network",
-        {
-            "1, 2, 3": _balanced("92.33 / 92.64", "93.90 / 94.06", "91.84 / 92.67"),
-            "1, 2, 4": _balanced("92.48 / 92.99", "93.41 / 94.21", "91.88 / 92.29"),
-            "1, 2, 5": _balanced("92.49 / 92.88", "94.00 / 94.48", "92.37 / 93.67"),
-            "1, 3, 4": _balanced("90.69 / 92.42", "92.21 / 93.00", "89.17 / 90.77"),
-            "1, 3, 5": _balanced("90.88 / 92.51", "93.04 / 93.74", "89.57 / 91.72"),
-            "1, 4, 5": _balanced("90.98 / 91.96", "93.06 / 93.83", "90.26 / 92.49"),
-            "2, 3, 4": _balanced("82.21 / 80.48", "51.26 / 54.32", "55.62 / 57.25"),
-            "3, 4, 5": _balanced("79.49 / 79.27", "56.31 / 57.57", "55.90 / 54.33"),
-        },
-        whose="paper / original code",
+        f"{PAPER}, table 10",
     ),
     Experiment(
         "cla-balances",
         "Three and five hidden layers fused equally, added or merged, with and without repair",
-        f"{PAPER}, table 10 (layers 1, 2, 5)",
         balances,
         "balance",
-        {
-            "add": {"by activations": "92.9 ± 1.6"},
-            "merge (sum)": {"by activations": "94.5 ± 0.8"},
-            "merge (average)": {"by activations": "93.7 ± 1.8"},
-        },
-        whose="original code",
+        f"{PAPER}, table 10 (layers 1, 2, 5)",
     ),
     Experiment(
         "cla-skill-transfer",
         "One-shot skill transfer between networks of three and four hidden layers",
-        f"{PAPER}, table 13",
         skill_transfer,
         "weight of the network that does not know the digit 4",
-        {
-            "add": by_weight(
-                90.87, 90.86, 86.80, 79.28, 79.36, 81.18, 83.81, 85.91, 87.26, 87.92, 88.13
-            ),
-            "merge (sum)": by_weight(
-                90.87, 91.45, 88.82, 81.55, 81.17, 82.33, 84.33, 86.09, 87.23, 87.80, 88.09
-            ),
-            "merge (average)": by_weight(
-                90.87, 91.46, 88.68, 81.10, 80.59, 81.64, 83.59, 85.60, 86.97, 87.71, 88.03
-            ),
-        },
-        whose="original code",
+        f"{PAPER}, table 13",
         curve=True,
     ),
-    Experiment(
+    _on_cifar(
         "cla-residual",
         "A deep and a shallow residual network fused into either, and fine-tuned",
-        f"{PAPER}, section 4.1 (ResNet34 and ResNet18, CIFAR-10, fine-tuned to the end)",
         residual,
-        "fine-tuning",
-        {
-            "deep alone, trained on": _ends("93.31", "93.52"),
-            "shallow alone, trained on": {after(0): "92.92"},
-            "into deep: CLA": _ends("65.72", "93.67"),
-            ENSEMBLE: {after(0): "93.81"},
-        },
-        data="cifar",
-        many_seeds=False,
+        "4.1 (ResNet34 and ResNet18",
     ),
-    Experiment(
+    _on_cifar(
         "cla-many",
         "Two deep and two shallow residual networks fused, and fine-tuned",
-        f"{PAPER}, section 4.1 (four networks, CIFAR-10, fine-tuned to the end)",
         many,
-        "fine-tuning",
-        {"CLA": _ends("31.76", "93.76")},
-        data="cifar",
-        many_seeds=False,
+        "4.1 (four networks",
     ),
-    Experiment(
+    _on_cifar(
         "cla-teacher-student",
         "A large VGG fused or distilled into a small one",
-        f"{PAPER}, section 4.2 (VGG13 doubled, VGG11 halved, CIFAR-10, fine-tuned to the end)",
         teacher_and_student,
-        "fine-tuning",
-        {
-            "teacher": {after(0): "92.65"},
-            "student alone, trained on": _ends("89.72", "89.77"),
-            "depth-aligned student": {"fine-tuned to the end": "90.52"},
-            "CLA into the student": _ends("82.03", "90.64"),
-        },
-        data="cifar",
-        many_seeds=False,
+        "4.2 (VGG13 doubled, VGG11 halved",
     ),
-    Experiment(
+    _on_cifar(
         "cla-transfer",
         "Heterogeneous model transfer: a deep residual network started from a shallow one",
-        f"{PAPER}, section 4.1.1 (ResNet18 to ResNet34, CIFAR-10, fine-tuned to the end)",
         transfer,
-        "fine-tuning",
-        {
-            "longest chain": _ends("10.79", "93.10"),
-            "longest chain + average": _ends("37.49", "93.38"),
-            "longest chain + OT": _ends("18.32", "93.66"),
-            "longest chain + CLA + OT": _ends("61.29", "93.86"),
-        },
-        data="cifar",
-        many_seeds=False,
+        "4.1.1 (ResNet18 to ResNet34",
     ),
 )

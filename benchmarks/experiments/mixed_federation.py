@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import flwr_fusion as ff
 from benchmarks.bench import SEED_STRIDE, Bench
 from benchmarks.experiment import GROUP, Experiment, Scores
-from benchmarks.experiments.rounds import SHOWN
+from benchmarks.experiments.rounds import OVER_ROUNDS
 from benchmarks.federation import Client, Round, divided, drawn, federate
 
 # Names of the scale's networks, and how many clients have each.
@@ -112,15 +112,12 @@ EXPERIMENTS = (
     Experiment(
         "mixed-federation",
         "Ten clients with MLPs of three depths and widths: every architecture's global network",
-        "cross-layer alignment in every round, beside FedAvg of each architecture's own clients",
         mixed_federation,
         "round",
+        "cross-layer alignment in every round, beside FedAvg of each architecture's own clients",
         cases=METHODS,
         data="federation",
         rows=GROUP.join(("architecture", "method")),
-        curve=True,
-        in_table=SHOWN,
-        decimals=1,
-        deviation=False,
+        **OVER_ROUNDS,
     ),
 )

@@ -14,13 +14,15 @@ from benchmarks.methods import (
     CONTROL,
     ENSEMBLE,
     ONE_SHOT,
-    PLAIN,
     by_matching,
     fused,
     sliced_average,
 )
 
 PAPER = "Singh & Jaggi 2020"
+TABLE_5 = "Öz et al. 2024, table 5"
+ON_MNIST = f"{PAPER}, section 5.1; Öz et al. 2024, tables 5 and 6"
+ON_CIFAR = f"{PAPER}, table 1; Öz et al. 2024, tables 5 and 6 (CIFAR-10)"
 
 
 def one_shot(model: str, data: str, bias: bool, bench: Bench) -> Scores:
@@ -132,145 +134,70 @@ def mixed_widths(bench: Bench) -> Scores:
     return scores
 
 
-def _printed(*figures: str) -> dict[str, str]:
-    """Return printed figures by the columns at once, after 1 and after 3 epochs."""
-    return dict(zip((after(0), after(1), after(3)), figures, strict=False))
-
-
-def _by_count(*figures: str) -> dict[str, str]:
-    """Return printed figures for 2, 4 and 8 networks by column."""
-    return {
-        f"{count} networks, {column}": figure
-        for count, of_count in zip((2, 4, 8), figures, strict=True)
-        for column, figure in _printed(*of_count.split()).items()
-    }
+def _two(name: str, networks: str, model: str, data: str, source: str = TABLE_5) -> Experiment:
+    """Return the experiment on two networks fused once and fine-tuned."""
+    return Experiment(
+        name,
+        f"Two {networks}, fused once and fine-tuned",
+        partial(one_shot, model, data, "resnet" in model),
+        "fine-tuning",
+        source,
+        data="cifar" if "cifar" in data else "mnist",
+        many_seeds=name == "one-shot-mlp",
+    )
 
 
 EXPERIMENTS = (
-    Experiment(
-        "one-shot-mlp",
-        "Two MLPs trained on the same data, fused once and fine-tuned",
-        f"{PAPER}, section 5.1; Öz et al. 2024, tables 5 and 6",
-        partial(one_shot, "wide_mlp", "mnist_part", False),
-        "fine-tuning",
-        {
-            PLAIN: _printed("72.1 / 76.3", "96.7", "97.6"),
-            "OT": _printed("96.91 / 95.98", "97.61", "97.80"),
-            "NT": _printed("94.19 / 95.93", "97.79", "97.88"),
-            CONTROL: _printed("97.74", "97.81", "97.89"),
-        },
-        whose="paper / original code",
-    ),
-    Experiment(
-        "one-shot-mlp-cifar10",
-        "Two MLPs trained on the same CIFAR-10 images, fused once and fine-tuned",
-        "Öz et al. 2024, table 5",
-        partial(one_shot, "wide_mlp", "cifar", False),
-        "fine-tuning",
-        {PLAIN: _printed("31.7"), "OT": _printed("52.7"), "NT": _printed("41.1")},
-        data="cifar",
-        many_seeds=False,
-    ),
-    Experiment(
-        "one-shot-lenet",
-        "Two LeNets trained on the same MNIST images, fused once and fine-tuned",
-        "Öz et al. 2024, table 5",
-        partial(one_shot, "lenet", "mnist_part", False),
-        "fine-tuning",
-        {PLAIN: _printed("57.3"), "OT": _printed("78.3"), "NT": _printed("88.4")},
-        many_seeds=False,
-    ),
-    Experiment(
-        "one-shot-lenet-cifar10",
-        "Two LeNets trained on the same CIFAR-10 images, fused once and fine-tuned",
-        "Öz et al. 2024, table 5",
-        partial(one_shot, "lenet", "cifar", False),
-        "fine-tuning",
-        {PLAIN: _printed("15.6"), "OT": _printed("23.2"), "NT": _printed("25.2")},
-        data="cifar",
-        many_seeds=False,
-    ),
-    Experiment(
-        "one-shot-vgg",
-        "Two VGGs trained on the same data, fused once and fine-tuned",
-        f"{PAPER}, table 1; Öz et al. 2024, tables 5 and 6 (CIFAR-10)",
-        partial(one_shot, "vgg", "cifar", False),
-        "fine-tuning",
-        {PLAIN: _printed("37.2"), "OT": _printed("75.36"), "NT": _printed("69.66")},
-        data="cifar",
-        many_seeds=False,
-    ),
-    Experiment(
+    _two("one-shot-mlp", "MLPs trained on the same data", "wide_mlp", "mnist_part", ON_MNIST),
+    _two("one-shot-mlp-cifar10", "MLPs trained on the same CIFAR-10 images", "wide_mlp", "cifar"),
+    _two("one-shot-lenet", "LeNets trained on the same MNIST images", "lenet", "mnist_part"),
+    _two("one-shot-lenet-cifar10", "LeNets trained on the same CIFAR-10 images", "lenet", "cifar"),
+    _two("one-shot-vgg", "VGGs trained on the same data", "vgg", "cifar", ON_CIFAR),
+    _two(
         "one-shot-resnet",
-        "Two residual networks trained on the same data, fused once and fine-tuned",
-        f"{PAPER}, table 1; Öz et al. 2024, tables 5 and 6 (CIFAR-10)",
-        partial(one_shot, "shallow_resnet", "cifar_part", True),
-        "fine-tuning",
-        {PLAIN: _printed("67.1"), "OT": _printed("not possible"), "NT": _printed("57.7 ± 34")},
+        "residual networks trained on the same data",
+        "shallow_resnet",
+        "cifar_part",
+        ON_CIFAR,
+    ),
+    Experiment(
+        "matching-mlp",
+        "Two MLPs trained on the same data, fused once by every way of matching",
+        partial(matching, "mlp", "mnist"),
+        "networks",
+        f"{PAPER}, section 5.1 (another pair, by weights and activations)",
+    ),
+    Experiment(
+        "matching-resnet",
+        "Two residual networks, fused once by every way of matching, with and without repair",
+        partial(matching, "shallow_resnet", "cifar_part"),
+        "networks",
+        "what BatchNorm needs after fusion",
         data="cifar",
         many_seeds=False,
     ),
     Experiment(
         "many-networks",
         "More than two networks",
-        f"{PAPER}, section 5.2; Öz et al. 2024, section 4 (joint, iterative, recursive)",
         many,
         "networks and fine-tuning",
-        {
-            PLAIN: _by_count("76.3 96.7 97.6", "25.1 94.3 96.9", "17.0 91.5 96.1"),
-            "OT": _by_count("95.98 97.61 97.80", "83.5 97.0 97.6", "65.9 96.5 97.5"),
-            "NT": _by_count("95.93 97.79 97.88", "86.3 97.4 97.8", "70.2 97.1 97.7"),
-            "NT iterative": _by_count("", "95.6 97.7 97.9", "95.2 97.7 97.9"),
-            "NT recursive": _by_count("", "85.8 97.5 97.8", "61.4 97.0 97.7"),
-        },
-        whose="original code, 60,000 images",
+        f"{PAPER}, section 5.2; Öz et al. 2024, section 4 (joint, iterative, recursive)",
         many_seeds=False,
     ),
     Experiment(
         "widths",
         "A network and one of half its width, fused into either",
-        f"{PAPER}, section 5.3",
         widths,
         "fine-tuning",
+        f"{PAPER}, section 5.3",
         many_seeds=False,
     ),
     Experiment(
         "mixed-widths",
         "Ten clients of two widths, Dirichlet 0.5, starts of their own, fused once",
-        "Diao et al. 2021 (HeteroFL) and Lin et al. 2020 (FedDF, here by probabilities)",
         mixed_widths,
         "step",
-        {
-            "large clients only: OT": _printed("82.7"),
-            "top-left slices (HeteroFL)": _printed("53"),
-            "OT by activations": _printed("87.1"),
-            "OT": _printed("89.3"),
-            "OT, distilled": _printed("91.3"),
-            ENSEMBLE: _printed("94.6"),
-        },
-        whose="prototype",
-        many_seeds=False,
-    ),
-    Experiment(
-        "matching-mlp",
-        "Two MLPs trained on the same data, fused once by every way of matching",
-        f"{PAPER}, section 5.1 (another pair, by weights and activations)",
-        partial(matching, "mlp", "mnist"),
-        "networks",
-        {
-            PLAIN: _printed("73.8"),
-            "OT by weights, greedy": _printed("95.6"),
-            "OT by activations, greedy": _printed("96.3"),
-        },
-        whose="original code",
-    ),
-    Experiment(
-        "matching-resnet",
-        "Two residual networks, fused once by every way of matching, with and without repair",
-        "what BatchNorm needs after fusion",
-        partial(matching, "shallow_resnet", "cifar_part"),
-        "networks",
-        data="cifar",
+        "Diao et al. 2021 (HeteroFL) and Lin et al. 2020 (FedDF, here by probabilities)",
         many_seeds=False,
     ),
 )

@@ -11,7 +11,7 @@ from benchmarks.bench import Bench
 from benchmarks.experiment import Experiment, Scores, plain
 from benchmarks.methods import pruned
 
-PAPER = "Singh & Jaggi 2020"
+SECTION = "Singh & Jaggi 2020, section on structured pruning"
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -44,33 +44,27 @@ def pruning(model: str, data: str, bias: bool, bench: Bench) -> Scores:
     return scores
 
 
+_of_vgg = partial(Experiment, columns="sparsity", data="cifar", many_seeds=False, curve=True)
+
 EXPERIMENTS = (
     Experiment(
         "pruning-mlp",
         "Pruning an MLP, with and without fusion of the dense network",
-        f"{PAPER}, section on structured pruning",
         partial(pruning, "mlp", "mnist_part", True),
         "sparsity",
+        SECTION,
         curve=True,
     ),
-    Experiment(
+    _of_vgg(
         "pruning-vgg",
         "Pruning a VGG without biases, with and without fusion of the dense network",
-        f"{PAPER}, section on structured pruning",
         partial(pruning, "pruned_vgg", "cifar", False),
-        "sparsity",
-        data="cifar",
-        many_seeds=False,
-        curve=True,
+        source=SECTION,
     ),
-    Experiment(
+    _of_vgg(
         "pruning-vgg-biases",
         "Pruning a VGG with biases, with and without fusion of the dense network",
-        f"{PAPER}, section on structured pruning, whose networks have no biases",
         partial(pruning, "pruned_vgg", "cifar", True),
-        "sparsity",
-        data="cifar",
-        many_seeds=False,
-        curve=True,
+        source=f"{SECTION}, whose networks have no biases",
     ),
 )

@@ -90,9 +90,9 @@ EXPERIMENTS = (
     Experiment(
         "robust",
         "Six good clients and a bad one, put together by several rules, after one round",
-        "Flower's rules, and the same on matched neurons",
         robust,
         "bad client:",
+        "Flower's rules, and the same on matched neurons",
         cases=STARTS,
         data="attacked",
         rows=GROUP.join(("start", "rule")),

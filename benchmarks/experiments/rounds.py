@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 from fusion_simulation.task import build_model, train
@@ -20,10 +21,16 @@ from benchmarks.methods import Fuse as FuseModels
 # Clients of each.
 PARTITIONS = {"label-skill": 2, "dirichlet-0.1": 10, "dirichlet-0.5": 5, "iid": 5}
 STARTS = ("shared", "own")
-SHOWN = ("1", "2", "3", "5", "10")
 CLIENTS = 10
 # Of clients that bring finished networks.
 FINISHED_EPOCHS, ROUNDS_AFTERWARDS = 5, 2
+# How a table and a figure over rounds look that has many rows.
+OVER_ROUNDS: dict[str, Any] = {
+    "curve": True,
+    "in_table": ("1", "2", "3", "5", "10"),
+    "decimals": 1,
+    "deviation": False,
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,14 @@ def to_accuracy(bench: Bench, setting: Setting) -> Scores:
         * bench.scale.rounds,
     )
     row = GROUP.join((setting.partition, setting.start, setting.method.name))
-    return {row: {str(k): bench.score(own[""], task) for k, own in enumerate(networks, start=1)}}
+    return {row: _curve(bench, task, networks)}
+
+
+def _curve(
+    bench: Bench, task: Task, networks: Iterable[Mapping[str, nn.Module]]
+) -> dict[str, float]:
+    """Return the score of the global network after every round."""
+    return {str(k): bench.score(own[""], task) for k, own in enumerate(networks, start=1)}
 
 
 def _built(bench: Bench, task: Task, model: str, seed: int) -> nn.Module:
@@ -123,9 +137,7 @@ def every_round(bench: Bench) -> Scores:
             lambda number, k: CLIENTS * number + k,
             fuses,
         )
-        scores[name] = {
-            str(k): bench.score(own[""], part) for k, own in enumerate(networks, start=1)
-        }
+        scores[name] = _curve(bench, part, networks)
     return scores
 
 
@@ -158,50 +170,47 @@ def once(bench: Bench) -> Scores:
             lambda number, k: SEED_STRIDE * number + k,
             [_fused_by(ff.average)] * ROUNDS_AFTERWARDS,
         )
-        scores[name] = {"0": bench.score(start, task)} | {
-            str(k): bench.score(own[""], task) for k, own in enumerate(networks, start=1)
-        }
+        scores[name] = {"0": bench.score(start, task), **_curve(bench, task, networks)}
     return scores
 
 
-def _to_accuracy(model: str, title: str, data: str, methods: Sequence[Method]) -> Experiment:
+def _to_accuracy(network: str, dataset: str, data: str, *methods: Method) -> Experiment:
     """Return the experiment on a network and a data set, with every partition and start."""
     return Experiment(
-        f"rounds-{model}-{'cifar10' if data.startswith('cifar') else 'mnist'}",
-        f"Rounds to accuracy: {title}",
-        "FedAvg, FedProx and optimal transport in every round, from a shared start and from own",
+        f"rounds-{network}-{dataset}".lower().replace("r-10", "r10"),
+        f"Rounds to accuracy: {network}, {dataset}",
         to_accuracy,
         "round",
-        cases=[Setting(model, data, *how) for how in product(PARTITIONS, STARTS, methods)],
+        "FedAvg, FedProx and optimal transport in every round, from a shared start and from own",
+        cases=[
+            Setting(network.lower(), data, *how) for how in product(PARTITIONS, STARTS, methods)
+        ],
         data=data,
         rows=GROUP.join(("partition", "start", "method")),
-        curve=True,
-        in_table=SHOWN,
-        decimals=1,
-        deviation=False,
         baseline=FEDAVG.name,
+        **OVER_ROUNDS,
     )
 
 
 EXPERIMENTS = (
-    _to_accuracy("mlp", "MLP, MNIST", "federation", (FEDAVG, FEDPROX, MEAN, LEAST_SQUARES)),
-    _to_accuracy("lenet", "LeNet, MNIST", "federation", (FEDAVG, LEAST_SQUARES)),
-    _to_accuracy("lenet", "LeNet, CIFAR-10", "cifar_federation", (FEDAVG, LEAST_SQUARES)),
+    _to_accuracy("MLP", "MNIST", "federation", FEDAVG, FEDPROX, MEAN, LEAST_SQUARES),
+    _to_accuracy("LeNet", "MNIST", "federation", FEDAVG, LEAST_SQUARES),
+    _to_accuracy("LeNet", "CIFAR-10", "cifar_federation", FEDAVG, LEAST_SQUARES),
     Experiment(
         "nt-rounds",
         "Transplantation in a federation: in every round, in the first, never",
-        "Öz et al. 2024, section 4 (training with transplantation); Dirichlet 0.5, ten clients",
         every_round,
         "round",
-        curve=True,
+        "Öz et al. 2024, section 4 (training with transplantation); Dirichlet 0.5, ten clients",
         many_seeds=False,
+        curve=True,
     ),
     Experiment(
         "nt-start",
-        "Finished networks of own starts transplanted once, then averaged; Dirichlet 0.1",
-        "Öz et al. 2024, section 4 (one more setting)",
+        "Finished networks of own starts transplanted once, then averaged",
         once,
         "rounds of FedAvg",
+        "Öz et al. 2024, section 4 (another setting); Dirichlet 0.1, ten clients",
         curve=True,
     ),
 )

@@ -74,38 +74,20 @@ def distillation(bench: Bench) -> Scores:
     return scores
 
 
-def by_weight(*values: float) -> dict[str, str]:
-    """Return printed figures by the columns of a sweep over weights."""
-    columns = map(plain, SWEEP_WEIGHTS)
-    return dict(zip(columns, (f"{value:.2f}" for value in values), strict=True))
-
-
 EXPERIMENTS = (
     Experiment(
         "ot-skill-transfer",
         "One-shot skill transfer: one network knows the digit 4, the other does not",
-        "Singh & Jaggi 2020, section 5.1 and figure 2",
         skill_transfer,
         "weight of the network that does not know it",
-        {
-            "OT by activations, greedy": by_weight(
-                90.91, 91.61, 90.48, 85.47, 82.95, 83.61, 84.92, 86.23, 87.20, 87.76, 88.09
-            ),
-            "OT by weights, greedy": by_weight(
-                90.91, 91.30, 90.74, 87.27, 80.68, 78.86, 82.67, 86.17, 87.45, 87.91, 88.09
-            ),
-            "plain average": by_weight(
-                90.91, 90.87, 89.38, 82.38, 62.87, 56.62, 73.09, 84.67, 87.42, 87.94, 88.09
-            ),
-        },
-        whose="original code",
+        "Singh & Jaggi 2020, section 5.1 and figure 2",
         curve=True,
     ),
     Experiment(
         "distillation",
         "Skill transfer with distillation on 1,000 unlabelled images",
-        "Lin et al. 2020 (FedDF, here by probabilities), on the split of Singh & Jaggi 2020",
         distillation,
         "step",
+        "Lin et al. 2020 (FedDF, here by probabilities), on the split of Singh & Jaggi 2020",
     ),
 )
