@@ -14,7 +14,7 @@ from benchmarks.runner import Setup, image_counts, run_missing, sections
 
 DESCRIPTION = """Every finished cell (an experiment, a seed) and every trained network is kept in
 the results folder: an interrupted run goes on where it stopped. Ends with a Markdown table and a
-figure for every experiment; report.md holds all that are finished."""
+figure for every experiment; report.md holds all that are finished with the seeds."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from benchmarks.experiment import Scale, Task, after
-from benchmarks.methods import moments
+from benchmarks.experiment import Scale, Scores, Task, after
+from benchmarks.methods import ENSEMBLE, moments
 from flwr_fusion.statistics import Statistics
 
 # Seeds of one repetition are kept apart from those of the next by this factor.
@@ -158,6 +158,39 @@ class Bench:
         answers = [class_probabilities(model, test.images) for model in models]
         weights = [1.0] * len(models) if weights is None else weights
         return 100 * accuracy(ensemble_probabilities(answers, weights), test.labels)
+
+    def rows(
+        self,
+        networks: Mapping[str, nn.Module],
+        task: Task,
+        ensemble: Sequence[nn.Module] = (),
+        tune: bool = True,
+    ) -> Scores:
+        """Return the scores of networks by name, and of the ensemble of some others.
+
+        Parameters
+        ----------
+        networks : mapping of str to nn.Module
+            The networks.
+        task : Task
+            Data and fine-tuning.
+        ensemble : sequence of nn.Module
+            Networks that answer together; none: no such row.
+        tune : bool
+            Whether to fine-tune the networks.
+
+        Returns
+        -------
+        Scores
+            Test accuracy in % at once and, if they are fine-tuned, after that.
+        """
+        scores: Scores = {
+            name: self.tuned(model, task) if tune else {after(0): self.score(model, task)}
+            for name, model in networks.items()
+        }
+        if ensemble:
+            scores[ENSEMBLE] = {after(0): self.ensemble_score(ensemble, task)}
+        return scores
 
     def tuned(self, model: nn.Module, task: Task) -> dict[str, float]:
         """Return test accuracy at once and after fine-tuning on all images, by column."""

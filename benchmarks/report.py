@@ -153,28 +153,34 @@ def draw(experiment: Experiment, repetitions: Sequence[Scores], path: Path) -> N
     across = _across(list(groups))
     figure, panels = new_figure_grid(experiment.title, len(groups), across)
     for (group, rows), axes in zip(groups.items(), panels, strict=True):
-        means = {
-            row.rpartition(GROUP)[2]: {
-                column: statistics.mean(values)
-                for column, values in cells.items()
-                if column in (experiment.in_figure or cells)
-            }
-            for row, cells in rows.items()
-        }
         axes.set_title(group.replace(GROUP, ", "), fontsize=9)
+        means = _means(rows, experiment.in_figure)
         (_draw_lines if experiment.curve else _draw_bars)(axes, means, experiment)
-    for axes in panels[::across] if experiment.curve else []:
-        axes.set_ylabel(experiment.unit)
-    if not experiment.curve:
+    if experiment.curve:
+        for axes in panels[::across]:
+            axes.set_ylabel(experiment.unit)
+    else:
         panels[0].invert_yaxis()  # They share it.
     lines, labels = panels[0].get_legend_handles_labels()
     if experiment.curve or len(labels) > 1:
         columns = min(len(labels), 2 if across == 1 else MOST_PANELS)
         figure.legend(lines, labels, loc="outside lower center", ncols=columns, fontsize="small")
     down = -(-len(groups) // across)
-    height = 4.6 if experiment.curve else 1.6 + 0.36 * len(means)
+    height = 4.6 if experiment.curve else 1.6 + 0.36 * max(map(len, groups.values()))
     figure.set_size_inches(max(7.5, 3.2 * across), height if down == 1 else 0.8 + 2.6 * down)
     save_figure(figure, path)
+
+
+def _means(rows: Measured, columns: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the means of a group by row and column, of all columns if none are given."""
+    return {
+        row.rpartition(GROUP)[2]: {
+            column: statistics.mean(values)
+            for column, values in cells.items()
+            if column in (columns or cells)
+        }
+        for row, cells in rows.items()
+    }
 
 
 def _in_rows(groups: dict[str, Measured]) -> dict[str, Measured]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from benchmarks.bench import Bench
-from benchmarks.experiment import Experiment, Scores, after, plain
+from benchmarks.experiment import Experiment, Scores, plain
 from benchmarks.experiments.skill_transfer import skill_pair
 from benchmarks.methods import ENSEMBLE, ONE_SHOT, average_with_norms
 
@@ -170,16 +170,14 @@ def residual(bench: Bench) -> Scores:
     }
     models, calibration = list(networks.values()), bench.calibration(task)
     fuse = partial(ff.cla_fusion, models, example_inputs=calibration[:2], calibration=calibration)
-    scores: Scores = {}
+    rows = {}
     for name, target in networks.items():
-        rows = {
+        rows |= {
             f"{name} alone, trained on": target,
             f"into {name}: CLA": fuse(target=target).model,
             f"into {name}: CLA, by activations": fuse(target=target, align_by="activations").model,
         }
-        scores |= {row: bench.tuned(model, task) for row, model in rows.items()}
-    scores[ENSEMBLE] = {after(0): bench.ensemble_score(models, task)}
-    return scores
+    return bench.rows(rows, task, models)
 
 
 def many(bench: Bench) -> Scores:
@@ -198,9 +196,7 @@ def many(bench: Bench) -> Scores:
         ).model,
         "CLA": fuse(calibration=calibration).model,
     }
-    scores = {row: bench.tuned(model, task) for row, model in rows.items()}
-    scores[ENSEMBLE] = {after(0): bench.ensemble_score(models, task)}
-    return scores
+    return bench.rows(rows, task, models)
 
 
 def teacher_and_student(bench: Bench) -> Scores:
@@ -222,7 +218,7 @@ def teacher_and_student(bench: Bench) -> Scores:
         "student, distilled": bench.distilled(student, [teacher], task),
         "CLA into the student, distilled": bench.distilled(fused, [teacher], task),
     }
-    return {row: bench.tuned(model, task) for row, model in rows.items()}
+    return bench.rows(rows, task)
 
 
 def transfer(bench: Bench) -> Scores:
@@ -244,7 +240,7 @@ def transfer(bench: Bench) -> Scores:
         ).model,
         "longest chain + CLA + OT": aligned.model,
     }
-    return {row: bench.tuned(model, task) for row, model in rows.items()}
+    return bench.rows(rows, task)
 
 
 def in_own_layers(source: nn.Module, target: nn.Module, example_inputs: Tensor) -> nn.Module:

@@ -29,11 +29,8 @@ def one_shot(model: str, data: str, bias: bool, bench: Bench) -> Scores:
     """Fuse two networks trained on the same data, and fine-tune."""
     task = bench.task(data)
     models = [bench.network(task, bench.model(model), member, bias=bias) for member in (0, 1)]
-    starts = fused(models, bench.calibration(task))
-    scores = {method: bench.tuned(start, task) for method, start in starts.items()}
-    scores[CONTROL] = bench.tuned(bench.best(models, task), task)
-    scores[ENSEMBLE] = {after(0): bench.ensemble_score(models, task)}
-    return scores
+    starts = fused(models, bench.calibration(task)) | {CONTROL: bench.best(models, task)}
+    return bench.rows(starts, task, models)
 
 
 def matching(model: str, data: str, bench: Bench) -> Scores:
@@ -44,9 +41,7 @@ def matching(model: str, data: str, bench: Bench) -> Scores:
     rows = {f"network {k} alone": network for k, network in enumerate(models, start=1)}
     for name, fuse in by_matching(bench.calibration(task), known).items():
         rows[name] = fuse(models).model
-    scores = {row: {after(0): bench.score(network, task)} for row, network in rows.items()}
-    scores[ENSEMBLE] = {after(0): bench.ensemble_score(models, task)}
-    return scores
+    return bench.rows(rows, task, models, tune=False)
 
 
 def many(bench: Bench) -> Scores:
@@ -61,12 +56,8 @@ def many(bench: Bench) -> Scores:
         models = networks[:count]
         starts = fused(models, bench.calibration(task), ("joint", "iterative", "recursive"))
         starts[CONTROL] = bench.best(models, task)
-        for name, start in starts.items():
-            scores.setdefault(name, {}).update(
-                heading(f"{count} networks", bench.tuned(start, task))
-            )
-        answer = {after(0): bench.ensemble_score(models, task)}
-        scores.setdefault(ENSEMBLE, {}).update(heading(f"{count} networks", answer))
+        for name, found in bench.rows(starts, task, models).items():
+            scores.setdefault(name, {}).update(heading(f"{count} networks", found))
     return scores
 
 
@@ -80,14 +71,14 @@ def widths(bench: Bench) -> Scores:
     scores: Scores = {ENSEMBLE: {after(0): bench.ensemble_score([wide, narrow], task)}}
     for name, target in (("wide", wide), ("narrow", narrow)):
         fuse = partial(ff.ot_fusion, [wide, narrow], target=target, example_inputs=calibration[:2])
-        own = {
+        rows = {
             f"{name} alone, trained on": target,
             f"into {name}: top-left slices (HeteroFL)": sliced_average([wide, narrow], target),
             f"into {name}: OT": fuse().model,
             f"into {name}: OT, repaired": fuse(calibration=calibration).model,
             f"into {name}: distillation alone": bench.distilled(target, [wide, narrow], task),
         }
-        scores |= {row: bench.tuned(model, task) for row, model in own.items()}
+        scores |= bench.rows(rows, task)
     return scores
 
 
@@ -129,9 +120,7 @@ def mixed_widths(bench: Bench) -> Scores:
             least_squares, [*clients, least_squares], task
         ),
     }
-    scores: Scores = {row: {after(0): bench.score(model, task)} for row, model in rows.items()}
-    scores[ENSEMBLE] = {after(0): bench.ensemble_score(clients, task)}
-    return scores
+    return bench.rows(rows, task, clients, tune=False)
 
 
 def _two(name: str, networks: str, model: str, data: str, source: str = TABLE_5) -> Experiment:

@@ -99,11 +99,12 @@ def self_fusion(bench: Bench) -> Scores:
     fuse = partial(
         ff.neuron_transplantation, [model, model], example_inputs=bench.calibration(task)[:2]
     )
-    return {
-        "the network itself": {after(0): bench.score(model, task)},
-        "fused with itself": {after(0): bench.score(fuse().model, task)},
-        "without the guard": {after(0): bench.score(fuse(duplicates=0.0).model, task)},
+    rows = {
+        "the network itself": model,
+        "fused with itself": fuse().model,
+        "without the guard": fuse(duplicates=0.0).model,
     }
+    return bench.rows(rows, task, tune=False)
 
 
 def partial_transplantation(bench: Bench) -> Scores:
