@@ -170,7 +170,7 @@ def residual(bench: Bench) -> Scores:
     }
     models, calibration = list(networks.values()), bench.calibration(task)
     fuse = partial(ff.cla_fusion, models, example_inputs=calibration[:2], calibration=calibration)
-    rows = {}
+    rows: dict[str, nn.Module] = {}
     for name, target in networks.items():
         rows |= {
             f"{name} alone, trained on": target,
