@@ -137,13 +137,14 @@ class Bench:
 
     def _cached(self, task: Task, model: str, bias: bool) -> Path:
         """Return a folder of networks; everything that their training depends on is in its name."""
-        images = f"{len(self.images(task))}of{len(self.everything(task))}"
-        kind = f"{task.dataset}_{images}_{model}_{'bias' if bias else 'nobias'}_{self.device}"
-        recipe = task.recipe
-        return self.cache / (
-            f"{kind}_epochs{recipe.epochs}_lr{recipe.learning_rate}_momentum{recipe.momentum}"
-            f"_batch{recipe.batch_size}"
+        data, recipe = self.everything(task), task.recipe
+        images = f"{task.images}of{len(data)}without{self._held_back(data)}"
+        trained = (
+            f"epochs{recipe.epochs}_lr{recipe.learning_rate}_momentum{recipe.momentum}"
+            f"_batch{recipe.batch_size}_{self.device}"
         )
+        network = f"{model}_{'bias' if bias else 'nobias'}"
+        return self.cache / f"{task.dataset}_{images}_{network}_{trained}"
 
     def score(self, model: nn.Module, task: Task) -> float:
         """Return test accuracy in %."""

@@ -28,7 +28,7 @@ BALANCES: dict[str, dict[str, Any]] = {
     "merge (least squares)": {"balance": "merge", "merge": "least-squares"},
 }
 MAJORITY: dict[str, dict[str, Any]] = {
-    "merge (majority)": {"balance": "merge", "merge": "majority"},
+    "merge (majority)": {"balance": "merge", "merge": "majority"}
 }
 
 
@@ -206,10 +206,7 @@ def teacher_and_student(bench: Bench) -> Scores:
     student = bench.network(task, scale.student, 1)
     calibration = bench.calibration(task)
     fused = ff.cla_fusion(
-        [teacher, student],
-        target=student,
-        example_inputs=calibration[:2],
-        calibration=calibration,
+        [teacher, student], target=student, example_inputs=calibration[:2], calibration=calibration
     ).model
     rows = {
         "teacher": teacher,

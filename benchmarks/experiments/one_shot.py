@@ -10,14 +10,7 @@ from fusion_simulation.data import dirichlet_partition
 import flwr_fusion as ff
 from benchmarks.bench import Bench
 from benchmarks.experiment import Experiment, Scores, after, heading
-from benchmarks.methods import (
-    CONTROL,
-    ENSEMBLE,
-    ONE_SHOT,
-    by_matching,
-    fused,
-    sliced_average,
-)
+from benchmarks.methods import CONTROL, ENSEMBLE, ONE_SHOT, by_matching, fused, sliced_average
 
 PAPER = "Singh & Jaggi 2020"
 TABLE_5 = "Öz et al. 2024, table 5"
