@@ -23,6 +23,7 @@ STATISTICS_BATCH = 256
 
 Fuse = Callable[..., ff.FusionResult]
 Scheme = Literal["joint", "iterative", "recursive"]
+Repair = Literal["auto", "batchnorm"]
 
 
 def moments(model: nn.Module, images: Tensor) -> Statistics:
@@ -103,9 +104,16 @@ def fused(
 
 def average_with_norms(models: Sequence[nn.Module], calibration: Tensor) -> nn.Module:
     """Return the plain average with BatchNorm recomputed; without, it is near chance."""
-    network = ff.average(models).model
-    fuse = partial(ff.ot_fusion, example_inputs=calibration[:2], calibration=calibration)
-    return fuse([network], repair="batchnorm").model
+    return ot_with_norms([ff.average(models).model], calibration, repair="batchnorm")
+
+
+def ot_with_norms(
+    models: Sequence[nn.Module], calibration: Tensor, repair: Repair = "auto"
+) -> nn.Module:
+    """Return networks fused by optimal transport, with BatchNorm recomputed."""
+    return ff.ot_fusion(
+        models, example_inputs=calibration[:2], calibration=calibration, repair=repair
+    ).model
 
 
 def pruned(model: nn.Module, example_inputs: Tensor, sparsity: float) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from fusion_simulation.comparison import SWEEP_WEIGHTS
@@ -16,10 +16,10 @@ import flwr_fusion as ff
 from benchmarks.bench import Bench
 from benchmarks.experiment import Experiment, Scores, plain
 from benchmarks.experiments.skill_transfer import skill_pair
-from benchmarks.methods import ENSEMBLE, ONE_SHOT, average_with_norms
+from benchmarks.methods import ENSEMBLE, ONE_SHOT, average_with_norms, ot_with_norms
 
 PAPER = "Nguyen et al. 2021"
-COSTS: tuple[Literal["width", "cka", "wasserstein"], ...] = ("width", "cka", "wasserstein")
+COSTS = ("width", "cka", "wasserstein")
 MAPPINGS = ((1, 2, 3), (1, 2, 4), (1, 2, 5), (1, 3, 4), (1, 3, 5), (1, 4, 5), (2, 3, 4), (3, 4, 5))
 BALANCES: dict[str, dict[str, Any]] = {
     "add": {"balance": "add"},
@@ -30,6 +30,12 @@ BALANCES: dict[str, dict[str, Any]] = {
 MAJORITY: dict[str, dict[str, Any]] = {
     "merge (majority)": {"balance": "merge", "merge": "majority"}
 }
+BY_ACTIVATIONS: dict[str, Any] = {"align_by": "activations", "repair": "none"}
+
+
+def cla(models: Sequence[nn.Module], calibration: Tensor, **options: Any) -> ff.FusionResult:
+    """Return networks of different depth fused with cross-layer alignment."""
+    return ff.cla_fusion(models, example_inputs=calibration[:2], calibration=calibration, **options)
 
 
 def depth_pair(bench: Bench) -> list[nn.Module]:
@@ -52,15 +58,8 @@ def layer_costs(bench: Bench) -> Scores:
     scores: Scores = {}
     for cost in COSTS:
         for last_to_last in (True, False):
-            report = ff.cla_fusion(
-                models,
-                example_inputs=calibration[:2],
-                layer_cost=cost,
-                last_to_last=last_to_last,
-                calibration=calibration,
-                repair="none",
-            ).report
-            hidden = report.layers[0].stages[0]
+            options = {"layer_cost": cost, "last_to_last": last_to_last, "repair": "none"}
+            hidden = cla(models, calibration, **options).report.layers[0].stages[0]
             layers = ", ".join(str(deep + 1) for _, deep in sorted(hidden.pairs))
             constraint = "first to first" + (", last to last" if last_to_last else "")
             scores[f"{cost}, {constraint}"] = {layers: 100.0}
@@ -76,15 +75,13 @@ def mappings(bench: Bench) -> Scores:
         scores[f"network {k} alone"] = dict.fromkeys(BALANCES, bench.score(model, task))
     for mapping in MAPPINGS:
         fuse = partial(
-            ff.cla_fusion,
+            cla,
             models,
-            example_inputs=calibration[:2],
+            calibration,
             layer_cost=partial(_cost_of, tuple(layer - 1 for layer in mapping)),
             first_to_first=False,
             last_to_last=False,
-            calibration=calibration,
-            align_by="activations",
-            repair="none",
+            **BY_ACTIVATIONS,
         )
         scores[", ".join(map(str, mapping))] = {
             name: bench.score(fuse(**options).model, task)
@@ -114,20 +111,20 @@ def balances(bench: Bench) -> Scores:
     models, task = depth_pair(bench), bench.scale.mnist
     calibration = bench.calibration(task)
     known = [bench.moments(model, task) for model in models]
-    fuse = partial(ff.cla_fusion, models, example_inputs=calibration[:2], calibration=calibration)
-    scores: Scores = {}
-    for aligned in ("weights", "activations"):
-        column = f"by {aligned}"
-        for name, options in (BALANCES | MAJORITY).items():
-            fused = fuse(align_by=aligned, repair="none", **options).model
-            scores.setdefault(name, {})[column] = bench.score(fused, task)
-        for balance in ("add", "merge"):
-            by = partial(fuse, align_by=aligned, balance=balance)
-            row = scores.setdefault(f"{balance}, repaired", {})
-            row[column] = bench.score(by().model, task)
-            least_squares = by(combine=ONE_SHOT, statistics=known, repair="none").model
-            row = scores.setdefault(f"{balance}, combined by least squares", {})
-            row[column] = bench.score(least_squares, task)
+    least_squares = {"combine": ONE_SHOT, "statistics": known, "repair": "none"}
+    ways = {name: {**how, "repair": "none"} for name, how in (BALANCES | MAJORITY).items()}
+    for balance in ("add", "merge"):
+        ways[f"{balance}, repaired"] = {"balance": balance}
+        ways[f"{balance}, combined by least squares"] = {"balance": balance, **least_squares}
+    scores: Scores = {
+        name: {
+            f"by {aligned}": bench.score(
+                cla(models, calibration, align_by=aligned, **how).model, task
+            )
+            for aligned in ("weights", "activations")
+        }
+        for name, how in ways.items()
+    }
     for name, model in zip(("three layers alone", "five layers alone"), models, strict=True):
         scores[name] = {"by weights": bench.score(model, task)}
     scores[ENSEMBLE] = {"by weights": bench.ensemble_score(models, task)}
@@ -142,15 +139,7 @@ def skill_transfer(bench: Bench) -> Scores:
     scores: Scores = {}
     for weight in SWEEP_WEIGHTS:
         weights, column = (1 - weight, weight), plain(weight)
-        fuse = partial(
-            ff.cla_fusion,
-            models,
-            weights,
-            example_inputs=calibration[:2],
-            calibration=calibration,
-            align_by="activations",
-            repair="none",
-        )
+        fuse = partial(cla, models, calibration, weights=weights, **BY_ACTIVATIONS)
         for name, options in BALANCES.items():
             scores.setdefault(name, {})[column] = bench.score(fuse(**options).model, task)
         least_squares = fuse(balance="merge", combine=ONE_SHOT, statistics=known).model
@@ -169,7 +158,7 @@ def residual(bench: Bench) -> Scores:
         "shallow": bench.network(task, scale.shallow_resnet, 1),
     }
     models, calibration = list(networks.values()), bench.calibration(task)
-    fuse = partial(ff.cla_fusion, models, example_inputs=calibration[:2], calibration=calibration)
+    fuse = partial(cla, models, calibration)
     rows: dict[str, nn.Module] = {}
     for name, target in networks.items():
         rows |= {
@@ -187,14 +176,11 @@ def many(bench: Bench) -> Scores:
     models = [bench.network(task, name, k) for k, name in enumerate(names)]
     calibration = bench.calibration(task)
     deep = [models[0], models[2]]
-    fuse = partial(ff.cla_fusion, models, target=models[0], example_inputs=calibration[:2])
     rows = {
         "best deep network, trained on": bench.best(deep, task),
         "shallow networks left out: plain average": average_with_norms(deep, calibration),
-        "shallow networks left out: OT": ff.ot_fusion(
-            deep, example_inputs=calibration[:2], calibration=calibration
-        ).model,
-        "CLA": fuse(calibration=calibration).model,
+        "shallow networks left out: OT": ot_with_norms(deep, calibration),
+        "CLA": cla(models, calibration, target=models[0]).model,
     }
     return bench.rows(rows, task, models)
 
@@ -204,10 +190,7 @@ def teacher_and_student(bench: Bench) -> Scores:
     scale, task = bench.scale, bench.scale.cifar
     teacher = bench.network(task, scale.teacher, 0)
     student = bench.network(task, scale.student, 1)
-    calibration = bench.calibration(task)
-    fused = ff.cla_fusion(
-        [teacher, student], target=student, example_inputs=calibration[:2], calibration=calibration
-    ).model
+    fused = cla([teacher, student], bench.calibration(task), target=student).model
     rows = {
         "teacher": teacher,
         "student alone, trained on": student,
@@ -224,18 +207,14 @@ def transfer(bench: Bench) -> Scores:
     shallow = bench.network(task, scale.shallow_resnet, 1)
     deep = bench.network(task, scale.deep_resnet, 0)
     calibration = bench.calibration(task)
-    x = calibration[:2]
     fresh = build_model(scale.deep_resnet, task.dataset, bench.seed).to(bench.device)
-    copied = in_own_layers(shallow, fresh, x)
-    aligned = ff.cla_fusion([shallow, deep], target=deep, example_inputs=x, calibration=calibration)
+    copied = in_own_layers(shallow, fresh, calibration[:2])
     rows = {
         "deep network alone, trained on": deep,
         "longest chain": average_with_norms([copied], calibration),
         "longest chain + average": average_with_norms([copied, deep], calibration),
-        "longest chain + OT": ff.ot_fusion(
-            [copied, deep], example_inputs=x, calibration=calibration
-        ).model,
-        "longest chain + CLA + OT": aligned.model,
+        "longest chain + OT": ot_with_norms([copied, deep], calibration),
+        "longest chain + CLA + OT": cla([shallow, deep], calibration, target=deep).model,
     }
     return bench.rows(rows, task)
 
