@@ -41,7 +41,7 @@ from fusion_simulation.data import (
 from fusion_simulation.report import Report, RoundAccuracy, output_folder
 from fusion_simulation.settings import Settings, architecture
 from fusion_simulation.strategies import STRATEGIES, build_strategy
-from fusion_simulation.task import build_model
+from fusion_simulation.task import Recipe, build_model, train
 
 PNG = b"\x89PNG\r\n\x1a\n"
 APP = tomllib.loads((SIMULATIONS / "pyproject.toml").read_text())
@@ -391,6 +391,19 @@ def test_models_depend_on_the_seed_alone() -> None:
     assert torch.equal(first(one), first(two))
     assert not torch.equal(first(one), first(other))
     assert one(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_fedprox_keeps_networks_nearer_to_their_start() -> None:
+    data = load_split("digits", train=True)
+
+    def distance(proximal_mu: float) -> float:
+        model = build_model("mlp-16", "digits", 0)
+        start = [parameter.detach().clone() for parameter in model.parameters()]
+        train(model, data, Recipe(1, 0.05, 0.5, 32, proximal_mu), seed=0)
+        gaps = zip(model.parameters(), start, strict=True)
+        return float(sum((now - then).square().sum() for now, then in gaps))
+
+    assert distance(1.0) < 0.8 * distance(0.0)
 
 
 # --- A real run -----------------------------------------------------------------------------------
