@@ -393,6 +393,19 @@ def test_models_depend_on_the_seed_alone() -> None:
     assert one(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
+def test_fedprox_keeps_networks_nearer_to_their_start() -> None:
+    data = load_split("digits", train=True)
+
+    def distance(proximal_mu: float) -> float:
+        model = build_model("mlp-16", "digits", 0)
+        start = [parameter.detach().clone() for parameter in model.parameters()]
+        train(model, data, Recipe(1, 0.05, 0.5, 32, proximal_mu), seed=0)
+        gaps = zip(model.parameters(), start, strict=True)
+        return float(sum((now - then).square().sum() for now, then in gaps))
+
+    assert distance(1.0) < 0.8 * distance(0.0)
+
+
 # --- A real run -----------------------------------------------------------------------------------
 
 
@@ -529,41 +542,3 @@ def test_several_models_need_the_strategy_for_them() -> None:
         settings_of(models="mlp-3,mlp-4")
     settings = settings_of(models="mlp-3,mlp-4", strategy="cla")
     assert [settings.model_of(k) for k in range(3)] == ["mlp-3", "mlp-4", "mlp-3"]
-
-
-# --- Rounds to accuracy ---------------------------------------------------------------------------
-
-
-def test_rounds_to_accuracy_keeps_finished_cells(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import rounds_to_accuracy
-
-    command = ["rounds_to_accuracy.py", "--results", str(tmp_path), "--models", "mlp-16"]
-    command += ["--datasets", "digits", "--partitions", "label-skill", "iid", "--starts", "own"]
-    command += ["--methods", "FedAvg", "OTFusion, least squares"]
-    command += ["--seeds", "0", "--rounds", "2", "--images", "300"]
-    monkeypatch.setattr(sys, "argv", command)
-    rounds_to_accuracy.main()
-    first = capsys.readouterr().out
-    assert first.count("| OTFusion, least squares |") == 2
-    assert "MB of statistics" in first
-    assert (tmp_path / "mlp-16_digits.png").read_bytes().startswith(PNG)
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.json")}
-    assert len(files) == 4
-    rounds_to_accuracy.main()
-    assert capsys.readouterr().out == first
-    assert {path: path.stat().st_mtime_ns for path in files} == files
-
-
-def test_fedprox_keeps_networks_nearer_to_their_start() -> None:
-    data = load_split("digits", train=True)
-
-    def distance(proximal_mu: float) -> float:
-        model = build_model("mlp-16", "digits", 0)
-        start = [parameter.detach().clone() for parameter in model.parameters()]
-        train(model, data, Recipe(1, 0.05, 0.5, 32, proximal_mu), seed=0)
-        gaps = zip(model.parameters(), start, strict=True)
-        return float(sum((now - then).square().sum() for now, then in gaps))
-
-    assert distance(1.0) < 0.8 * distance(0.0)

@@ -1,22 +1,19 @@
-"""What the experiments work with: a scale, its data, cached training, fine-tuning, scores."""
+"""What the experiments work with: data, cached training, fine-tuning, distillation, scores."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from benchmark import SEED_STRIDE, STATISTICS_BATCH, recipe_slug
 from fusion_simulation.data import LabelledImages, MixedImages, load_split
 from fusion_simulation.task import (
     DISTILLATION,
     DISTILLATION_BATCH,
-    Recipe,
     accuracy,
     build_model,
     class_probabilities,
@@ -27,136 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion.statistics import Statistics, input_moments
+from benchmarks.experiment import Scale, Scores, Task, after
+from benchmarks.methods import ENSEMBLE, moments
+from flwr_fusion.statistics import Statistics
 
-Scores = dict[str, dict[str, float]]
-"""Row, column and what was measured, as a rule accuracy in %."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A data set, how networks are trained on it, and the learning rate of fine-tuning."""
-
-    dataset: str
-    images: int
-    recipe: Recipe
-    tuning_rate: float = 0.01
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much of the papers' experiments is run.
-
-    Parameters
-    ----------
-    name : str
-        Its name in paths.
-    mnist, mnist_part, cifar, cifar_part : Task
-        The data sets; of the parts fewer images, for experiments with many or large networks.
-    seeds, few_seeds : int
-        Repetitions of cheap experiments, and of all others.
-    mlp, wide_mlp : str
-        The networks of the skill transfer and of Neuron Transplantation.
-    widths, depths : tuple of int
-        Of multi-layer perceptrons in Neuron Transplantation's tables.
-    timed_widths : tuple of int
-        Of the networks whose fusion is timed.
-    vgg, pruned_vgg, teacher, student : str
-        Names of VGGs.
-    shallow_resnet, deep_resnet : str
-        Names of residual networks.
-    counts : tuple of int
-        How many networks are fused.
-    checkpoints : tuple of int
-        Epochs of fine-tuning after which a network is scored.
-    distillation_epochs, cifar_distillation_epochs : int
-        Epochs of distillation.
-    unlabelled : int
-        Images that the server has, without labels, which no network is trained on.
-    """
-
-    name: str
-    mnist: Task
-    mnist_part: Task
-    cifar: Task
-    cifar_part: Task
-    seeds: int = 3
-    few_seeds: int = 2
-    mlp: str = "mlp-400-200-100"
-    wide_mlp: str = "mlp-512-512-512"
-    widths: tuple[int, ...] = (16, 64, 256, 1024)
-    depths: tuple[int, ...] = (1, 2, 4, 6)
-    timed_widths: tuple[int, ...] = (256, 1024, 4096)
-    vgg: str = "vgg-11-8"
-    pruned_vgg: str = "vgg-11-16"
-    teacher: str = "vgg-13-16"
-    student: str = "vgg-11-4"
-    shallow_resnet: str = "resnet-8"
-    deep_resnet: str = "resnet-14"
-    counts: tuple[int, ...] = (2, 4, 8)
-    checkpoints: tuple[int, ...] = (0, 1, 3)
-    distillation_epochs: int = 200
-    cifar_distillation_epochs: int = 20
-    unlabelled: int = 1000
-
-
-_SLOW = Recipe(10, 0.01, 0.5, 64)
-_FAST = Recipe(10, 0.01, 0.9, 256)
-_CIFAR = Recipe(10, 0.01, 0.9, 64)
-ALL = 10**9
-
-SMALL = Scale(
-    "small",
-    mnist=Task("mnist", ALL, _SLOW),
-    mnist_part=Task("mnist", 20_000, _FAST),
-    cifar=Task("cifar10", 10_000, _CIFAR),
-    cifar_part=Task("cifar10", 3_000, replace(_CIFAR, epochs=8, learning_rate=0.05)),
-)
-PAPER = Scale(
-    "paper",
-    mnist=Task("mnist", ALL, _SLOW),
-    mnist_part=Task("mnist", ALL, _FAST),
-    cifar=Task("cifar10", ALL, Recipe(100, 0.01, 0.9, 128)),
-    cifar_part=Task("cifar10", ALL, Recipe(100, 0.05, 0.9, 128)),
-    seeds=5,
-    few_seeds=5,
-    widths=(16, 32, 64, 128, 256, 512, 1024, 2048),
-    depths=(1, 2, 4, 6, 8),
-    vgg="vgg-11-64",
-    pruned_vgg="vgg-11-64",
-    teacher="vgg-13-128",
-    student="vgg-11-32",
-    shallow_resnet="resnet-18",
-    deep_resnet="resnet-34",
-    checkpoints=(0, 1, 3, 30),
-    distillation_epochs=1000,
-    cifar_distillation_epochs=300,
-)
-_DIGITS = Task("digits", ALL, Recipe(3, 0.05, 0.9, 32), tuning_rate=0.05)
-SMOKE = Scale(
-    "smoke",
-    mnist=_DIGITS,
-    mnist_part=_DIGITS,
-    cifar=_DIGITS,
-    cifar_part=replace(_DIGITS, images=500, recipe=replace(_DIGITS.recipe, epochs=1)),
-    seeds=1,
-    few_seeds=1,
-    mlp="mlp-48-32-24",
-    wide_mlp="mlp-32-32-32",
-    widths=(16, 32),
-    depths=(1, 2),
-    timed_widths=(16,),
-    vgg="vgg-11-4",
-    pruned_vgg="vgg-11-4",
-    teacher="vgg-13-4",
-    student="vgg-11-2",
-    counts=(2, 3),
-    checkpoints=(0, 1),
-    distillation_epochs=3,
-    cifar_distillation_epochs=1,
-    unlabelled=100,
-)
-SCALES = {scale.name: scale for scale in (SMOKE, SMALL, PAPER)}
+# Seeds of one repetition are kept apart from those of the next by this factor.
+SEED_STRIDE = 1000
 
 
 @dataclass(frozen=True)
@@ -183,6 +56,15 @@ class Bench:
     cache: Path
     device: str = "cpu"
 
+    def task(self, name: str) -> Task:
+        """Return the task of a name in the scale."""
+        task: Task = getattr(self.scale, name)
+        return task
+
+    def model(self, name: str) -> str:
+        """Return the network of a name in the scale; other names are networks themselves."""
+        return str(getattr(self.scale, name, name))
+
     def images(self, task: Task) -> LabelledImages:
         """Return a task's training images, the server's left out; the same for every seed."""
         data, order = self._split(task)
@@ -204,6 +86,10 @@ class Bench:
     def test(self, task: Task) -> LabelledImages:
         """Return the test images."""
         return self._loaded(task, False)
+
+    def everything(self, task: Task) -> LabelledImages:
+        """Return all training images of a task's data set."""
+        return self._loaded(task, True)
 
     def network(
         self,
@@ -236,9 +122,7 @@ class Bench:
         own_seed = SEED_STRIDE * self.seed + member + 1
         network = build_model(model, task.dataset, own_seed, bias).to(self.device)
         name = "all" if part is None else part[0]
-        images = f"{task.dataset}-{task.images}-{self.scale.unlabelled}"
-        kind = f"{images}_{model}_{'bias' if bias else 'nobias'}"
-        path = self.cache / f"{kind}_{recipe_slug(task.recipe)}" / f"{name}_{own_seed}.safetensors"
+        path = self._cached(task, model, bias) / f"{name}_{own_seed}.safetensors"
         if path.is_file():
             network.load_state_dict(load_file(path, device=self.device))
             return network.eval()
@@ -250,6 +134,17 @@ class Bench:
         save_file(network.state_dict(), whole)
         whole.replace(path)
         return network.eval()
+
+    def _cached(self, task: Task, model: str, bias: bool) -> Path:
+        """Return a folder of networks; everything that their training depends on is in its name."""
+        data, recipe = self.everything(task), task.recipe
+        images = f"{task.images}of{len(data)}without{self._held_back(data)}"
+        trained = (
+            f"epochs{recipe.epochs}_lr{recipe.learning_rate}_momentum{recipe.momentum}"
+            f"_batch{recipe.batch_size}_{self.device}"
+        )
+        network = f"{model}_{'bias' if bias else 'nobias'}"
+        return self.cache / f"{task.dataset}_{images}_{network}_{trained}"
 
     def score(self, model: nn.Module, task: Task) -> float:
         """Return test accuracy in %."""
@@ -264,6 +159,39 @@ class Bench:
         answers = [class_probabilities(model, test.images) for model in models]
         weights = [1.0] * len(models) if weights is None else weights
         return 100 * accuracy(ensemble_probabilities(answers, weights), test.labels)
+
+    def rows(
+        self,
+        networks: Mapping[str, nn.Module],
+        task: Task,
+        ensemble: Sequence[nn.Module] = (),
+        tune: bool = True,
+    ) -> Scores:
+        """Return the scores of networks by name, and of the ensemble of some others.
+
+        Parameters
+        ----------
+        networks : mapping of str to nn.Module
+            The networks.
+        task : Task
+            Data and fine-tuning.
+        ensemble : sequence of nn.Module
+            Networks that answer together; none: no such row.
+        tune : bool
+            Whether to fine-tune the networks.
+
+        Returns
+        -------
+        Scores
+            Test accuracy in % at once and, if they are fine-tuned, after that.
+        """
+        scores: Scores = {
+            name: self.tuned(model, task) if tune else {after(0): self.score(model, task)}
+            for name, model in networks.items()
+        }
+        if ensemble:
+            scores[ENSEMBLE] = {after(0): self.ensemble_score(ensemble, task)}
+        return scores
 
     def tuned(self, model: nn.Module, task: Task) -> dict[str, float]:
         """Return test accuracy at once and after fine-tuning on all images, by column."""
@@ -309,13 +237,13 @@ class Bench:
         """Return the input moments of a network on the images that it was trained on."""
         data = self.images(task)
         own = data if part is None else data.subset(part)
-        return input_moments(model, torch.split(own.images, STATISTICS_BATCH))
+        return moments(model, own.images)
 
     def _held_back(self, data: LabelledImages) -> int:
         return min(self.scale.unlabelled, len(data) // 10)
 
     def _split(self, task: Task) -> tuple[LabelledImages, np.ndarray]:
-        data = self._loaded(task, True)
+        data = self.everything(task)
         return data, np.random.default_rng(0).permutation(len(data))
 
     def _loaded(self, task: Task, train: bool) -> LabelledImages:
@@ -342,68 +270,3 @@ class Shuffled:
         for batch in torch.split(order, self._batch_size):
             if len(batch) > 1:  # BatchNorm cannot normalise a single sample.
                 yield self._data.images[batch], self._data.labels[batch]
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """An experiment of a paper.
-
-    Parameters
-    ----------
-    name : str
-        What it is called on the command line.
-    title : str
-        What it shows, in a line.
-    source : str
-        Paper, table or section.
-    measure : callable
-        Takes a `Bench` and returns `Scores`.
-    columns : str
-        What the columns are.
-    printed : mapping of str to (mapping of str to str)
-        Figures to compare with, by row and column.
-    whose : str
-        Where these figures come from.
-    unit : str
-        Of the measured values.
-    many_seeds : bool
-        Whether it is one of those that are cheap enough to be repeated more often.
-    curve : bool
-        Whether the columns are numbers along an axis.
-    counts : bool
-        Whether a value that a repetition does not have is 0.
-    alone : bool
-        Whether nothing else may run beside it.
-    """
-
-    name: str
-    title: str
-    source: str
-    measure: Callable[[Bench], Scores]
-    columns: str
-    printed: Mapping[str, Mapping[str, str]]
-    whose: str = "paper"
-    unit: str = "test accuracy %"
-    many_seeds: bool = True
-    curve: bool = False
-    counts: bool = False
-    alone: bool = False
-
-    def seeds(self, scale: Scale) -> range:
-        """Return the repetitions at a scale."""
-        return range(scale.seeds if self.many_seeds else scale.few_seeds)
-
-
-def after(epochs: int) -> str:
-    """Return the column of a network that was fine-tuned for some epochs."""
-    return f"after {epochs} epoch{'s' if epochs > 1 else ''}" if epochs else "at once"
-
-
-def heading(prefix: str, scores: Mapping[str, float]) -> dict[str, float]:
-    """Return scores with a prefix before every column."""
-    return {f"{prefix}, {column}": score for column, score in scores.items()}
-
-
-def plain(value: Any) -> str:
-    """Return a number as the name of a column."""
-    return f"{value:g}"

@@ -1,0 +1,29 @@
+"""All experiments by name; every module declares its own in ``EXPERIMENTS``."""
+
+from benchmarks.experiments import (
+    cost,
+    depth,
+    mixed_federation,
+    one_shot,
+    pruning,
+    robust,
+    rounds,
+    skill_transfer,
+    transplantation,
+)
+
+EXPERIMENTS = {
+    own.name: own
+    for module in (
+        skill_transfer,
+        one_shot,
+        pruning,
+        depth,
+        transplantation,
+        rounds,
+        mixed_federation,
+        robust,
+        cost,
+    )
+    for own in module.EXPERIMENTS
+}
