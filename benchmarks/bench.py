@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from fusion_simulation.data import LabelledImages, MixedImages, load_split
 from fusion_simulation.task import (
-    DISTILLATION,
     DISTILLATION_BATCH,
+    DISTILLATION_OPTIMIZER,
+    DISTILLATION_TEMPERATURE,
     accuracy,
     build_model,
     class_probabilities,
@@ -207,9 +208,8 @@ class Bench:
         loader = Shuffled(self.images(task), recipe.batch_size, self.seed)
         for epochs in self.scale.checkpoints:
             if epochs > done:
-                model = ff.fine_tune(
-                    model, loader, epochs=epochs - done, optimizer=optimizer, anneal=False
-                ).model
+                training = ff.Training(epochs - done, optimizer, anneal=False)
+                model = ff.fine_tune(model, loader, training=training).model
                 done = epochs
             yield epochs, model
 
@@ -225,8 +225,8 @@ class Bench:
             student,
             teachers,
             MixedImages(self.unlabelled(task), DISTILLATION_BATCH, self.seed),
-            epochs=epochs,
-            **DISTILLATION,
+            temperature=DISTILLATION_TEMPERATURE,
+            training=ff.Training(epochs, DISTILLATION_OPTIMIZER),
         ).model
 
     def calibration(self, task: Task) -> Tensor:

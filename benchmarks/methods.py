@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import flwr_fusion as ff
 from flwr_fusion.statistics import Statistics, input_moments
 
+BY_ACTIVATIONS = ff.Matching(by="activations")
+UNGUARDED = ff.Transplantation(duplicates=0.0)
 PLAIN = "plain average"
 ENSEMBLE = "ensemble"
 CONTROL = "best single network, trained on"
@@ -47,15 +49,15 @@ def by_matching(calibration: Tensor, statistics: Sequence[Statistics]) -> dict[s
         Each takes the networks and their weights.
     """
     ot_fusion = partial(ff.ot_fusion, example_inputs=calibration[:2])
-    by_activations = partial(
-        ot_fusion, align_by="activations", calibration=calibration, repair="none"
-    )
+    with_images = partial(ot_fusion, calibration=calibration, repair="none")
     return {
         PLAIN: ff.average,
-        "OT by weights, greedy": partial(ot_fusion, align_by="weights", sweep="greedy"),
-        "OT by activations, greedy": partial(by_activations, sweep="greedy"),
-        "OT by weights, joint": partial(ot_fusion, align_by="weights", sweep="joint"),
-        "OT by activations, joint": partial(by_activations, sweep="joint"),
+        "OT by weights, greedy": partial(ot_fusion, matching=ff.Matching(sweep="greedy")),
+        "OT by activations, greedy": partial(
+            with_images, matching=ff.Matching(by="activations", sweep="greedy")
+        ),
+        "OT by weights, joint": ot_fusion,
+        "OT by activations, joint": partial(with_images, matching=BY_ACTIVATIONS),
         "OT by weights, joint, repaired": partial(ot_fusion, calibration=calibration),
         "OT by weights, least squares": partial(
             ot_fusion, combine=ONE_SHOT, statistics=statistics, repair="none"
@@ -90,11 +92,11 @@ def fused(
         PLAIN: ff.average(models).model,
         "OT": ff.ot_fusion(models, example_inputs=x, calibration=data).model,
         "OT by activations, repaired": ff.ot_fusion(
-            models, example_inputs=x, align_by="activations", calibration=calibration
+            models, example_inputs=x, matching=BY_ACTIVATIONS, calibration=calibration
         ).model,
         **{
             "NT" if scheme == "joint" else f"NT {scheme}": transplant(
-                scheme=scheme, calibration=data
+                transplantation=ff.Transplantation(scheme=scheme), calibration=data
             ).model
             for scheme in schemes
         },

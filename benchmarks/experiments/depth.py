@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from fusion_simulation.comparison import SWEEP_WEIGHTS
@@ -16,21 +17,25 @@ import flwr_fusion as ff
 from benchmarks.bench import Bench
 from benchmarks.experiment import Experiment, Scores, plain
 from benchmarks.experiments.skill_transfer import skill_pair
-from benchmarks.methods import ENSEMBLE, ONE_SHOT, average_with_norms, ot_with_norms
+from benchmarks.methods import (
+    BY_ACTIVATIONS,
+    ENSEMBLE,
+    ONE_SHOT,
+    average_with_norms,
+    ot_with_norms,
+)
 
 PAPER = "Nguyen et al. 2021"
-COSTS = ("width", "cka", "wasserstein")
+COSTS: tuple[Literal["width", "cka", "wasserstein"], ...] = ("width", "cka", "wasserstein")
 MAPPINGS = ((1, 2, 3), (1, 2, 4), (1, 2, 5), (1, 3, 4), (1, 3, 5), (1, 4, 5), (2, 3, 4), (3, 4, 5))
-BALANCES: dict[str, dict[str, Any]] = {
-    "add": {"balance": "add"},
-    "merge (sum)": {"balance": "merge", "merge": "sum"},
-    "merge (average)": {"balance": "merge", "merge": "average"},
-    "merge (least squares)": {"balance": "merge", "merge": "least-squares"},
+BALANCES = {
+    "add": ff.LayerMatching(balance="add"),
+    "merge (sum)": ff.LayerMatching(balance="merge", merge="sum"),
+    "merge (average)": ff.LayerMatching(balance="merge", merge="average"),
+    "merge (least squares)": ff.LayerMatching(balance="merge", merge="least-squares"),
 }
-MAJORITY: dict[str, dict[str, Any]] = {
-    "merge (majority)": {"balance": "merge", "merge": "majority"}
-}
-BY_ACTIVATIONS: dict[str, Any] = {"align_by": "activations", "repair": "none"}
+MERGED = ff.LayerMatching(balance="merge")
+MAJORITY = {"merge (majority)": ff.LayerMatching(balance="merge", merge="majority")}
 
 
 def cla(models: Sequence[nn.Module], calibration: Tensor, **options: Any) -> ff.FusionResult:
@@ -58,11 +63,12 @@ def layer_costs(bench: Bench) -> Scores:
     scores: Scores = {}
     for cost in COSTS:
         for last_to_last in (True, False):
-            options = {"layer_cost": cost, "last_to_last": last_to_last, "repair": "none"}
-            hidden = cla(models, calibration, **options).report.layers[0].stages[0]
-            layers = ", ".join(str(deep + 1) for _, deep in sorted(hidden.pairs))
+            layers = ff.LayerMatching(cost=cost, last_to_last=last_to_last)
+            result = cla(models, calibration, layers=layers, repair="none")
+            hidden = result.report.layers[0].stages[0]
+            found = ", ".join(str(deep + 1) for _, deep in sorted(hidden.pairs))
             constraint = "first to first" + (", last to last" if last_to_last else "")
-            scores[f"{cost}, {constraint}"] = {layers: 100.0}
+            scores[f"{cost}, {constraint}"] = {found: 100.0}
     return scores
 
 
@@ -74,18 +80,12 @@ def mappings(bench: Bench) -> Scores:
     for k, model in enumerate(models, start=1):
         scores[f"network {k} alone"] = dict.fromkeys(BALANCES, bench.score(model, task))
     for mapping in MAPPINGS:
-        fuse = partial(
-            cla,
-            models,
-            calibration,
-            layer_cost=partial(_cost_of, tuple(layer - 1 for layer in mapping)),
-            first_to_first=False,
-            last_to_last=False,
-            **BY_ACTIVATIONS,
-        )
+        cost = partial(_cost_of, tuple(layer - 1 for layer in mapping))
+        fuse = partial(cla, models, calibration, matching=BY_ACTIVATIONS, repair="none")
+        given = partial(replace, cost=cost, first_to_first=False, last_to_last=False)
         scores[", ".join(map(str, mapping))] = {
-            name: bench.score(fuse(**options).model, task)
-            for name, options in BALANCES.items()
+            name: bench.score(fuse(layers=given(layers)).model, task)
+            for name, layers in BALANCES.items()
             # A layer added before the first would rectify the images, which is refused.
             if name != "add" or mapping[0] == 1
         }
@@ -112,16 +112,18 @@ def balances(bench: Bench) -> Scores:
     calibration = bench.calibration(task)
     known = [bench.moments(model, task) for model in models]
     least_squares = {"combine": ONE_SHOT, "statistics": known, "repair": "none"}
-    ways = {name: {**how, "repair": "none"} for name, how in (BALANCES | MAJORITY).items()}
-    for balance in ("add", "merge"):
-        ways[f"{balance}, repaired"] = {"balance": balance}
-        ways[f"{balance}, combined by least squares"] = {"balance": balance, **least_squares}
+    ways: dict[str, dict[str, Any]] = {
+        name: {"layers": layers, "repair": "none"} for name, layers in (BALANCES | MAJORITY).items()
+    }
+    for layers in (ff.LayerMatching(balance="add"), ff.LayerMatching(balance="merge")):
+        ways[f"{layers.balance}, repaired"] = {"layers": layers}
+        ways[f"{layers.balance}, combined by least squares"] = {"layers": layers, **least_squares}
     scores: Scores = {
         name: {
-            f"by {aligned}": bench.score(
-                cla(models, calibration, align_by=aligned, **how).model, task
+            f"by {matching.by}": bench.score(
+                cla(models, calibration, matching=matching, **how).model, task
             )
-            for aligned in ("weights", "activations")
+            for matching in (ff.Matching(), BY_ACTIVATIONS)
         }
         for name, how in ways.items()
     }
@@ -139,10 +141,11 @@ def skill_transfer(bench: Bench) -> Scores:
     scores: Scores = {}
     for weight in SWEEP_WEIGHTS:
         weights, column = (1 - weight, weight), plain(weight)
-        fuse = partial(cla, models, calibration, weights=weights, **BY_ACTIVATIONS)
-        for name, options in BALANCES.items():
-            scores.setdefault(name, {})[column] = bench.score(fuse(**options).model, task)
-        least_squares = fuse(balance="merge", combine=ONE_SHOT, statistics=known).model
+        fuse = partial(cla, models, calibration, weights=weights, matching=BY_ACTIVATIONS)
+        for name, layers in BALANCES.items():
+            fused = fuse(layers=layers, repair="none").model
+            scores.setdefault(name, {})[column] = bench.score(fused, task)
+        least_squares = fuse(layers=MERGED, combine=ONE_SHOT, statistics=known, repair="none").model
         row = scores.setdefault("merge, combined by least squares", {})
         row[column] = bench.score(least_squares, task)
         row = scores.setdefault(ENSEMBLE, {})
@@ -164,7 +167,7 @@ def residual(bench: Bench) -> Scores:
         rows |= {
             f"{name} alone, trained on": target,
             f"into {name}: CLA": fuse(target=target).model,
-            f"into {name}: CLA, by activations": fuse(target=target, align_by="activations").model,
+            f"into {name}: CLA, by activations": fuse(target=target, matching=BY_ACTIVATIONS).model,
         }
     return bench.rows(rows, task, models)
 

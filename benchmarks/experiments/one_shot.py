@@ -10,7 +10,15 @@ from fusion_simulation.data import dirichlet_partition
 import flwr_fusion as ff
 from benchmarks.bench import Bench
 from benchmarks.experiment import Experiment, Scores, after, heading
-from benchmarks.methods import CONTROL, ENSEMBLE, ONE_SHOT, by_matching, fused, sliced_average
+from benchmarks.methods import (
+    BY_ACTIVATIONS,
+    CONTROL,
+    ENSEMBLE,
+    ONE_SHOT,
+    by_matching,
+    fused,
+    sliced_average,
+)
 
 PAPER = "Singh & Jaggi 2020"
 TABLE_5 = "Öz et al. 2024, table 5"
@@ -92,6 +100,7 @@ def mixed_widths(bench: Bench) -> Scores:
     known = [bench.moments(model, task, own) for model, own in zip(clients, shares, strict=True)]
     fuse = partial(ff.ot_fusion, clients, weights, example_inputs=x, target=largest)
     weighted = fuse().model
+    by_activations = partial(fuse, matching=BY_ACTIVATIONS, calibration=calibration)
     least_squares = fuse(combine=ONE_SHOT, statistics=known, repair="none").model
     slices = sliced_average(clients, largest)
     rows = {
@@ -102,10 +111,8 @@ def mixed_widths(bench: Bench) -> Scores:
         "small clients only: OT": ff.ot_fusion(small, weights[5:], example_inputs=x).model,
         "top-left slices (HeteroFL)": slices,
         "OT": weighted,
-        "OT by activations": fuse(
-            align_by="activations", calibration=calibration, repair="none"
-        ).model,
-        "OT by activations, repaired": fuse(align_by="activations", calibration=calibration).model,
+        "OT by activations": by_activations(repair="none").model,
+        "OT by activations, repaired": by_activations().model,
         "OT, least squares": least_squares,
         "top-left slices, distilled": bench.distilled(slices, clients, task),
         "OT, distilled": bench.distilled(weighted, clients, task),

@@ -26,11 +26,12 @@ def pruning(model: str, data: str, bias: bool, bench: Bench) -> Scores:
     calibration = bench.calibration(task)
     noise = torch.randn(calibration.shape, generator=torch.Generator().manual_seed(bench.seed))
     x, noise = calibration[:2], noise.to(bench.device)
+    relaxed = ff.Unbalanced(marginal_relaxation=0.1)
     scores: Scores = {}
     for sparsity in SPARSITIES:
         small = pruned(dense, x, sparsity)
         fuse = partial(ff.ot_fusion, [dense, small], target=small, example_inputs=x)
-        unbalanced = partial(fuse, solver="unbalanced", marginal_relaxation=0.1)
+        unbalanced = partial(fuse, matching=ff.Matching(solver=relaxed))
         rows = {
             "pruned": small,
             "fused into pruned": fuse().model,

@@ -16,6 +16,7 @@ import flwr_fusion as ff
 from benchmarks.bench import SEED_STRIDE, Bench
 from benchmarks.experiment import GROUP, Experiment, Scores, Task
 from benchmarks.federation import Client, Fuse, Round, divided, drawn, federate
+from benchmarks.methods import UNGUARDED
 from benchmarks.methods import Fuse as FuseModels
 
 # Clients of each.
@@ -53,7 +54,7 @@ class Method:
             example_inputs=example_inputs,
             target=ended.sent[name],
             reference=ended.sent[name],
-            combine=self.combine,  # type: ignore[arg-type]
+            combine=self.combine,
             statistics=None if mean else ended.statistics,
         ).model
 
@@ -120,13 +121,13 @@ def every_round(bench: Bench) -> Scores:
     generator = np.random.default_rng(bench.seed)
     shares = divided(bench.images(part), "dirichlet-0.5", CLIENTS, generator)
     transplant = partial(ff.neuron_transplantation, example_inputs=bench.calibration(part)[:2])
+    unguarded = partial(transplant, transplantation=UNGUARDED)
     average, fuse = _fused_by(ff.average), _fused_by(transplant)
     methods: dict[str, Sequence[Fuse]] = {
         "FedAvg": [average] * rounds,
         "NT in the first round": [fuse, *[average] * (rounds - 1)],
         "NT in every round": [fuse] * rounds,
-        "NT in every round, without the guard": [_fused_by(partial(transplant, duplicates=0.0))]
-        * rounds,
+        "NT in every round, without the guard": [_fused_by(unguarded)] * rounds,
     }
     scores: Scores = {}
     for name, fuses in methods.items():
@@ -158,7 +159,7 @@ def once(bench: Bench) -> Scores:
     methods: dict[str, FuseModels] = {
         "FedAvg": ff.average,
         "NT": transplant,
-        "NT, without the guard": partial(transplant, duplicates=0.0),
+        "NT, without the guard": partial(transplant, transplantation=UNGUARDED),
     }
     scores: Scores = {}
     for name, fuse in methods.items():

@@ -12,7 +12,7 @@ import flwr_fusion as ff
 from benchmarks.bench import Bench
 from benchmarks.experiment import Experiment, Scores, after, plain
 from benchmarks.experiments.pruning import SPARSITIES
-from benchmarks.methods import CONTROL, ENSEMBLE, fused, pruned
+from benchmarks.methods import CONTROL, ENSEMBLE, UNGUARDED, fused, pruned
 
 PAPER = "Öz et al. 2024"
 DONATED = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -30,9 +30,12 @@ def orders(bench: Bench) -> Scores:
     x = bench.calibration(task)[:2]
     fuse = partial(ff.neuron_transplantation, example_inputs=x)
     both = _as_wide_as_both(bench, bench.scale.wide_mlp)
+    pruned_first = ff.Transplantation(order="prune-then-merge")
     rows = {
         "merge, prune, fine-tune": bench.tuned(fuse(models).model, task),
-        "prune, merge, fine-tune": bench.tuned(fuse(models, order="prune-then-merge").model, task),
+        "prune, merge, fine-tune": bench.tuned(
+            fuse(models, transplantation=pruned_first).model, task
+        ),
     }
     merged = fuse(models, target=both).model
     last = {
@@ -102,7 +105,7 @@ def self_fusion(bench: Bench) -> Scores:
     rows = {
         "the network itself": model,
         "fused with itself": fuse().model,
-        "without the guard": fuse(duplicates=0.0).model,
+        "without the guard": fuse(transplantation=UNGUARDED).model,
     }
     return bench.rows(rows, task, tune=False)
 
@@ -114,7 +117,10 @@ def partial_transplantation(bench: Bench) -> Scores:
     scores: Scores = {}
     for share in DONATED:
         # Channels of all networks but the heaviest count as donated.
-        mixed = ff.neuron_transplantation(models, [1.01, 1], example_inputs=x, donated=share).model
+        donated = ff.Transplantation(donated=share)
+        mixed = ff.neuron_transplantation(
+            models, [1.01, 1], example_inputs=x, transplantation=donated
+        ).model
         for step, score in bench.tuned(mixed, task).items():
             scores.setdefault(step, {})[plain(share)] = score
     return scores
