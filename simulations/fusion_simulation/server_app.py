@@ -157,7 +157,7 @@ def cla_methods(
             example_inputs=test.images[:2],
             target=model,
             calibration=calibration,
-            repair=settings.repair,
+            repair="auto" if settings.repair == "auto" else "none",
         )
         for name, model in models.items()
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "dataset": ("digits", "mnist", "fashion-mnist", "cifar10"),
@@ -24,7 +24,7 @@ class Settings:
     strategy: str
     combine: str
     combine_rounds: int
-    repair: Literal["auto", "none"]
+    repair: str
     proximal_mu: float
     dataset: str
     data_dir: str
