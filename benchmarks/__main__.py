@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.experiment import SCALES
+from benchmarks.declarations import SCALES
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.runner import Setup, image_counts, run_missing, sections
 

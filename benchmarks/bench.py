@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from benchmarks.experiment import Scale, Scores, Task, after
-from benchmarks.methods import ENSEMBLE, moments
+from benchmarks.compared_methods import ENSEMBLE, moments
+from benchmarks.declarations import Scale, Scores, Task, after
 from flwr_fusion.statistics import Statistics
 
 # Seeds of one repetition are kept apart from those of the next by this factor.

@@ -12,7 +12,7 @@ from fusion_simulation.data import LabelledImages, dirichlet_partition, label_sk
 from fusion_simulation.task import Recipe, train
 from torch import nn
 
-from benchmarks.methods import moments
+from benchmarks.compared_methods import moments
 from flwr_fusion.statistics import Statistics
 
 SPECIAL_LABEL = 4

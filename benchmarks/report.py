@@ -10,7 +10,7 @@ from fusion_simulation.report import markdown_row, new_figure_grid, save_figure
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.experiment import GROUP, Experiment, Printed, Scores
+from benchmarks.declarations import GROUP, Experiment, Printed, Scores
 
 # Columns beyond which the printed figures stand below, not beside.
 WIDE = 4

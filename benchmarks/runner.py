@@ -20,7 +20,7 @@ from fusion_simulation.data import load_raw_split
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.bench import Bench
-from benchmarks.experiment import SCALES, Experiment, Printed, Scale, Scores
+from benchmarks.declarations import SCALES, Experiment, Printed, Scale, Scores
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.report import draw, table
 

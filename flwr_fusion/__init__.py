@@ -2,7 +2,7 @@
 
 from flwr_fusion import statistics
 from flwr_fusion.after.refine import RefinementResult, Training, distill, fine_tune
-from flwr_fusion.depth.layers import LayerMatching, match_layers
+from flwr_fusion.depth.layer_matching import LayerMatching, match_layers
 from flwr_fusion.depth.start import common_start
 from flwr_fusion.depth.structure import DepthStructure
 from flwr_fusion.errors import FusionError

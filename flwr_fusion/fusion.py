@@ -205,8 +205,8 @@ def participants(
 ) -> list[Client]:
     """Return the clients with a weight, the heaviest first, in whichever order they came.
 
-    They stand as they are: `corresponding` finds their positions in a fused network. Bad weights,
-    non-finite values and statistics that do not fit are refused, by the client's name.
+    They stand as they are: `with_correspondence` finds their positions in a fused network. Bad
+    weights, non-finite values and statistics that do not fit are refused, by the client's name.
     """
     shares = shares_of(models, weights)
     if count_the_same:
@@ -250,7 +250,7 @@ def largest(clients: Sequence[Client]) -> nn.Module:
     )
 
 
-def corresponding(
+def with_correspondence(
     clients: Sequence[Client], target: nn.Module, graph: ChannelGraph, example_inputs: Any
 ) -> list[Client]:
     """Return clients in the target's layers with their correspondence to it, by name or refused."""

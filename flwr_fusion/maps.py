@@ -113,6 +113,7 @@ class Plan:
 
         The barycentric projection of the plan (Singh & Jaggi 2020, section 4.2).
         """
+        # diag(1 / row sums) T: each fused channel is a mean of the client's.
         return self.mass / self.mass.sum(1, keepdim=True).clamp(min=1e-30)
 
     def unmerge(self) -> Tensor:

@@ -111,7 +111,7 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     return loaded
 
 
-def assembled(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+def assemble_model(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Return a network of a model's architecture made of a state dict's tensors, not copies."""
     tensors: dict[int, Any] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -164,7 +164,7 @@ def check_same_function(model: nn.Module, target: nn.Module, example_inputs: Any
     if model is target:
         return
     outputs = []
-    for network in (model, assembled(target, detached_state(model))):
+    for network in (model, assemble_model(target, detached_state(model))):
         with evaluation_mode(network), torch.no_grad():
             output = call(network, moved_to(network, example_inputs))
         leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]

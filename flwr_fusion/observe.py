@@ -23,10 +23,10 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     A network whose first operation works in place must not change what belongs to the caller.
     """
-    own = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
-    if isinstance(own, dict):
-        return (), own
-    return (tuple(own), {}) if isinstance(own, (tuple, list)) else ((own,), {})
+    copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+    if isinstance(copied, dict):
+        return (), copied
+    return (tuple(copied), {}) if isinstance(copied, (tuple, list)) else ((copied,), {})
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -127,7 +127,7 @@ def check_rereadable(calibration: Any) -> None:
 
 
 @contextmanager
-def watched(modules: Iterable[nn.Module], see: See, *, before: bool = False) -> Iterator[None]:
+def watch(modules: Iterable[nn.Module], see: See, *, before: bool = False) -> Iterator[None]:
     """Watch some modules while they run.
 
     Parameters
@@ -199,7 +199,7 @@ def record(
     def see(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         kept[layers[module]].append(keep(module, inputs.detach(), output.detach()))
 
-    with watched(layers, see), evaluation_mode(model), torch.no_grad():
+    with watch(layers, see), evaluation_mode(model), torch.no_grad():
         output_of(model, batch, who, CALIBRATION)
     return kept
 

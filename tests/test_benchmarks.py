@@ -17,14 +17,14 @@ from torch import nn
 
 from benchmarks.__main__ import main
 from benchmarks.bench import Bench, Shuffled
-from benchmarks.experiment import GROUP, SCALES, SMOKE, Experiment, Printed, Scores
+from benchmarks.compared_methods import pruned, sliced_average
+from benchmarks.declarations import GROUP, SCALES, SMOKE, Experiment, Printed, Scores
 from benchmarks.experiments import EXPERIMENTS, cost
 from benchmarks.experiments.depth import in_own_layers
 from benchmarks.experiments.mixed_federation import METHODS, mixed_federation
 from benchmarks.experiments.robust import ATTACKS, attacked
 from benchmarks.experiments.rounds import FEDAVG, LEAST_SQUARES, MEAN, Method, Setting, to_accuracy
 from benchmarks.federation import Client, Round, divided, federate
-from benchmarks.methods import pruned, sliced_average
 from benchmarks.report import draw, table
 from benchmarks.runner import Cell, Setup
 from tests.conftest import REPOSITORY

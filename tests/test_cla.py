@@ -24,8 +24,8 @@ from tests.support.architectures import (
     relative_error,
     sequential_mlp,
 )
-from tests.test_contracts import permuted_copy
 from tests.test_depth import PAIRS, VECTORS, Pair, SmallResNet, brought, every_pair, mlp, vit
+from tests.test_method_contracts import permuted_copy
 
 WEIGHTS = (1.0, 3.0, 2.0)
 

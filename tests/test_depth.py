@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import flwr_fusion as ff
-from flwr_fusion.depth.balance import DepthAligned, depth_aligned
-from flwr_fusion.depth.layers import StructuredNetwork, match_stages
+from flwr_fusion.depth.balance import DepthAligned, align_depth
+from flwr_fusion.depth.layer_matching import StructuredNetwork, match_stages
 from flwr_fusion.depth.merging import merged_layer
 from flwr_fusion.depth.structure import trace_family
 from flwr_fusion.graph.groups import verified_graph
@@ -148,7 +148,7 @@ def brought(
     matches = match_stages(ours, theirs, WIDTH, None)
     graph = verified_graph(target, inputs[:2])
     batches = [inputs] if merge != "linear" else None
-    return depth_aligned(
+    return align_depth(
         ours, theirs, graph, matches, lambda units: merged_layer(units, client, batches, merge)
     )
 

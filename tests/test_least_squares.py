@@ -13,7 +13,7 @@ import flwr_fusion as ff
 from flwr_fusion.networks import tied_tensors
 from flwr_fusion.statistics import LayerStatistics, Statistics, input_moments
 from tests.support.architectures import named, output, relative_error, sequential_mlp
-from tests.test_contracts import permuted_copy
+from tests.test_method_contracts import permuted_copy
 
 # The bound is far away, so that the formula can be seen.
 FORMULA = ff.LeastSquares(shrinkage=0.7, ridge=0.05, weight_exponent=1.0, bound="norm")

@@ -25,7 +25,7 @@ from flwr_fusion.observe import (
     record,
     run,
     training_mode,
-    watched,
+    watch,
 )
 
 INPUTS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -67,7 +67,7 @@ def test_layers_are_watched_before_or_after_they_run(before: bool) -> None:
     def see(module: nn.Module, inputs: Tensor, output: Any) -> None:
         seen.append((module, inputs, output))
 
-    with watched([model[0], model[2]], see, before=before):
+    with watch([model[0], model[2]], see, before=before):
         expected = model(INPUTS)
     assert [module for module, _, _ in seen] == [model[0], model[2]]
     assert seen[0][1] is INPUTS
@@ -79,10 +79,10 @@ def test_layers_are_watched_before_or_after_they_run(before: bool) -> None:
 
 def test_what_is_returned_after_a_layer_takes_its_outputs_place() -> None:
     model = network()
-    with watched([model[2]], lambda module, inputs, output: 2 * output):
+    with watch([model[2]], lambda module, inputs, output: 2 * output):
         doubled = model(INPUTS)
     torch.testing.assert_close(doubled, 2 * model(INPUTS))
-    with watched([model[2]], lambda module, inputs, output: torch.zeros(1), before=True):
+    with watch([model[2]], lambda module, inputs, output: torch.zeros(1), before=True):
         torch.testing.assert_close(model(INPUTS), doubled / 2)
 
 
@@ -94,12 +94,12 @@ def test_hooks_are_removed_after_an_error(before: bool) -> None:
     def see(module: nn.Module, inputs: Tensor, output: Any) -> None:
         raise RuntimeError("on purpose")
 
-    with pytest.raises(RuntimeError, match="on purpose"), watched(model, see, before=before):
+    with pytest.raises(RuntimeError, match="on purpose"), watch(model, see, before=before):
         model(INPUTS)
     # The network's own hook stays.
     assert hooks(model) == 1
     own.remove()
-    with pytest.raises(ff.FusionError), watched(model, lambda *_: None):
+    with pytest.raises(ff.FusionError), watch(model, lambda *_: None):
         output_of(model, torch.zeros(2, 7), "it", "inputs")
     assert hooks(model) == 0
 
@@ -168,7 +168,7 @@ def test_inputs_are_not_modified_by_a_first_operation_in_place() -> None:
 
 def test_run_counts_the_samples_in_evaluation_mode() -> None:
     model, modes = network().train(), []
-    with watched([model[0]], lambda module, inputs, output: modes.append(module.training)):
+    with watch([model[0]], lambda module, inputs, output: modes.append(module.training)):
         assert run(model, [INPUTS, INPUTS[:2]], "it") == 8
         assert run(model, INPUTS, "it") == 6
     assert modes == [False] * 3

@@ -20,7 +20,7 @@ from flwr_fusion.after.repair import (
 from flwr_fusion.statistics import Statistics, input_moments
 from flwr_fusion.strategy import OTFusion
 from tests.support.architectures import named, output, relative_error, sequential_mlp
-from tests.test_contracts import permuted_copy
+from tests.test_method_contracts import permuted_copy
 
 
 def trained_like(name: str, x: Tensor, seed: int) -> nn.Module:

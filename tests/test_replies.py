@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from flwr_fusion.strategy import OTFusion
-from flwr_fusion.strategy.arrays import decode_array
+from flwr_fusion.strategy.array_checks import decode_array
 from flwr_fusion.strategy.reasons import RejectedReply
 from tests.support.faults import Explosive, forged_header, npy_bytes, pickled
 from tests.support.grid import InProcessGrid, Mutation

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flwr_fusion import FusionError
 from flwr_fusion.statistics import check, input_moments, pack, size_in_bytes, unpack
-from flwr_fusion.statistics.moments import reduced
+from flwr_fusion.statistics.moments import diagonal_blocks
 from tests.support.architectures import SMALL, Architecture, named, sequential_mlp
 
 
@@ -65,7 +65,7 @@ def test_limit_on_bytes_reduces_the_detail() -> None:
     for detail, n in (("block", 16), ("diagonal", 1)):
         measured = input_moments(model, [x], convolutions=True, detail=detail)  # type: ignore[arg-type]
         assert full is not None
-        torch.testing.assert_close(measured["conv2"].second, reduced(full, n))
+        torch.testing.assert_close(measured["conv2"].second, diagonal_blocks(full, n))
 
 
 class Counted:

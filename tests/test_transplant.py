@@ -26,7 +26,7 @@ from tests.support.architectures import (
     relative_error,
 )
 from tests.support.grid import InProcessGrid
-from tests.test_contracts import assert_close, assert_same_function, permuted_copy
+from tests.test_method_contracts import assert_close, assert_same_function, permuted_copy
 from tests.test_strategy import (
     DIGIT,
     IMAGES,

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 import flwr_fusion as ff
 from benchmarks import REPOSITORY
 from benchmarks.bench import Bench
-from benchmarks.experiment import Experiment, Scores
-from benchmarks.methods import STATISTICS_BATCH, Fuse
+from benchmarks.compared_methods import STATISTICS_BATCH, Fuse
+from benchmarks.declarations import Experiment, Scores
 from flwr_fusion.statistics import input_moments, size_in_bytes
 
 Result = TypeVar("Result")

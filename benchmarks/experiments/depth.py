@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from fusion_simulation.comparison import SWEEP_WEIGHTS
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from benchmarks.bench import Bench
-from benchmarks.experiment import Experiment, Scores, plain
-from benchmarks.experiments.skill_transfer import skill_pair
-from benchmarks.methods import (
+from benchmarks.compared_methods import (
     BY_ACTIVATIONS,
     ENSEMBLE,
     ONE_SHOT,
     average_with_norms,
     ot_with_norms,
 )
+from benchmarks.declarations import Experiment, Scores, plain
+from benchmarks.experiments.skill_transfer import skill_pair
 
 PAPER = "Nguyen et al. 2021"
-COSTS: tuple[Literal["width", "cka", "wasserstein"], ...] = ("width", "cka", "wasserstein")
+COSTS = ("width", "cka", "wasserstein")
 MAPPINGS = ((1, 2, 3), (1, 2, 4), (1, 2, 5), (1, 3, 4), (1, 3, 5), (1, 4, 5), (2, 3, 4), (3, 4, 5))
 BALANCES = {
     "add": ff.LayerMatching(balance="add"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from benchmarks.bench import SEED_STRIDE, Bench
-from benchmarks.experiment import GROUP, Experiment, Scores
+from benchmarks.declarations import GROUP, Experiment, Scores
 from benchmarks.experiments.rounds import OVER_ROUNDS
 from benchmarks.federation import Client, Round, divided, drawn, federate
 

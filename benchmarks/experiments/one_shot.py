@@ -9,8 +9,7 @@ from fusion_simulation.data import dirichlet_partition
 
 import flwr_fusion as ff
 from benchmarks.bench import Bench
-from benchmarks.experiment import Experiment, Scores, after, heading
-from benchmarks.methods import (
+from benchmarks.compared_methods import (
     BY_ACTIVATIONS,
     CONTROL,
     ENSEMBLE,
@@ -19,6 +18,7 @@ from benchmarks.methods import (
     fused,
     sliced_average,
 )
+from benchmarks.declarations import Experiment, Scores, after, heading
 
 PAPER = "Singh & Jaggi 2020"
 TABLE_5 = "Öz et al. 2024, table 5"

@@ -8,8 +8,8 @@ import torch
 
 import flwr_fusion as ff
 from benchmarks.bench import Bench
-from benchmarks.experiment import Experiment, Scores, plain
-from benchmarks.methods import pruned
+from benchmarks.compared_methods import pruned
+from benchmarks.declarations import Experiment, Scores, plain
 
 SECTION = "Singh & Jaggi 2020, section on structured pruning"
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

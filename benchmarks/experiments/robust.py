@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from benchmarks.bench import SEED_STRIDE, Bench
-from benchmarks.experiment import GROUP, Experiment, Scores
-from benchmarks.methods import Fuse
+from benchmarks.compared_methods import Fuse
+from benchmarks.declarations import GROUP, Experiment, Scores
 
 GOOD_CLIENTS = 6
 # The bad client says that it has most of the samples.

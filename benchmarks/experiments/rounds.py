@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from benchmarks.bench import SEED_STRIDE, Bench
-from benchmarks.experiment import GROUP, Experiment, Scores, Task
+from benchmarks.compared_methods import UNGUARDED
+from benchmarks.compared_methods import Fuse as FuseModels
+from benchmarks.declarations import GROUP, Experiment, Scores, Task
 from benchmarks.federation import Client, Fuse, Round, divided, drawn, federate
-from benchmarks.methods import UNGUARDED
-from benchmarks.methods import Fuse as FuseModels
 
 # Clients of each.
 PARTITIONS = {"label-skill": 2, "dirichlet-0.1": 10, "dirichlet-0.5": 5, "iid": 5}

@@ -11,9 +11,9 @@ from torch import nn
 
 import flwr_fusion as ff
 from benchmarks.bench import Bench
-from benchmarks.experiment import Experiment, Scores, plain
+from benchmarks.compared_methods import ENSEMBLE, ONE_SHOT, PLAIN, by_matching
+from benchmarks.declarations import Experiment, Scores, plain
 from benchmarks.federation import SPECIAL_LABEL
-from benchmarks.methods import ENSEMBLE, ONE_SHOT, PLAIN, by_matching
 from flwr_fusion.statistics import Statistics
 
 

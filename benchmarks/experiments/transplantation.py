@@ -10,9 +10,9 @@ from torch import nn
 
 import flwr_fusion as ff
 from benchmarks.bench import Bench
-from benchmarks.experiment import Experiment, Scores, after, plain
+from benchmarks.compared_methods import CONTROL, ENSEMBLE, UNGUARDED, fused, pruned
+from benchmarks.declarations import Experiment, Scores, after, plain
 from benchmarks.experiments.pruning import SPARSITIES
-from benchmarks.methods import CONTROL, ENSEMBLE, UNGUARDED, fused, pruned
 
 PAPER = "Öz et al. 2024"
 DONATED = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

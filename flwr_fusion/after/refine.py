@@ -415,6 +415,7 @@ def _divergence(logits: Tensor, expected: Tensor, temperature: float) -> Tensor:
     # Centred, so that little is lost where the temperature is high.
     centred = logits - logits.mean(dim=1, keepdim=True)
     log_ours = (centred / temperature).log_softmax(dim=1)
+    # KL(q || p) = sum q (log q - log p); T^2 keeps the gradients' size (Hinton et al. 2015).
     divergence = nn.functional.kl_div(log_ours, expected, reduction="none").sum(dim=1)
     return temperature**2 * divergence.mean()
 

@@ -18,7 +18,7 @@ from flwr_fusion.fusion import Client
 from flwr_fusion.graph.groups import ChannelGraph
 from flwr_fusion.maps import Maps, coverage_along, map_channels
 from flwr_fusion.networks import detached_state, key_of, tied_tensors
-from flwr_fusion.observe import batches_of, run, watched
+from flwr_fusion.observe import batches_of, run, watch
 from flwr_fusion.statistics.moments import RunningMoments, input_moments
 
 Repair = Literal["auto", "none", "batchnorm", "rescale"]
@@ -71,35 +71,7 @@ def repair_network(
     *,
     moved: bool,
 ) -> str:
-    """Repair a fused network in place.
-
-    Parameters
-    ----------
-    fused : nn.Module
-        The network.
-    repair : {"auto", "none", "batchnorm", "rescale"}
-        What is asked for.
-    clients : sequence of Client
-        What was fused, with the clients' statistics.
-    maps : sequence of mapping of str to ChannelMap
-        Their channel maps.
-    graph : ChannelGraph
-        Groups of the fused network.
-    calibration : Tensor or iterable of batches, optional
-        Inputs to measure on.
-    moved : bool
-        Whether channels of different index have been put together.
-
-    Returns
-    -------
-    str
-        What was done: ``RECOMPUTED``, ``FROM_CLIENTS``, ``RESCALED``, ``NOTHING_KNOWN`` or "none".
-
-    Raises
-    ------
-    FusionError
-        If the network lacks what is asked for, or cannot be run on the calibration inputs.
-    """
+    """Repair a fused network in place."""
     chosen = _chosen(repair, fused, calibration is not None, clients, moved)
     if chosen == RECOMPUTED:
         recompute_batchnorm(fused, calibration)
@@ -157,23 +129,7 @@ def _free_layers(graph: ChannelGraph) -> list[str]:
 def activation_goals(
     clients: Sequence[Client], maps: Sequence[Maps], template: Mapping[str, Tensor]
 ) -> dict[str, ActivationGoal]:
-    """Return what the clients' activations are in the fused network's channels.
-
-    Parameters
-    ----------
-    clients : sequence of Client
-        Those without statistics have no part in it.
-    maps : sequence of mapping of str to ChannelMap
-        Their channel maps.
-    template : mapping of str to Tensor
-        State dict of the fused network.
-
-    Returns
-    -------
-    dict of str to ActivationGoal
-        By layer, on the template's device, over the clients that have statistics of it. Layers
-        with channels that none of them has are left out.
-    """
+    """Return what the clients' activations are in the fused network's channels."""
     goals = {}
     for layer in dict.fromkeys(name for client in clients for name in client.statistics or ()):
         keys = (key_of(layer, kind) for kind in ("weight", "running_mean"))
@@ -191,6 +147,7 @@ def activation_goals(
             )
             covered = coverage_along(key, client.correspondence, chosen)
             share = client.weight * (1.0 if covered is None else covered[1].double())
+            # E[z], E[z^2] and the deviation, which REPAIR averages as such.
             values = torch.stack([mean, variance + mean.square(), variance.sqrt()])
             sums[:3] += share * values
             sums[3] += share
@@ -203,25 +160,13 @@ def activation_goals(
 
 
 def recompute_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Replace the running statistics of a network by its own on calibration data, in place.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network. Everything but its BatchNorm layers runs in evaluation mode.
-    batches : iterable of inputs
-        Batches of what the network is called with; every sample counts alike.
-
-    Raises
-    ------
-    FusionError
-        If there are no inputs, or the network cannot be run on them.
-    """
+    """Replace the running statistics of a network by its own on calibration data, in place."""
     layers = [module for module in model.modules() if _tracks(module)]
     moments = {module: RunningMoments() for module in layers}
 
     def normalise(module: nn.Module, inputs: Tensor, _output: None) -> None:
         assert isinstance(module, BATCHNORM)
+        # (samples, channels, ...) as (channels, values): each channel has one mean and variance.
         rows = inputs.movedim(1, 0).flatten(1)
         if rows.shape[1] < 2:
             raise FusionError("BatchNorm needs more than one value per channel: larger batches")
@@ -229,7 +174,7 @@ def recompute_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         # The layer normalises by what it now holds: this batch's own statistics.
         _set_running(module, *_moments(rows))
 
-    with watched(layers, normalise, before=True):
+    with watch(layers, normalise, before=True):
         run(model, batches, _FUSED)
     for module, total in moments.items():
         if total.count:
@@ -238,20 +183,7 @@ def recompute_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def batchnorm_from_clients(model: nn.Module, goals: Mapping[str, ActivationGoal]) -> bool:
-    """Replace the running statistics of a network by those of the mixture of all clients, in place.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network.
-    goals : mapping of str to ActivationGoal
-        From `activation_goals`; a BatchNorm layer that is not in it keeps its statistics.
-
-    Returns
-    -------
-    bool
-        Whether any layer was repaired.
-    """
+    """Set running statistics to those of the mixture of all clients; return whether any was."""
     done = False
     for name, module in model.named_modules():
         if name in goals and isinstance(module, BATCHNORM) and _tracks(module):
@@ -304,7 +236,7 @@ def rescale_activations(
         shape = [-1 if a == axis else 1 for a in range(output.dim())]
         return output * scale.to(output).view(shape) + shift.to(output).view(shape)
 
-    with watched(modules, rescale):
+    with watch(modules, rescale):
         run(model, batches, _FUSED)
     for module, goal in modules.items():
         if moments[module].count:
@@ -335,6 +267,7 @@ def _affine(
     module: nn.Module, goal: ActivationGoal, mean: Tensor, variance: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the scale and shift that bring activations to their goal."""
+    # REPAIR (Jordan et al. 2023, section 3): z -> s (z - mean) + goal mean, s = goal sd / sd.
     deviation = variance.sqrt()
     constant = deviation <= _LEAST_DEVIATION * mean.abs() + 1e-12
     scale = torch.where(constant, 1.0, goal.deviation / deviation.clamp(min=1e-12))

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.depth.balance import DepthAligned, depth_aligned
-from flwr_fusion.depth.layers import LayerMatching, StructuredNetwork, match_stages
+from flwr_fusion.depth.balance import DepthAligned, align_depth
+from flwr_fusion.depth.layer_matching import LayerMatching, StructuredNetwork, match_stages
 from flwr_fusion.depth.mapped_statistics import statistics_in_layers_of
-from flwr_fusion.depth.merging import merged_layer, recorded
+from flwr_fusion.depth.merging import merged_layer, record_calls
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
 from flwr_fusion.depth.structure import DepthStructure, Unit, trace_family
 from flwr_fusion.errors import FusionError
@@ -175,7 +175,7 @@ class DepthAligner:
     def _aligned(self, network: StructuredNetwork, n: int) -> DepthAligned:
         merge = partial(self._merge, n)
         try:
-            return depth_aligned(network, self.target, self.graph, self._matches[n], merge)
+            return align_depth(network, self.target, self.graph, self._matches[n], merge)
         except FusionError as error:
             raise FusionError(f"{self._refusal(network)}: {error}") from error
 
@@ -223,7 +223,7 @@ class DepthAligner:
             if number not in {b for _, b in match.pairs}
         ]
         names = [name for pair in pairs for name in pair]
-        (found,) = recorded(deeper, names, [inputs])
+        (found,) = record_calls(deeper, names, [inputs])
         return all(is_close(found[b][0].double(), found[a][0].double()) for a, b in pairs)
 
     def _refusal(self, network: StructuredNetwork) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.depth.layers import StructuredNetwork
+from flwr_fusion.depth.layer_matching import StructuredNetwork
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
 from flwr_fusion.depth.structure import Unit
 from flwr_fusion.errors import FusionError
@@ -44,7 +44,7 @@ class DepthAligned:
     absent: frozenset[str]
 
 
-def depth_aligned(
+def align_depth(
     client: StructuredNetwork,
     target: StructuredNetwork,
     graph: ChannelGraph,
@@ -270,6 +270,8 @@ def _value(state: Mapping[str, Tensor], unit: Unit | None, kind: str) -> Tensor 
 
 def _rectified_moments(mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and variance of ``max(z, 0)`` for normal z."""
+    # z ~ N(m, s^2), r = m / s: E z+ = m Phi(r) + s phi(r),
+    # E (z+)^2 = (m^2 + s^2) Phi(r) + m s phi(r).
     ratio = mean / deviation.clamp(min=1e-12)
     below = 0.5 * (1 + torch.erf(ratio / math.sqrt(2)))
     density = torch.exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from flwr_fusion.depth.layers import StructuredNetwork
+from flwr_fusion.depth.layer_matching import StructuredNetwork
 from flwr_fusion.depth.structure import Stage, Unit
 from flwr_fusion.networks import key_of
 from flwr_fusion.report import StageMatch
@@ -81,13 +81,13 @@ def _added(
         if number in present or not before or unit.is_block or unit.modules[1:]:
             continue
         following = layers[layers.index(before[-1].layer) + 1 :][:1]
-        known = statistics.get(following[0]) if following else None
+        read = statistics.get(following[0]) if following else None
         width = _outputs(client.model, before[-1])
-        if known is None or known.second is None or known.mean is None or len(known.mean) != width:
+        if read is None or read.second is None or read.mean is None or len(read.mean) != width:
             continue
-        variance = known.second.diagonal(dim1=1, dim2=2).flatten() - known.mean.square()
+        variance = read.second.diagonal(dim1=1, dim2=2).flatten() - read.mean.square()
         result[unit.layer] = LayerStatistics(
-            known.second, known.mean, known.mean, variance.clamp(min=0)
+            read.second, read.mean, read.mean, variance.clamp(min=0)
         )
     return result
 

@@ -67,6 +67,7 @@ def merged_layer(
         # The norm of the last layer stays a norm of its own.
         second, second_bias = _affine(unit, model, with_norm=unit is not units[-1])
         per_channel = second if second.dim() == 2 else second.flatten(2).sum(2)
+        # W = W_2 D W_1, b = b_2 + W_2 D b_1 (Nguyen et al., section 3.2).
         bias = second_bias + per_channel @ (passed * bias)
         weight = _composed(second, weight * passed.view(-1, *[1] * (weight.dim() - 1)), stride)
         stride = _stride(model, unit, stride)
@@ -83,7 +84,7 @@ def _passed(
         return like.new_ones(len(like))
     total, positive, samples = like.new_zeros(len(like)), like.new_zeros(len(like)), 0
     axis = 1 if like.dim() > 2 else -1
-    for outputs in recorded(model, [unit.modules[-1]], batches):
+    for outputs in record_calls(model, [unit.modules[-1]], batches):
         rows = outputs[unit.modules[-1]][1].movedim(axis, 0).flatten(1).to(like)
         total += rows.sum(1)
         positive += (rows > 0).sum(1)
@@ -106,7 +107,7 @@ def _fitted(
     start = torch.cat([weight, bias[:, None]], 1) if constant else weight
     inner = start.new_zeros(start.shape[1], start.shape[1])
     cross, samples = torch.zeros_like(start), 0
-    for found in recorded(model, [first, last], batches):
+    for found in record_calls(model, [first, last], batches):
         x = found[first][0].flatten(0, -2).to(start)
         x = torch.cat([x, x.new_ones(len(x), 1)], 1) if constant else x
         z = found[last][1].flatten(0, -2).to(start)
@@ -115,6 +116,7 @@ def _fitted(
         samples += len(x)
     inner, cross = inner / samples, cross / samples
     ridge = _RIDGE * float(inner.diagonal().mean().clamp(min=1e-12))
+    # W = (E[z x^T] + r W_0) (E[x x^T] + r I)^-1.
     held = inner + ridge * torch.eye(len(inner)).to(inner)
     solved = torch.linalg.solve(held, (cross + ridge * start).T).T
     return (solved[:, :-1], solved[:, -1]) if constant else (solved, bias)
@@ -124,7 +126,7 @@ def _both(_layer: nn.Module, inputs: Tensor, output: Tensor) -> tuple[Tensor, Te
     return inputs.clone(), output.clone()
 
 
-def recorded(
+def record_calls(
     model: nn.Module, names: Sequence[str], batches: Iterable[Any]
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Yield for every batch the first input and the output of some modules' last call."""
@@ -138,8 +140,8 @@ def _affine(unit: Unit, model: nn.Module, with_norm: bool = True) -> tuple[Tenso
     weight: Tensor = layer.weight.detach().double()  # type: ignore[operator]
     if getattr(layer, "groups", 1) > 1 or getattr(layer, "transposed", False):
         raise FusionError(f"layer '{unit.name}' cannot be merged: it is grouped or transposed")
-    own = layer.bias
-    bias = weight.new_zeros(len(weight)) if own is None else own.detach().double()  # type: ignore[operator]
+    given = layer.bias
+    bias = weight.new_zeros(len(weight)) if given is None else given.detach().double()  # type: ignore[operator]
     for name in unit.modules[1:] if with_norm else ():
         norm = model.get_submodule(name)
         if not isinstance(norm, _BATCHNORMS) or norm.running_var is None:

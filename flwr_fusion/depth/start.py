@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.depth.balance import DepthAligned, corresponding_tensors, depth_aligned
-from flwr_fusion.depth.layers import LayerMatching, StructuredNetwork, match_stages
+from flwr_fusion.depth.balance import DepthAligned, align_depth, corresponding_tensors
+from flwr_fusion.depth.layer_matching import LayerMatching, StructuredNetwork, match_stages
 from flwr_fusion.depth.merging import merged_layer
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
 from flwr_fusion.depth.structure import LAYERS, trace_family
@@ -104,10 +104,10 @@ def _family(
     keys = shallowest.state_dict().keys()
     if all(model.state_dict().keys() == keys for model in models):
         return [_Member(model, shallowest, (), example_inputs) for model in models]
-    shallow, *own = trace_family([shallowest, *models], example_inputs)
+    shallow, *structures = trace_family([shallowest, *models], example_inputs)
     reference = StructuredNetwork(shallowest, shallow, "the shallowest")
     members = []
-    for (name, model), structure in zip(architectures.items(), own, strict=True):
+    for (name, model), structure in zip(architectures.items(), structures, strict=True):
         network = StructuredNetwork(model, structure, f"architecture '{name}'")
         members.append(_Member(model, shallowest, (reference, network), example_inputs))
     return members
@@ -136,7 +136,7 @@ class _Member:
         if not self.matches:
             return DepthAligned(core, frozenset())
         client = replace(self._shallow, model=core)
-        return depth_aligned(
+        return align_depth(
             client,
             self._own,
             self.graph,
@@ -181,11 +181,11 @@ def _core(shallowest: nn.Module, family: Sequence[_Member], example_inputs: Any)
     graph = verified_graph(shallowest, example_inputs)
     widths = {group.name: group.size for group in graph.groups}
     for member in family:
-        own, room = member.widths(), member.room_behind()
+        theirs, room = member.widths(), member.room_behind()
         for group in graph.groups:
             layers = {owner_of(place.tensor) for place in group.places if place.writes}
             limits = [room[layer] for layer in layers & room.keys()]
-            widths[group.name] = min(widths[group.name], own[group.name], *limits)
+            widths[group.name] = min(widths[group.name], theirs[group.name], *limits)
     state = {
         name: _first(tensor, resized_shape(name, graph, widths))
         for name, tensor in detached_state(shallowest).items()
@@ -204,11 +204,11 @@ def _first(tensor: Tensor, shape: list[int]) -> Tensor:
 def _grown(core: nn.Module, member: _Member, example_inputs: Any, noise: float) -> nn.Module:
     """Return a network that computes the core's function in its own architecture, plus noise."""
     growth = _Growth(core, member, example_inputs)
-    own, state = detached_state(member.model), growth.grow(core)
+    drawn, state = detached_state(member.model), growth.grow(core)
     quiet = growth.absent | {name for name, tensor in state.items() if not bool(tensor.any())}
     noisy = {
         name: tensor
-        + noise * (own[name] - _seen_by_core(own[name], name, growth.graph, growth.maps))
+        + noise * (drawn[name] - _seen_by_core(drawn[name], name, growth.graph, growth.maps))
         for name, tensor in state.items()
         # The last tensors of blocks that do nothing are zero and stay so.
         if name not in quiet and tensor.dim() > 1 and tensor.is_floating_point()
@@ -242,13 +242,13 @@ class _Growth:
 
     def grow(self, core: nn.Module) -> dict[str, Tensor]:
         """Return the state dict of the core's function in the architecture."""
-        own = detached_state(self.member.model)
+        drawn = detached_state(self.member.model)
         state = detached_state(self.member.in_own_layers(core).model)
         repeated = {
             name: map_tensor(state[name], name, self.correspondence, self.maps).clone()
-            for name in own
+            for name in drawn
         }
-        repeated |= {name: own[name] for name in self.absent}
+        repeated |= {name: drawn[name] for name in self.absent}
         # Scaling a channel needs activations that scale with it, as ReLU does.
         return _evenly_scaled(repeated, self.graph, self.maps) if self._scaled else repeated
 
@@ -287,6 +287,7 @@ def _seen_by_core(tensor: Tensor, name: str, graph: ChannelGraph, maps: Maps) ->
             continue
         for place in group.places:
             if place.tensor == name:
+                # M (M^T M)^-1 M^T projects on what is equal in all copies: what the core sees.
                 merge = maps[group.name].merge().T
                 mean = (merge / merge.sum(1, keepdim=True)).T @ merge
                 tensor = tensor.clone()

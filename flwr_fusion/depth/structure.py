@@ -15,7 +15,7 @@ from flwr_fusion.errors import FusionError
 from flwr_fusion.graph.checking import prepared_copy
 from flwr_fusion.graph.groups import verified_graph
 from flwr_fusion.networks import module_of, owner_of
-from flwr_fusion.observe import call, moved_to, named_failure, watched
+from flwr_fusion.observe import call, moved_to, named_failure, watch
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -183,16 +183,16 @@ def trace_family(models: Sequence[nn.Module], example_inputs: Any) -> list[Depth
     """Return the structures of several networks, which tell each other what a block is."""
     calls = [_Calls(model, example_inputs) for model in models]
     switches = [
-        {name: found for name in own.by_name if (found := _switches(name, own))} for own in calls
+        {name: found for name in one.by_name if (found := _switches(name, one))} for one in calls
     ]
     types = {
-        type(own.modules[name])
-        for own, found in zip(calls, switches, strict=True)
+        type(one.modules[name])
+        for one, found in zip(calls, switches, strict=True)
         for name in _innermost(found)
     }
     return [
-        _traced(model, example_inputs, own, _residual_blocks(own, found, types))
-        for model, own, found in zip(models, calls, switches, strict=True)
+        _traced(model, example_inputs, one, _residual_blocks(one, found, types))
+        for model, one, found in zip(models, calls, switches, strict=True)
     ]
 
 
@@ -252,8 +252,8 @@ class _Calls:
         inputs = tree_map(_with_gradient, moved_to(self.model, example_inputs))
         with (
             named_failure(type(self.model).__name__, "the example inputs"),
-            watched(names, enter, before=True),
-            watched(names, leave),
+            watch(names, enter, before=True),
+            watch(names, leave),
             torch.enable_grad(),
         ):
             # The graph lives as long as its end does.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.observe import arguments, call, moved_to, output_of, watched
+from flwr_fusion.observe import arguments, call, moved_to, output_of, watch
 
 if TYPE_CHECKING:
     from flwr_fusion.graph.groups import ChannelGraph
@@ -130,7 +130,7 @@ def call_order(model: nn.Module, inputs: Any) -> dict[str, int]:
     def note(module: nn.Module, _inputs: Any, _output: Any) -> None:
         order.setdefault(names[module], len(order))
 
-    with watched(names, note, before=True), torch.no_grad():
+    with watch(names, note, before=True), torch.no_grad():
         output_of(model, inputs, type(model).__name__, "the example inputs")
     return order
 
@@ -183,6 +183,7 @@ def random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tens
         if draw is not None and tensor.is_floating_point():
             value = draw(tensor).to(tensor)
             if tensor.dim() > 1:
+                # He et al. 2015: variance 2 / fan-in keeps activations of one size through layers.
                 value *= (2 / max(1, tensor[0].numel())) ** 0.5
         result[name] = drawn[id(tensor)] = value
     return result

@@ -152,9 +152,9 @@ class _GroupBuilder:
 
     def _untraceable(self, layer: nn.Module, channels: list[int]) -> list[ChannelGroup]:
         """Return a fixed group for a layer whose output torch-pruning cannot follow."""
-        own = _Traced(layer, is_output=True, channels=channels, positions=channels)
+        alone = _Traced(layer, is_output=True, channels=channels, positions=channels)
         reason = "the output of this layer cannot be traced"
-        return [replace(group, fixed_because=reason) for group in self._split([own])]
+        return [replace(group, fixed_because=reason) for group in self._split([alone])]
 
     def _split(self, items: list[_Traced]) -> list[ChannelGroup]:
         """Return one group for every class of channels that stand at the same places."""
@@ -186,15 +186,15 @@ class _GroupBuilder:
         fixed_because: str,
         normalised: bool,
     ) -> ChannelGroup:
-        own = []
+        placed = []
         for number, *_ in kind:
             place, positions_of = places[number]
             positions = torch.tensor([sorted(positions_of[c]) for c in channels])
-            own.append(replace(place, positions=positions))
-        named = [p for p in own if p.writes] or own
+            placed.append(replace(place, positions=positions))
+        named = [p for p in placed if p.writes] or placed
         first = min(named, key=lambda p: self.order.get(owner_of(p.tensor), len(self.order)))
         name = owner_of(first.tensor)
-        return ChannelGroup(name, len(channels), tuple(own), fixed_because, normalised)
+        return ChannelGroup(name, len(channels), tuple(placed), fixed_because, normalised)
 
     def _item(self, item: Any) -> _Traced:
         return _Traced(

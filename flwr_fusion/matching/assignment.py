@@ -67,6 +67,7 @@ def _exact_plan(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan, log = ot.emd(a, b, cost, numItermax=iterations, log=True)
+    # Strong duality: <T, C> = <a, u> + <b, v> at the optimum, and only there.
     gap = float((plan * cost).sum() - (a @ log["u"] + b @ log["v"]))
     if abs(gap) > 1e-6 * float(np.abs(cost).max()):
         raise FusionError(f"exact transport stopped short of the optimum (duality gap {gap:.2g})")

@@ -23,22 +23,6 @@ def refine_as_barycentre(
     """Re-align every client to the mean of the others until no channel moves.
 
     No client is the reference of all others any more.
-
-    Parameters
-    ----------
-    clients : sequence of Client
-        At least two.
-    alignments : sequence of Alignment
-        Their alignments to one common reference.
-    reference : mapping of str to Tensor
-        State dict in the fused network's channels.
-    matching : Matching
-        How channels are matched.
-
-    Returns
-    -------
-    list of Alignment
-        The refined alignments.
     """
     refined = list(alignments)
     mean = RunningMean(reference)
@@ -48,6 +32,7 @@ def refine_as_barycentre(
         moved = False
         for k, client in enumerate(clients):
             state, maps = client.state(), refined[k].maps
+            # The mean of the others: sum_l w_l M_l(W_l) - w_k M_k(W_k), over their weight.
             mean.add(client, maps, sign=-1, state=state)
             others = mean.mean(uncovered=reference)
             refined[k] = align_by_weights(others, state, client.correspondence, matching, maps)

@@ -55,6 +55,8 @@ def weight_cost(
             mapped = map_tensor(client[name], name, correspondence, maps, keep_axis=axis)
             ours = channel_rows(reference[name], axis, segment.fused_positions)
             theirs = channel_rows(mapped, axis, segment.client_positions).to(ours)
+            # |a - b|^2 = |a|^2 - 2 <a, b> + |b|^2, with a = A[i] / |A| and b = B[j] / |B|: one
+            # matrix product, where differences would need channels^2 x weights numbers.
             distance = torch.addmm(
                 ours.square().sum(1, keepdim=True) / norm**2,
                 ours,
@@ -241,10 +243,12 @@ class _CrossMoments:
         """Return 1 - correlation, or the mean squared distance."""
         assert self.shifts is not None
         x, y, xx, yy, xy = (total / self.samples for total in self.sums)
+        # Cov(x, y) = E[x y] - E[x] E[y], about the shifts; Var(x) = E[x^2] - E[x]^2.
         covariance = xy - x[:, None] * y[None, :]
         variances = (xx - x.square()).clamp(min=0), (yy - y.square()).clamp(min=0)
         means = x + self.shifts[0], y + self.shifts[1]
         if kind == "euclidean":
+            # E (x - y)^2 = (E x - E y)^2 + Var(x) + Var(y) - 2 Cov(x, y).
             difference = (means[0][:, None] - means[1][None, :]).square()
             return difference + variances[0][:, None] + variances[1][None, :] - 2 * covariance
         ours, theirs = (

@@ -105,18 +105,6 @@ def choose_channels(
 ) -> list[dict[str, ChannelMap]]:
     """Choose which channels of which clients the fused network keeps.
 
-    Parameters
-    ----------
-    clients : sequence of Client
-        The clients, in an order that ties are broken by.
-    transplantation : Transplantation
-        Importance, order of operations and guard.
-
-    Returns
-    -------
-    list of dict
-        For each client a `Selection` for every free group: its channels at their fused places.
-
     References
     ----------
     Öz et al., "Model Fusion via Neuron Transplantation", 2024, section 3. The guard against
@@ -204,6 +192,7 @@ def _scores(
         share = client.weight**power if averaged else 1.0
         for axis, segment in segments_of(group, name, client.correspondence):
             rows = channel_rows(state[name], axis, segment.client_positions)
+            # sum |w|^p over all weights of a channel; what is averaged counts with its share.
             norms = torch.linalg.vector_norm(rows, ord=power, dim=1).double() ** power * share
             total = norms if total is None else total + norms
     if total is None:

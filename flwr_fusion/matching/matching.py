@@ -39,7 +39,7 @@ class Matching:
 
     by: Literal["weights", "activations"] = "weights"
     sweep: Literal["joint", "greedy"] = "joint"
-    solver: Literal["exact", "sinkhorn", "unbalanced"] | Solver = "exact"
+    solver: str | Solver = "exact"
     masses: Literal["uniform", "importance"] = "uniform"
     activation_cost: Literal["correlation", "euclidean"] = "correlation"
 

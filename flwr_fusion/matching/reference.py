@@ -50,30 +50,7 @@ def choose_reference(
     given: nn.Module | None,
     central_by: Matching | None = None,
 ) -> Reference:
-    """Choose what clients are aligned to.
-
-    Parameters
-    ----------
-    clients : sequence of Client
-        The heaviest first.
-    target : nn.Module
-        The fused architecture; its values fill what the reference lacks.
-    given : nn.Module, optional
-        A reference, used if at least half of the clients resemble it.
-    central_by : Matching, optional
-        Otherwise the reference is one of the clients that fit the target best: the heaviest, or if
-        this is given, the most central one.
-
-    Returns
-    -------
-    Reference
-        What to align to.
-
-    Raises
-    ------
-    FusionError
-        If the given reference is of another architecture or not finite.
-    """
+    """Choose what clients are aligned to."""
     device = next(target.parameters()).device
     target_state = {name: tensor.to(device) for name, tensor in detached_state(target).items()}
     if given is not None:
@@ -142,18 +119,6 @@ def most_central(clients: Sequence[Client], matching: Matching) -> int:
 
     A client that has nothing in common with the others, whatever its weights, is never chosen
     while most of the others have.
-
-    Parameters
-    ----------
-    clients : sequence of Client
-        Of the fused architecture, widths included.
-    matching : Matching
-        How channels are matched.
-
-    Returns
-    -------
-    int
-        Its place; every client is aligned to every other one.
     """
     costs = torch.full((len(clients), len(clients)), torch.nan)
     for n, reference in enumerate(clients):

@@ -88,23 +88,7 @@ def align_by_weights(
 def align_by_activations(
     costs: Mapping[str, Tensor], correspondence: Correspondence, matching: Matching
 ) -> Alignment:
-    """Choose the map of every group from its own ground cost.
-
-    Parameters
-    ----------
-    costs : mapping of str to Tensor
-        From `flwr_fusion.matching.costs.activation_costs`.
-    correspondence : Correspondence
-        Positions in both networks.
-    matching : Matching
-        Its solver; by activations alone the groups do not depend on each other, and masses are
-        uniform.
-
-    Returns
-    -------
-    Alignment
-        A map for every free group; groups without recorded layers keep their order.
-    """
+    """Choose the map of every group from its own ground cost."""
     maps = correspondence.identity()
     matched = {
         name: _solved(name, cost, solver_of(matching.solver)) for name, cost in costs.items()
@@ -200,6 +184,7 @@ class _WeightAligner:
         """
         total = 0.0
         for name, (norm, client_norm) in self.norms.items():
+            # sum over tensors of |A / |A| - merge B unmerge / |B||^2.
             mapped = map_tensor(self.client[name], name, self.correspondence, maps)
             ours = self.reference[name].detach().float() / norm
             total += float((ours - mapped.detach().float() / client_norm).square_().sum())
@@ -214,6 +199,8 @@ class _WeightAligner:
         candidate, present = self._solve(cost, group), maps[group.name]
         if isinstance(candidate, Plan) and not isinstance(present, Plan):
             return candidate
+        # Coordinate descent (Ainsworth et al. 2023, algorithm 1): given the other groups, the cost
+        # is linear in this group's map, so the optimum of its transport problem is the best step.
         gain = _mean_cost(cost, present) - _mean_cost(cost, candidate)
         if gain <= _LEAST_GAIN * float(cost.mean()):
             return present

@@ -9,10 +9,10 @@ from dataclasses import replace
 from torch import nn
 
 from flwr_fusion.fusion import Fusion, participants, shares_of
-from flwr_fusion.networks import assembled, check_same_tensors, detached_state, tied_tensors
+from flwr_fusion.networks import assemble_model, check_same_tensors, detached_state, tied_tensors
 from flwr_fusion.report import FusionReport, FusionResult
 from flwr_fusion.rules import Rule, rule_of
-from flwr_fusion.rules.rule import check_statistics_given, combined
+from flwr_fusion.rules.rule import apply_rule, check_statistics_given
 from flwr_fusion.statistics.moments import Statistics
 
 
@@ -77,7 +77,7 @@ def average(
     if sent is not None:
         check_same_tensors(sent, first, "the reference", "client 0")
     fusion = Fusion(first, clients, sent, frozenset(tied_tensors(models[0])))
-    result = combined(rule, fusion, [{} for _ in clients])
+    result = apply_rule(rule, fusion, [{} for _ in clients])
     seconds = time.perf_counter() - started
     report = FusionReport("average", "", (), seconds, dict(result.details))
-    return FusionResult(assembled(models[0], result.state), report)
+    return FusionResult(assemble_model(models[0], result.state), report)

@@ -11,7 +11,7 @@ from torch import nn
 
 from flwr_fusion.after.repair import Repair
 from flwr_fusion.depth.aligner import DepthAligner
-from flwr_fusion.depth.layers import LayerMatching
+from flwr_fusion.depth.layer_matching import LayerMatching
 from flwr_fusion.errors import FusionError
 from flwr_fusion.fusion import Client
 from flwr_fusion.matching.matching import Matching

@@ -11,18 +11,18 @@ from torch import nn
 
 from flwr_fusion.after.repair import Repair, check_repair, repair_network
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fusion import Client, Fusion, corresponding, largest, participants
+from flwr_fusion.fusion import Client, Fusion, largest, participants, with_correspondence
 from flwr_fusion.graph.groups import verified_graph
 from flwr_fusion.matching.barycentre import refine_as_barycentre
 from flwr_fusion.matching.costs import activation_costs
 from flwr_fusion.matching.matching import Matching
 from flwr_fusion.matching.reference import Reference, choose_reference
 from flwr_fusion.matching.sweeps import Alignment, align_by_activations, align_by_weights
-from flwr_fusion.networks import assembled, tied_tensors, with_state
+from flwr_fusion.networks import assemble_model, tied_tensors, with_state
 from flwr_fusion.observe import check_rereadable
 from flwr_fusion.report import FusionReport, FusionResult, GroupReport
 from flwr_fusion.rules import Rule, rule_of
-from flwr_fusion.rules.rule import check_statistics_given, combined
+from flwr_fusion.rules.rule import apply_rule, check_statistics_given
 from flwr_fusion.statistics.moments import Statistics
 
 DEFAULT_MATCHING = Matching()
@@ -162,7 +162,7 @@ def fuse_clients(
 ) -> FusionResult:
     """Match, combine and repair clients in the target's layers."""
     graph = verified_graph(target, example_inputs)
-    clients = corresponding(clients, target, graph, example_inputs)
+    clients = with_correspondence(clients, target, graph, example_inputs)
     central_by = steps.matching if steps.rule.few_cannot_decide else None
     base = choose_reference(clients, target, reference, central_by)
     alignments = _alignments(clients, base, target, steps)
@@ -170,8 +170,8 @@ def fuse_clients(
     maps = [alignment.maps for alignment in alignments]
     sent = base.state if base.given else None
     fusion = Fusion(base.state, clients, sent, frozenset(tied_tensors(target)))
-    result = combined(steps.rule, fusion, maps)
-    fused = assembled(target, result.state)
+    result = apply_rule(steps.rule, fusion, maps)
+    fused = assemble_model(target, result.state)
     repaired = repair_network(
         fused, steps.repair, clients, maps, graph, steps.calibration, moved=not settled
     )

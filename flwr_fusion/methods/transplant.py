@@ -11,14 +11,14 @@ from torch import nn
 
 from flwr_fusion.after.repair import Repair, check_repair, repair_network
 from flwr_fusion.errors import FusionError
-from flwr_fusion.fusion import Client, Fusion, corresponding, largest, participants
+from flwr_fusion.fusion import Client, Fusion, largest, participants, with_correspondence
 from flwr_fusion.graph.groups import ChannelGraph, verified_graph
 from flwr_fusion.matching.importance import Transplantation, choose_channels
-from flwr_fusion.networks import assembled, detached_state
+from flwr_fusion.networks import assemble_model, detached_state
 from flwr_fusion.observe import check_rereadable
 from flwr_fusion.report import FusionReport, FusionResult
 from flwr_fusion.rules.mean import Mean
-from flwr_fusion.rules.rule import combined
+from flwr_fusion.rules.rule import apply_rule
 
 DEFAULT_TRANSPLANTATION = Transplantation()
 # What has been fused on the way is no client that was given.
@@ -130,10 +130,10 @@ class _Step:
         """Return what has been fused as one more client, and what was repaired."""
         total = sum(client.weight for client in chosen)
         relative = [replace(client, weight=client.weight / total) for client in chosen]
-        clients = corresponding(relative, self._target, self._graph, self._example_inputs)
+        clients = with_correspondence(relative, self._target, self._graph, self._example_inputs)
         maps = choose_channels(clients, self._transplantation)
         fusion = Fusion(detached_state(self._target), clients)
-        network = assembled(self._target, combined(Mean(), fusion, maps).state)
+        network = assemble_model(self._target, apply_rule(Mean(), fusion, maps).state)
         moved = not all(m.is_identity for chosen_maps in maps for m in chosen_maps.values())
         repaired = repair_network(
             network, self._repair, clients, maps, self._graph, self._calibration, moved=moved

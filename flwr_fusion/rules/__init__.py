@@ -1,4 +1,4 @@
-"""Rules: how mapped clients are put together, one file a rule."""
+"""Rules: how mapped clients are put together, one file a rule; the robust ones are in one."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from flwr_fusion.maps import Maps, along, coverage_along, map_channels, map_tens
 from flwr_fusion.networks import key_of
 from flwr_fusion.rules.mean import Mean
 from flwr_fusion.rules.rule import Combined
-from flwr_fusion.statistics.moments import DETAILS, LayerStatistics, Statistics, reduced
+from flwr_fusion.statistics.moments import DETAILS, LayerStatistics, Statistics, diagonal_blocks
 
 BOUNDS = ("auto", "norm", "change")
 
@@ -180,12 +180,13 @@ class _Blocks:
         """Return a client's moments as blocks, with smaller off-diagonals."""
         assert statistics.second is not None
         assert statistics.mean is not None
-        blocks = reduced(statistics.second, self.size).double()
+        blocks = diagonal_blocks(statistics.second, self.size).double()
         if self.constant:
             mean = statistics.mean.double()
             blocks = torch.cat([blocks, mean.reshape(1, 1, -1)], 1)
             column = torch.cat([mean, mean.new_ones(1)]).reshape(1, -1, 1)
             blocks = torch.cat([blocks, column], 2)
+        # s G + (1 - s) diag(G): RegMean's scaling of off-diagonals (Jin et al. 2023, section 3.3).
         diagonal = torch.diag_embed(blocks.diagonal(dim1=1, dim2=2))
         return shrinkage * blocks + (1 - shrinkage) * diagonal
 
@@ -268,6 +269,7 @@ class _LayerSums:
         def to_fused(values: Tensor, axis: int) -> Tensor:
             return _map_inputs(values, axis, theirs, self._keys[0], client, maps)
 
+        # W_k G_k in the client's inputs, then its columns and rows in the fused channels.
         products = theirs.split(*_both(layer)) @ moments
         axis = 2 if self.detail == "full" else 0
         if groups == 1:
@@ -296,6 +298,7 @@ class _LayerSums:
             return None
         blocks = self._blocks
         average = self._moments / self._measured_weight
+        # D = sum_k w_k G_k, R = sum_k w_k (W_k - A) G_k; a client without moments has the average.
         residual = blocks.split(*_both(self._residuals))
         if self._silent:
             residual += blocks.split(*_both(self._silent)) @ average
@@ -323,9 +326,11 @@ class _LayerSums:
         if self._options.bound is None:
             return [m + c for m, c in zip(mean, change, strict=True)]
         if self._options.bound == "change":
+            # |row of the change| <= sum_k w_k |row of W_k - A| / sum_k w_k.
             rows = change[0].flatten(1).norm(dim=1)
             scale = (distances / rows.clamp(min=1e-30)).clamp(max=1)
             return [m + along(scale, 0, c.dim()) * c for m, c in zip(mean, change, strict=True)]
+        # |W| <= sum_k w_k |W_k| / sum_k w_k, or |A| if the mean itself is longer.
         layer = [m + c for m, c in zip(mean, change, strict=True)]
         bound = max(float(norms.norm()), float(mean[0].norm()))
         return [t * min(1.0, bound / max(float(layer[0].norm()), 1e-30)) for t in layer]

@@ -126,6 +126,8 @@ def trimmed_mean(values: Tensor, present: Tensor, share: float) -> Tensor:
         Of shape (...); NaN where no client has the position.
     """
     present = present.expand_as(values)
+    # Of n values in order the mean of those with rank in [c, n - c), c = floor(share n), at most
+    # floor((n - 1) / 2): at share 0.5 the median (Yin et al. 2018, definitions 1 and 2).
     count = present.sum(0)
     cut = torch.minimum((share * count).floor(), ((count - 1).clamp_min(0) / 2).floor())
     ordered = values.masked_fill(~present, torch.inf).sort(0).values
@@ -141,6 +143,7 @@ def krum_selection(distances: Tensor, rule: Krum) -> list[int]:
     ``distances`` are squared, of shape (clients, clients), for at least `Krum.least_clients`.
     """
     clients = len(distances)
+    # s(i) = sum of |V_i - V_j|^2 over the n - f - 2 nearest j (Blanchard et al. 2017, section 4).
     neighbours = distances.clone().fill_diagonal_(torch.inf).sort(1).values
     scores = neighbours[:, : clients - rule.malicious - 2].sum(1)
     selected = clients - rule.malicious if rule.selected is None else min(rule.selected, clients)
@@ -179,6 +182,7 @@ def squared_distances(fusion: Fusion, maps: Sequence[Maps]) -> Tensor:
         flat = block.values.reshape(size, -1).double() * present
         for k in range(size):
             both = present[k] * present
+            # Mean squared difference over what both have, times the number of all values.
             total[k] += ((flat - flat[k]).square() * both).sum(1).cpu()
             common[k] += both.sum(1).cpu()
     return torch.where(common > 0, total / common, torch.inf) * common.max()

@@ -108,7 +108,7 @@ def check_statistics_given(rule: Rule, statistics: object) -> None:
         )
 
 
-def combined(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
+def apply_rule(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
     """Return what a rule makes of mapped clients, checked.
 
     Parameters

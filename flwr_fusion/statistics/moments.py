@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.networks import key_of
-from flwr_fusion.observe import batch_size, run, watched
+from flwr_fusion.observe import batch_size, run, watch
 
 DETAILS = ("full", "block", "diagonal")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -153,7 +153,7 @@ def input_moments(
     def see(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         layers[module].add(inputs.detach(), output.detach())
 
-    with watched(layers, see):
+    with watch(layers, see):
         seen = run(model, _enough(batches, samples), "the network", "inputs to measure moments on")
     measured = {
         names[module]: accumulator.finish(seen, noise, generator)
@@ -200,7 +200,7 @@ def measurable_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def reduced(second: Tensor, n: int) -> Tensor:
+def diagonal_blocks(second: Tensor, n: int) -> Tensor:
     """Return second moments as smaller blocks.
 
     Parameters
@@ -270,7 +270,8 @@ class RunningMoments:
         count = values.numel() // values.shape[axis]
         mean, squares = mean.double(), variance.double() * count
         if self._mean is not None and self._squares is not None:
-            # Chan et al. 1983.
+            # Squares about the mean add up to M_a + M_b + (mean_b - mean_a)^2 n_a n_b / n (Chan et
+            # al. 1983).
             total = self.count + count
             gap = mean - self._mean
             squares = squares + self._squares
@@ -323,7 +324,7 @@ class _Accumulator:
 
     def _products(self, rows: Tensor) -> Tensor:
         if self._detail == "full":
-            return (rows.T @ rows).unsqueeze(0)
+            return (rows.T @ rows).unsqueeze(0)  # sum of x x^T
         if self._detail == "diagonal":
             return rows.square().sum(0).reshape(-1, 1, 1)
         channels, kernel = input_shape(self._module)
@@ -351,8 +352,10 @@ class _Accumulator:
         mean = None if self._mean is None else (self._mean / self._rows).float().cpu()
         activation_mean, activation_variance = (t.float().cpu() for t in self._outputs.finish())
         if noise and self._clip is not None:
+            # Sensitivities of means of vectors of norm C: 2 C / n, and sqrt(2) C^2 / n of x x^T.
             deviation = 2 * noise * self._clip / samples
             squared = 2**0.5 * noise * self._clip**2 / samples
+            # Noise goes on means over samples, E[z] and E[z^2], from which the variance follows.
             raw = activation_variance + activation_mean.square()
             activation_mean = _with_noise(activation_mean, deviation, generator)
             raw = _with_noise(raw, squared, generator)

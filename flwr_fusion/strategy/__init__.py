@@ -2,7 +2,7 @@
 
 from flwr_fusion.strategy.named import CLAFusion, NeuronTransplantation, OTFusion
 from flwr_fusion.strategy.reasons import Reason, Rejection
-from flwr_fusion.strategy.refinement import Distillation, FineTuning, every
+from flwr_fusion.strategy.refinement_steps import Distillation, FineTuning, every
 from flwr_fusion.strategy.replies import Validation
 from flwr_fusion.strategy.strategy import FusionStrategy
 

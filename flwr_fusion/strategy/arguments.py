@@ -9,7 +9,7 @@ from typing import Any, TypedDict, cast
 from flwr.app import MetricRecord, RecordDict
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.strategy.refinement import Refinement
+from flwr_fusion.strategy.refinement_steps import Refinement
 from flwr_fusion.strategy.replies import Validation
 
 AggregateMetrics = Callable[[list[RecordDict], str], MetricRecord]

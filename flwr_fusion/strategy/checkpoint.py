@@ -191,7 +191,7 @@ class CheckpointFolder:
                 raise _DamagedError(f"{_DESCRIPTION} is of another format or round")
             arrays = {name: _arrays(folder, known) for name, known in described["arrays"].items()}
             history = {
-                kind: {int(r): _metrics_from_json(own) for r, own in rounds.items()}
+                kind: {int(r): _metrics_from_json(values) for r, values in rounds.items()}
                 for kind, rounds in described["history"].items()
             }
             return Checkpoint(server_round, arrays, History(**history), described["details"])
@@ -265,9 +265,9 @@ def _metrics_from_json(values: Mapping[str, Any]) -> MetricRecord:
 def _finite(value: Any) -> Any:
     """Return a value in which NaN and infinity, which JSON lacks, are text."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(own) for key, own in value.items()}
+        return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(own) for own in value]
+        return [_finite(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -9,7 +9,7 @@ from torch import nn
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.networks import with_state
-from flwr_fusion.strategy.arrays import arrays_of, check_arrays, check_plausible, state_of
+from flwr_fusion.strategy.array_checks import arrays_of, check_arrays, check_plausible, state_of
 from flwr_fusion.strategy.checkpoint import Checkpoint
 from flwr_fusion.strategy.reasons import RejectedReply
 

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from flwr_fusion.after.repair import Repair
-from flwr_fusion.depth.layers import LayerMatching
+from flwr_fusion.depth.layer_matching import LayerMatching
 from flwr_fusion.matching.importance import Transplantation
 from flwr_fusion.matching.matching import Matching
 from flwr_fusion.methods.average import average
@@ -17,7 +17,7 @@ from flwr_fusion.methods.ot import DEFAULT_MATCHING, ot_fusion
 from flwr_fusion.methods.transplant import DEFAULT_TRANSPLANTATION, neuron_transplantation
 from flwr_fusion.rules import Rule
 from flwr_fusion.strategy.arguments import StrategyArguments
-from flwr_fusion.strategy.method import ConfiguredMethod, FusionMethod
+from flwr_fusion.strategy.configured_method import ConfiguredMethod, FusionMethod
 from flwr_fusion.strategy.strategy import FusionStrategy
 
 
@@ -168,7 +168,7 @@ class NeuronTransplantation(FusionStrategy):
             "repair": repair,
         }
         super().__init__(neuron_transplantation, model, example_inputs, options, **arguments)
-        self._fuser.try_out(self.otherwise)
+        self._aggregator.try_out(self.otherwise)
 
     def method_of_round(self, server_round: int) -> ConfiguredMethod:
         """Return transplantation in its rounds, the other method in the others."""

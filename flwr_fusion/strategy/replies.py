@@ -18,7 +18,7 @@ from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD
 from flwr_fusion.errors import FusionError
 from flwr_fusion.statistics.moments import LayerStatistics, Statistics
 from flwr_fusion.statistics.wire import unpack
-from flwr_fusion.strategy.arrays import check_arrays, check_plausible, decode_array
+from flwr_fusion.strategy.array_checks import check_arrays, check_plausible, decode_array
 from flwr_fusion.strategy.reasons import LONGEST_TEXT, Reason, RejectedReply, Rejection
 
 RecordT = TypeVar("RecordT", ArrayRecord, MetricRecord)

@@ -19,11 +19,11 @@ from flwr_fusion.errors import FusionError, check_count
 from flwr_fusion.graph.groups import verified_graph
 from flwr_fusion.report import FusionReport
 from flwr_fusion.statistics.moments import Statistics
+from flwr_fusion.strategy.aggregation import Aggregator, check_own_start, nodes_of
 from flwr_fusion.strategy.arguments import StrategyArguments, fedavg_arguments
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
-from flwr_fusion.strategy.fusing import Fuser, check_own_start, nodes_of
+from flwr_fusion.strategy.configured_method import ConfiguredMethod, FusionMethod, check_schedule
 from flwr_fusion.strategy.global_models import GlobalModels, named_architectures
-from flwr_fusion.strategy.method import ConfiguredMethod, FusionMethod, check_schedule
 from flwr_fusion.strategy.metrics import (
     aggregated_metrics,
     figures_of,
@@ -167,9 +167,9 @@ class FusionStrategy(FedAvg):
             raise FusionError("resume=True needs checkpoint_dir=: the folder to go on from")
         self.method.check_options()
         check_schedule(self.only_first_rounds, self.method.options)
-        self._fuser = Fuser(self._models, example_inputs, self.refine)
-        self._fuser.try_out(self.method)
-        self._fuser.try_out_refinement(self.method)
+        self._aggregator = Aggregator(self._models, example_inputs, self.refine)
+        self._aggregator.try_out(self.method)
+        self._aggregator.try_out_refinement(self.method)
         if self._models.has_several:
             start = common_start(self._models.architectures, example_inputs=example_inputs)
             self._models.set_all(start)
@@ -194,7 +194,7 @@ class FusionStrategy(FedAvg):
 
     def global_models(self) -> dict[str, nn.Module]:
         """Return the present global model in every architecture, as new networks."""
-        self._fuser.bring_up_to_date(self.method, self._models.architectures)
+        self._aggregator.bring_up_to_date(self.method, self._models.architectures)
         return {name: self._models.network(name) for name in self._models.architectures}
 
     def summary(self) -> None:
@@ -265,7 +265,7 @@ class FusionStrategy(FedAvg):
                 self._models.restore(done)
             elif initial_arrays is not None:
                 self._models.start_from(initial_arrays)
-                self._fuser.bring_up_to_date(self.method, self._models.architectures)
+                self._aggregator.bring_up_to_date(self.method, self._models.architectures)
             return run_of(self, self._checkpoints, done).rounds_of(
                 cast(Grid, PatientGrid(grid, Patience(timeout))),
                 self._models.arrays[self.architecture],
@@ -286,7 +286,7 @@ class FusionStrategy(FedAvg):
         # Under a wrapper of Flower's, another strategy's start() runs the rounds.
         self._runs_itself = patience_of(grid) is not None
         if not self._runs_itself:
-            check_own_start(self.method, self._fuser, self._checkpoints)
+            check_own_start(self.method, self._aggregator, self._checkpoints)
         self._models.set_chosen(arrays, "the arrays to send")
         configure = partial(super().configure_train, server_round, arrays, config)
         return self._asking(configure, grid)
@@ -337,7 +337,7 @@ class FusionStrategy(FedAvg):
         statistics = self._usable_statistics(received, method)
         try:
             model_of, used = self._expected().model_of, self._nodes.in_use()
-            fused, reports = self._fuser.fuse_round(
+            fused, reports = self._aggregator.fuse_round(
                 server_round, method, updates, statistics, model_of, used
             )
         except FusionError as error:
@@ -439,7 +439,7 @@ class FusionStrategy(FedAvg):
         for message in result if self._models.has_several else ():
             name = self._nodes.name_of(message.metadata.dst_node_id)
             if name not in contents:
-                self._fuser.bring_up_to_date(self.method, [name])
+                self._aggregator.bring_up_to_date(self.method, [name])
                 contents[name] = RecordDict(
                     {**message.content, self.arrayrecord_key: self._models.arrays[name]}
                 )

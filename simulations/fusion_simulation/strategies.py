@@ -11,6 +11,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor, nn
 
 import flwr_fusion as ff
+from flwr_fusion.rules import RULES
 from flwr_fusion.strategy import CLAFusion, Distillation, NeuronTransplantation, OTFusion
 from fusion_simulation.comparison import ClientModel
 from fusion_simulation.data import MixedImages
@@ -22,7 +23,6 @@ from fusion_simulation.task import (
 )
 
 DISTILLATION_EPOCHS = 100
-COMBINE_RULES = ("mean", "least-squares", "median", "trimmed-mean", "krum")
 STRATEGIES = ("fedavg", "fedprox", "nt", "ot", "cla")
 
 Models = Mapping[str, nn.Module]
@@ -93,7 +93,7 @@ def build_strategy(
         The strategy. The clients are not asked to evaluate: the server does.
     """
     check_available("strategy", settings.strategy, STRATEGIES)
-    check_available("combine", settings.combine, COMBINE_RULES)
+    check_available("combine", settings.combine, tuple(RULES))
     model = next(iter(models.values()))
     flower: dict[str, Any] = {"fraction_evaluate": 0.0, "train_metrics_aggr_fn": replies}
     if settings.strategy == "fedavg":

@@ -17,14 +17,14 @@ from flwr_fusion.graph.groups import verified_graph
 from flwr_fusion.networks import BuiltOnAccess, with_state
 from flwr_fusion.report import FusionReport, FusionResult
 from flwr_fusion.statistics.moments import Statistics
+from flwr_fusion.strategy.configured_method import ConfiguredMethod
 from flwr_fusion.strategy.global_models import GlobalModels, load_arrays, usable_arrays
-from flwr_fusion.strategy.method import ConfiguredMethod
-from flwr_fusion.strategy.refinement import Refinement, check_refinement
+from flwr_fusion.strategy.refinement_steps import Refinement, check_refinement
 from flwr_fusion.strategy.replies import Update
 
 
 @dataclass(frozen=True)
-class Fuser:
+class Aggregator:
     """Fuses networks of a federation into its architectures.
 
     Parameters
@@ -156,7 +156,7 @@ def nodes_of(updates: Sequence[Update]) -> dict[int, int]:
     return {k: update.node_id for k, update in enumerate(updates)}
 
 
-def check_own_start(method: ConfiguredMethod, fuser: Fuser, checkpoints: object) -> None:
+def check_own_start(method: ConfiguredMethod, aggregator: Aggregator, checkpoints: object) -> None:
     """Refuse what a wrapper would break, whose own start() runs the rounds."""
     rule = method.rule
     refused = {
@@ -165,7 +165,7 @@ def check_own_start(method: ConfiguredMethod, fuser: Fuser, checkpoints: object)
             "they would pass by its clipping and noise",
         ),
         "refine=": (
-            fuser.refine is not None,
+            aggregator.refine is not None,
             "the refined model would depend on single clients more than its noise covers",
         ),
         "checkpoint_dir=": (
@@ -173,7 +173,7 @@ def check_own_start(method: ConfiguredMethod, fuser: Fuser, checkpoints: object)
             "checkpoints would hold the model before its noise is added",
         ),
         "a federation of several architectures": (
-            fuser.models.has_several,
+            aggregator.models.has_several,
             "it sees the arrays of one architecture only",
         ),
     }

@@ -817,7 +817,7 @@ def test_refusal_comes_before_any_work(method: Method, monkeypatch: pytest.Monke
     def no_work(*_args: Any, **_options: Any) -> None:
         raise AssertionError("channels were matched before the networks were checked")
 
-    for name in ("align_by_weights", "align_by_activations", "activation_costs", "combined"):
+    for name in ("align_by_weights", "align_by_activations", "activation_costs", "apply_rule"):
         monkeypatch.setattr(f"flwr_fusion.methods.ot.{name}", no_work)
     models = [randomised(LayerNormMLP(width)) for width in (20, 20, 16)]
     with pytest.raises(ff.FusionError, match="client 2"):

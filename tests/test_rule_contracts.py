@@ -26,7 +26,8 @@ from tests.support.architectures import (
     relative_error,
     sequential_mlp,
 )
-from tests.test_contracts import (
+from tests.test_depth import VECTORS, mlp
+from tests.test_method_contracts import (
     DEVICES,
     FUNCTION_TOLERANCE,
     assert_close,
@@ -34,7 +35,6 @@ from tests.test_contracts import (
     permuted_copy,
     snapshot,
 )
-from tests.test_depth import VECTORS, mlp
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class LayerMatching:
         Returns the `DepthStructure` of a network. Default: `DepthStructure.trace`.
     """
 
-    cost: Literal["auto", "cka", "width", "wasserstein"] | LayerCost = "auto"
+    cost: str | LayerCost = "auto"
     balance: Literal["add", "merge"] = "add"
     merge: Literal["auto", "least-squares", "sum", "majority", "average", "linear"] = "auto"
     first_to_first: bool = True
@@ -366,6 +366,7 @@ def _gram(activations: Tensor) -> Tensor:
         raise FusionError("CKA compares samples with each other: calibration needs at least two")
     rows = activations.flatten(1)
     rows = rows - rows.mean(0)
+    # Linear CKA is <K, L> / (|K| |L|) of the centred Gram matrices K = X X^T, L = Y Y^T.
     gram = rows @ rows.T
     norm = gram.norm().clamp(min=1e-300)
     return torch.div(gram, norm)
