@@ -10,14 +10,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from flwr_fusion.errors import FusionError
+from flwr_fusion.errors import FusionError, check_option
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, along, coverage_along, map_channels, map_tensor
 from flwr_fusion.networks import key_of
 from flwr_fusion.rules.mean import Mean
 from flwr_fusion.rules.rule import Combined
+from flwr_fusion.rules.update_moments import by_update_moments
 from flwr_fusion.statistics.moments import DETAILS, LayerStatistics, Statistics, diagonal_blocks
 
+MOMENTS = ("clients", "updates")
 BOUNDS = ("auto", "norm", "change")
 
 
@@ -30,6 +32,11 @@ class LeastSquares:
 
     Parameters
     ----------
+    moments : {"clients", "updates"}
+        Where the moments come from: what clients measured and sent (`Client.statistics`), or the
+        clients' updates, ``G_k = D_k^T D_k / |D_k|^2`` with ``D_k`` the change of a weight from the
+        model that was sent out. The latter asks nothing of the clients, and combines convolutions,
+        embeddings and projections too; biases and norms are the mean.
     shrinkage : float
         Factor of the moments' off-diagonals, in [0, 1]; 0: every input on its own.
     ridge : float
@@ -37,16 +44,17 @@ class LeastSquares:
         mean's weights, all others are free.
     strength : float
         Share of the way from the mean to the least-squares solution, in [0, 1].
-    weight_exponent : float
+    weight_exponent : float, optional
         Clients' moments count by this power of their weights. A client's moments already say which
-        inputs are its own; below 1, few samples of a rare kind are heard.
+        inputs are its own; below 1, few samples of a rare kind are heard. Default: 1/4, with
+        moments of the updates 1.
     convolutions : bool
-        Whether convolutions are combined so too, or by their mean.
+        Whether the clients' moments of convolutions are used, or convolutions are the mean.
     bound : {"auto", "norm", "change"} or None
         What keeps weights from growing over rounds. "norm": a layer's norm is at most the clients'
         mean norm. "change": the distance of each row from the mean layer is at most the clients'
-        mean distance. "auto": "change" for networks with convolutions, else "norm". None: nothing,
-        as in the paper; over rounds training diverges.
+        mean distance. "auto": "change" for networks with convolutions, else "norm"; with moments
+        of the updates both. None: nothing, as in the paper; over rounds training diverges.
 
     References
     ----------
@@ -57,31 +65,50 @@ class LeastSquares:
     ``LeastSquares(shrinkage=0.9, ridge=0, weight_exponent=1, bound=None)``.
     """
 
-    needs_statistics: ClassVar[bool] = True
-    needs_sent: ClassVar[bool] = False
     least_clients: ClassVar[int] = 1
     few_cannot_decide: ClassVar[bool] = False
 
+    moments: Literal["clients", "updates"] = "clients"
     shrinkage: float = 0.5
     ridge: float = 0.1
     strength: float = 1.0
-    weight_exponent: float = 0.25
+    weight_exponent: float | None = None
     convolutions: bool = False
     bound: Literal["auto", "norm", "change"] | None = "auto"
 
     def __post_init__(self) -> None:
+        check_option("moments", self.moments, MOMENTS)
         for name in ("shrinkage", "strength", "weight_exponent"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise FusionError(f"{name} must lie in [0, 1], not {value!r}")
         if not 0 <= self.ridge < math.inf:
             raise FusionError(f"ridge must be finite and not negative, not {self.ridge!r}")
         if self.bound is not None and self.bound not in BOUNDS:
             raise FusionError(f"bound must be one of {BOUNDS} or None, not {self.bound!r}")
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it needs what clients measured."""
+        return self.moments == "clients"
+
+    @property
+    def needs_sent(self) -> bool:
+        """Whether it needs the model that was sent out."""
+        return self.moments == "updates"
+
+    @property
+    def exponent(self) -> float:
+        """The power of the clients' weights that their moments count by."""
+        default = 1.0 if self.moments == "updates" else 0.25
+        return default if self.weight_exponent is None else self.weight_exponent
+
     def combine(self, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
         """Return the fused state, and for each layer combined so the detail of its moments."""
         mean = Mean().combine(fusion, maps)
+        if self.moments == "updates":
+            weights = by_update_moments(fusion, maps, mean, self)
+            return Combined(mean | weights, dict.fromkeys(weights, "update"))
         sums = self._layer_sums(fusion, mean)
         for client, chosen in zip(fusion.clients, maps, strict=True):
             state = client.state()
@@ -224,7 +251,7 @@ class _LayerSums:
     def add(self, client: Client, state: Mapping[str, Tensor], maps: Maps) -> None:
         """Add one client's layer, with or without moments."""
         layer = [state[key] for key in self._keys if key in state]
-        weight = client.weight**self._options.weight_exponent
+        weight = client.weight**self._options.exponent
         covered = coverage_along(self._keys[0], client.correspondence, maps)
         coverage = torch.ones_like(self._rows[0])
         if covered is not None:

@@ -1,0 +1,188 @@
+"""Moments of the update: least squares with nothing asked of the clients.
+
+A gradient step is a sum of (output gradient) x (input)^T, so the change of a weight tells which
+directions of its inputs a client has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from flwr_fusion.fusion import Client, Fusion
+from flwr_fusion.maps import Maps, map_tensor
+from flwr_fusion.networks import module_of
+
+if TYPE_CHECKING:
+    from flwr_fusion.rules.least_squares import LeastSquares
+
+# Weights with more inputs have moments of each channel's kernel, or of each input, alone.
+_MOST_INPUTS = 4608
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """A weight as blocks of (outputs, inputs), one for each set of inputs that meet.
+
+    Parameters
+    ----------
+    shape : torch.Size
+        Of the weight.
+    groups : int
+        Of a grouped convolution; 1 otherwise.
+    outputs_second : bool
+        Whether its second axis carries the outputs: transposed convolutions and embeddings.
+    """
+
+    shape: torch.Size
+    groups: int = 1
+    outputs_second: bool = False
+
+    @classmethod
+    def of(cls, name: str, shape: torch.Size, modules: Mapping[str, nn.Module]) -> WeightView:
+        """Return the view of a network's tensor."""
+        module = modules[module_of(name)]
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return cls(shape, module.groups, module.transposed)
+        return cls(shape, 1, isinstance(module, nn.Embedding))
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        """Return a weight as (blocks, outputs, inputs of a block)."""
+        grouped = self._grouped(weight)
+        groups, outputs, inputs = grouped.shape
+        if inputs <= _MOST_INPUTS:
+            return grouped
+        kernel = self.shape[2:].numel()
+        pieces = grouped.reshape(groups, outputs, inputs // kernel, kernel)
+        return pieces.transpose(1, 2).flatten(0, 1)
+
+    def weight(self, blocks: Tensor) -> Tensor:
+        """Return blocks as the weight that they are of."""
+        pieces = blocks.reshape(self.groups, -1, *blocks.shape[1:])
+        return self._ungrouped(pieces.transpose(1, 2).flatten(2))
+
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """Return the norm of every output's weights, as (groups, outputs)."""
+        norms: Tensor = self._grouped(weight).norm(dim=2)
+        return norms
+
+    def scaled_rows(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Return a weight with every output's weights multiplied."""
+        return self._ungrouped(self._grouped(weight) * scale.unsqueeze(2))
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        """Return a weight as (groups, outputs, inputs with their kernel positions)."""
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
+        return (grouped.transpose(1, 2) if self.outputs_second else grouped).flatten(2)
+
+    def _ungrouped(self, grouped: Tensor) -> Tensor:
+        if not self.outputs_second:
+            return grouped.reshape(self.shape)
+        inputs = self.shape[0] // self.groups
+        split = grouped.reshape(self.groups, self.shape[1], inputs, -1)
+        return split.transpose(1, 2).reshape(self.shape)
+
+
+class UpdateSums:
+    """The running sums of one weight, a client at a time.
+
+    With the mean ``A``, the weight ``S`` that was sent out and a client's ``W_k``, all in the fused
+    channels, ``D_k = W_k - S`` estimates the second moment of the client's inputs,
+    ``G_k = D_k^T D_k / |D_k|^2``. Held are ``G = sum_k w_k G_k`` and
+    ``R = sum_k w_k (W_k - A) G_k``; the weight is ``A + R (G + r)^-1``, within both bounds.
+    """
+
+    def __init__(self, mean: Tensor, sent: Tensor, view: WeightView, shrinkage: float) -> None:
+        self._mean, self._sent, self._view = mean.float(), sent.float(), view
+        self._shrinkage = shrinkage
+        blocks, _, size = view.blocks(self._mean).shape
+        self._moments = self._mean.new_zeros(blocks, size, size)
+        self._residual = torch.zeros_like(view.blocks(self._mean))
+        # Of the clients' rows: norm, distance from the mean, weight.
+        self._rows = torch.zeros_like(view.row_norms(self._mean)).repeat(3, 1, 1)
+
+    def add(self, value: Tensor, present: Tensor, weight: float) -> None:
+        """Add a client's weight in the fused channels; ``present`` says which values it has."""
+        view = self._view
+        difference = (value - self._mean) * present
+        has_row = (view.row_norms(present.float()) > 0).float()
+        norms = [
+            view.row_norms(value * present),
+            view.row_norms(difference),
+            torch.ones_like(has_row),
+        ]
+        self._rows += weight * has_row * torch.stack(norms)
+        update = view.blocks((value - self._sent) * present)
+        size = float(update.square().sum())
+        if not size > 0:
+            return
+        # s G + (1 - s) diag(G), G divided by its trace: no client gains by scaling its update.
+        moments = (update.mT @ update) * (self._shrinkage * weight / size)
+        moments.diagonal(dim1=1, dim2=2).copy_(update.square().sum(1) * (weight / size))
+        self._moments += moments
+        self._residual += view.blocks(difference) @ moments
+
+    def solve(self, ridge: float) -> Tensor | None:
+        """Return the combined weight; None where no client has moved."""
+        moments = self._moments.double()
+        diagonal = moments.diagonal(dim1=1, dim2=2)
+        if not bool(diagonal.any()):
+            return None
+        diagonal += ridge * diagonal.mean()
+        diagonal[diagonal == 0] = 1.0
+        factor, failed = torch.linalg.cholesky_ex(moments)
+        if bool(failed.any()):
+            return None
+        change = self._view.weight(torch.cholesky_solve(self._residual.double().mT, factor).mT)
+        return self._bounded(change)
+
+    def _bounded(self, change: Tensor) -> Tensor:
+        """Return the mean plus its change, within the bound on every row, then on the norm."""
+        norms, distances = self._rows[:2] / self._rows[2].clamp(min=1e-12)
+        rows = self._view.row_norms(change)
+        change = self._view.scaled_rows(change, (distances / rows.clamp(min=1e-30)).clamp(max=1))
+        weight = self._mean.double() + change
+        # The clients' mean norm is never below that of their mean.
+        bound = max(float(norms.norm()), float(self._mean.norm()))
+        return weight * min(1.0, bound / max(float(weight.norm()), 1e-30))
+
+
+def by_update_moments(
+    fusion: Fusion, maps: Sequence[Maps], mean: Mapping[str, Tensor], options: LeastSquares
+) -> dict[str, Tensor]:
+    """Return the weights that moments of the updates give; the others stay the mean.
+
+    All clients are read once, after the mean is known; held are the sums of all weights.
+    """
+    assert fusion.sent is not None
+    modules = dict(fusion.clients[0].model().named_modules())
+    sums = {
+        name: UpdateSums(
+            tensor, fusion.sent[name], WeightView.of(name, tensor.shape, modules), options.shrinkage
+        )
+        for name, tensor in mean.items()
+        if tensor.is_floating_point() and tensor.dim() > 1 and name not in fusion.tied
+    }
+    for client, chosen in zip(fusion.clients, maps, strict=True):
+        state = client.state()
+        for name, total in sums.items():
+            if name not in client.absent:
+                value, present = _mapped(state[name], name, client, chosen)
+                total.add(value, present, client.weight**options.exponent)
+    solved = {name: total.solve(options.ridge) for name, total in sums.items()}
+    return {
+        n: t.to(mean[n].dtype)
+        for n, t in solved.items()
+        if t is not None and bool(t.isfinite().all())
+    }
+
+
+def _mapped(tensor: Tensor, name: str, client: Client, maps: Maps) -> tuple[Tensor, Tensor]:
+    """Return a client's tensor in the fused channels, and which of its values it has."""
+    value = map_tensor(tensor, name, client.correspondence, maps).float()
+    ones = torch.ones_like(tensor, dtype=torch.float32)
+    return value, (map_tensor(ones, name, client.correspondence, maps) > 0).float()
