@@ -325,7 +325,6 @@ def test_a_schedule_says_which_rounds_end_with_a_refinement(rounds: Any, due: li
 def test_a_strategy_distils_its_clients_as_the_functions_do() -> None:
     twice = ff.Training(epochs=2)
     options: dict[str, Any] = {"training": twice, "temperature": 2.0, "weighted": True}
-    strategy = OTFusion(digits_network(), DIGIT, refine=Distillation(UNLABELLED, **options))
     seen: list[tuple[nn.Module, list[nn.Module], list[float]]] = []
 
     class Watching(Distillation):
@@ -335,7 +334,7 @@ def test_a_strategy_distils_its_clients_as_the_functions_do() -> None:
             seen.append((model, list(clients), list(weights)))
             return super().refined(model, clients, weights)
 
-    strategy.refine = Watching(UNLABELLED, **options)
+    strategy = OTFusion(digits_network(), DIGIT, refine=Watching(UNLABELLED, **options))
     result, _ = run_digits(strategy, digits_app(), rounds=1)
     ((fused, clients, weights),) = seen
     assert sorted(weights) == [250, 300, 450, 500]

@@ -144,7 +144,9 @@ def apply_rule(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
     if not isinstance(result.state, Mapping):
         raise FusionError(f"{rule} returned {result.state!r:.60}, not a state dict")
     for name, like in fusion.target.items():
-        _check_tensor(f"{rule} returned tensor '{name}'", result.state.get(name), like)
+        if name not in result.state:
+            raise FusionError(f"{rule} returned no tensor '{name}'")
+        _check_tensor(f"{rule} returned tensor '{name}'", result.state[name], like)
     return Combined({name: result.state[name] for name in fusion.target}, result.details)
 
 

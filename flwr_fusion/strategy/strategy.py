@@ -32,6 +32,7 @@ from flwr_fusion.strategy.metrics import (
 )
 from flwr_fusion.strategy.nodes import NodeArchitectures
 from flwr_fusion.strategy.reasons import Rejection
+from flwr_fusion.strategy.refinement_steps import Refinement
 from flwr_fusion.strategy.replies import (
     Answer,
     Expected,
@@ -146,7 +147,6 @@ class FusionStrategy(FedAvg):
         self.example_inputs = example_inputs
         self.only_first_rounds = dict(arguments.get("only_first_rounds") or {})
         self.validation = arguments.get("validation") or Validation()
-        self.refine = arguments.get("refine")
         self.min_train_replies = arguments.get("min_train_replies", 1)
         self.resume = arguments.get("resume", False)
         self.reports: dict[int, FusionReport] = {}
@@ -167,7 +167,7 @@ class FusionStrategy(FedAvg):
             raise FusionError("resume=True needs checkpoint_dir=: the folder to go on from")
         self.method.check_options()
         check_schedule(self.only_first_rounds, self.method.options)
-        self._aggregator = Aggregator(self._models, example_inputs, self.refine)
+        self._aggregator = Aggregator(self._models, example_inputs, arguments.get("refine"))
         self._aggregator.try_out(self.method)
         self._aggregator.try_out_refinement(self.method)
         if self._models.has_several:
@@ -178,6 +178,11 @@ class FusionStrategy(FedAvg):
     def architecture(self) -> str:
         """The architecture whose arrays ``evaluate_fn`` and Flower's ``Result`` see."""
         return self._models.chosen
+
+    @property
+    def refine(self) -> Refinement | None:
+        """What is done with the fused network after the fusion."""
+        return self._aggregator.refine
 
     @property
     def arrays(self) -> dict[str, ArrayRecord]:
