@@ -62,6 +62,8 @@ RULES = [
     Contract(ff.Mean()),
     Contract(ff.LeastSquares(convolutions=True)),
     Contract(ff.LeastSquares(bound=None, ridge=0)),
+    Contract(ff.LeastSquares(moments="updates")),
+    Contract(ff.LeastSquares(moments="auto")),
     Contract(ff.TrimmedMean()),
     Contract(ff.TrimmedMean(share=0.5)),
     Contract(ff.Krum()),

@@ -11,6 +11,7 @@ from flwr_fusion.rules.rule import Combined, Rule, check_rule
 __all__ = ["RULES", "Combined", "Krum", "LeastSquares", "Mean", "Rule", "TrimmedMean", "rule_of"]
 
 RULES: dict[str, Rule] = {
+    "auto": LeastSquares(moments="auto"),
     "mean": Mean(),
     "least-squares": LeastSquares(),
     "median": TrimmedMean(share=0.5),

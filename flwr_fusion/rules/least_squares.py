@@ -19,7 +19,8 @@ from flwr_fusion.rules.rule import Combined
 from flwr_fusion.rules.update_moments import by_update_moments
 from flwr_fusion.statistics.moments import DETAILS, LayerStatistics, Statistics, diagonal_blocks
 
-MOMENTS = ("clients", "updates")
+Moments = Literal["clients", "updates", "auto"]
+MOMENTS = ("clients", "updates", "auto")
 BOUNDS = ("auto", "norm", "change")
 
 
@@ -32,11 +33,13 @@ class LeastSquares:
 
     Parameters
     ----------
-    moments : {"clients", "updates"}
+    moments : {"clients", "updates", "auto"}
         Where the moments come from: what clients measured and sent (`Client.statistics`), or the
         clients' updates, ``G_k = D_k^T D_k / |D_k|^2`` with ``D_k`` the change of a weight from the
         model that was sent out. The latter asks nothing of the clients, and combines convolutions,
-        embeddings and projections too; biases and norms are the mean.
+        embeddings and projections too; biases and norms are the mean. "auto": the clients' where
+        clients of most of the weight sent them and the network has no convolutions; otherwise the
+        updates', where clients come from what was sent out; then the clients' again; else the mean.
     shrinkage : float
         Factor of the moments' off-diagonals, in [0, 1]; 0: every input on its own.
     ridge : float
@@ -68,7 +71,7 @@ class LeastSquares:
     least_clients: ClassVar[int] = 1
     few_cannot_decide: ClassVar[bool] = False
 
-    moments: Literal["clients", "updates"] = "clients"
+    moments: Moments = "clients"
     shrinkage: float = 0.5
     ridge: float = 0.1
     strength: float = 1.0
@@ -106,10 +109,14 @@ class LeastSquares:
     def combine(self, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
         """Return the fused state, and for each layer combined so the detail of its moments."""
         mean = Mean().combine(fusion, maps)
-        if self.moments == "updates":
-            weights = by_update_moments(fusion, maps, mean, self)
+        moments = self._moments_of(fusion, mean)
+        if moments is None:
+            return Combined(mean)
+        options = self._with_defaults(moments, mean)
+        if moments == "updates":
+            weights = by_update_moments(fusion, maps, mean, options)
             return Combined(mean | weights, dict.fromkeys(weights, "update"))
-        sums = self._layer_sums(fusion, mean)
+        sums = options._layer_sums(fusion, mean)
         for client, chosen in zip(fusion.clients, maps, strict=True):
             state = client.state()
             for name, layer in sums.items():
@@ -123,19 +130,35 @@ class LeastSquares:
                 details[name] = sums[name].detail
         return Combined(state, details)
 
+    def _moments_of(self, fusion: Fusion, mean: Mapping[str, Tensor]) -> Moments | None:
+        """Return which moments a fusion has; None for neither."""
+        if self.moments != "auto":
+            return self.moments
+        measured = sum(c.weight for c in fusion.clients if _least_details([c.statistics])) > 0.5
+        if fusion.sent is not None and (not measured or _is_convolutional(mean)):
+            return "updates"
+        return "clients" if measured else None
+
+    def _with_defaults(self, moments: Moments, mean: Mapping[str, Tensor]) -> LeastSquares:
+        """Return the options with the moments that there are, and what goes with the network."""
+        bound = self.bound
+        if bound == "auto" and moments == "clients":
+            bound = "change" if _is_convolutional(mean) else "norm"
+        return replace(self, moments=moments, bound=bound)
+
     def _layer_sums(self, fusion: Fusion, mean: Mapping[str, Tensor]) -> dict[str, _LayerSums]:
         """Return empty sums for every layer that can be combined so; tied ones stay the mean."""
-        options = self
-        if self.bound == "auto":
-            convolutional = any(tensor.dim() > 2 for tensor in mean.values())
-            options = replace(self, bound="change" if convolutional else "norm")
         details = _least_details([client.statistics for client in fusion.clients])
         return {
-            name: _LayerSums(name, mean, detail, options)
+            name: _LayerSums(name, mean, detail, self)
             for name, detail in details.items()
             if (mean[key_of(name, "weight")].dim() == 2 or self.convolutions)
             and key_of(name, "weight") not in fusion.tied
         }
+
+
+def _is_convolutional(state: Mapping[str, Tensor]) -> bool:
+    return any(tensor.dim() > 2 for tensor in state.values())
 
 
 def _least_details(statistics: Sequence[Statistics | None]) -> dict[str, str]:

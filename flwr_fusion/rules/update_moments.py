@@ -96,9 +96,9 @@ class UpdateSums:
     ``R = sum_k w_k (W_k - A) G_k``; the weight is ``A + R (G + r)^-1``, within both bounds.
     """
 
-    def __init__(self, mean: Tensor, sent: Tensor, view: WeightView, shrinkage: float) -> None:
+    def __init__(self, mean: Tensor, sent: Tensor, view: WeightView, options: LeastSquares) -> None:
         self._mean, self._sent, self._view = mean.float(), sent.float(), view
-        self._shrinkage = shrinkage
+        self._options = options
         blocks, _, size = view.blocks(self._mean).shape
         self._moments = self._mean.new_zeros(blocks, size, size)
         self._residual = torch.zeros_like(view.blocks(self._mean))
@@ -121,31 +121,35 @@ class UpdateSums:
         if not size > 0:
             return
         # s G + (1 - s) diag(G), G divided by its trace: no client gains by scaling its update.
-        moments = (update.mT @ update) * (self._shrinkage * weight / size)
+        moments = (update.mT @ update) * (self._options.shrinkage * weight / size)
         moments.diagonal(dim1=1, dim2=2).copy_(update.square().sum(1) * (weight / size))
         self._moments += moments
         self._residual += view.blocks(difference) @ moments
 
-    def solve(self, ridge: float) -> Tensor | None:
+    def solve(self) -> Tensor | None:
         """Return the combined weight; None where no client has moved."""
         moments = self._moments.double()
         diagonal = moments.diagonal(dim1=1, dim2=2)
         if not bool(diagonal.any()):
             return None
-        diagonal += ridge * diagonal.mean()
+        diagonal += self._options.ridge * diagonal.mean()
         diagonal[diagonal == 0] = 1.0
         factor, failed = torch.linalg.cholesky_ex(moments)
         if bool(failed.any()):
             return None
         change = self._view.weight(torch.cholesky_solve(self._residual.double().mT, factor).mT)
-        return self._bounded(change)
+        return self._bounded(self._options.strength * change)
 
     def _bounded(self, change: Tensor) -> Tensor:
         """Return the mean plus its change, within the bound on every row, then on the norm."""
         norms, distances = self._rows[:2] / self._rows[2].clamp(min=1e-12)
-        rows = self._view.row_norms(change)
-        change = self._view.scaled_rows(change, (distances / rows.clamp(min=1e-30)).clamp(max=1))
+        if self._options.bound in ("auto", "change"):
+            rows = self._view.row_norms(change)
+            scale = (distances / rows.clamp(min=1e-30)).clamp(max=1)
+            change = self._view.scaled_rows(change, scale)
         weight = self._mean.double() + change
+        if self._options.bound not in ("auto", "norm"):
+            return weight
         # The clients' mean norm is never below that of their mean.
         bound = max(float(norms.norm()), float(self._mean.norm()))
         return weight * min(1.0, bound / max(float(weight.norm()), 1e-30))
@@ -162,7 +166,7 @@ def by_update_moments(
     modules = dict(fusion.clients[0].model().named_modules())
     sums = {
         name: UpdateSums(
-            tensor, fusion.sent[name], WeightView.of(name, tensor.shape, modules), options.shrinkage
+            tensor, fusion.sent[name], WeightView.of(name, tensor.shape, modules), options
         )
         for name, tensor in mean.items()
         if tensor.is_floating_point() and tensor.dim() > 1 and name not in fusion.tied
@@ -173,7 +177,7 @@ def by_update_moments(
             if name not in client.absent:
                 value, present = _mapped(state[name], name, client, chosen)
                 total.add(value, present, client.weight**options.exponent)
-    solved = {name: total.solve(options.ridge) for name, total in sums.items()}
+    solved = {name: total.solve() for name, total in sums.items()}
     return {
         n: t.to(mean[n].dtype)
         for n, t in solved.items()
