@@ -755,10 +755,7 @@ def another_network(models: Sequence[nn.Module], weights: Sequence[float]) -> ff
         (lambda: small_strategy(only_first_rounds=3), "only_first_rounds must be"),
         (lambda: small_strategy().start(None, small_network()), "must be an ArrayRecord"),  # type: ignore[arg-type]
         (lambda: ff.ot_fusion([small_network()], example_inputs=SMALL, target="x"), "target must"),  # type: ignore[arg-type]
-        (
-            lambda: ff.average([small_network()], statistics={"0": None}),
-            "statistics must be a list",
-        ),  # type: ignore[arg-type]
+        (lambda: ff.average([small_network()], statistics={}), "statistics must be a list"),  # type: ignore[arg-type]
         (lambda: ff.Krum(malicious=1.5), "whole number"),  # type: ignore[arg-type]
         (lambda: ff.LeastSquares(shrinkage=2), "shrinkage must be a number"),
     ],
