@@ -74,7 +74,7 @@ class Client:
         return f"client {self.number}" if self.number >= 0 else "what has been fused so far"
 
     def state(self) -> dict[str, Tensor]:
-        """Return its state dict, where the fusion computes."""
+        """Return its state dict, where the fusion computes; not to be written into."""
         return {n: t.to(self.device) for n, t in detached_state(self.model()).items()}
 
 
@@ -116,8 +116,8 @@ class Fusion:
     clients : sequence of Client
         In an order that does not depend on how they came.
     sent : mapping of str to Tensor, optional
-        State dict of the model that was sent out, in the fused channels; None where the clients do
-        not come from it.
+        State dict of the model that was sent out, in the fused channels. None where there is none,
+        or where matching has found that the clients do not come from it.
     tied : frozenset of str
         Tensors that several layers share.
     """
@@ -211,6 +211,8 @@ def participants(
     shares = shares_of(models, weights)
     if count_the_same:
         shares = shares_of(models, [float(share > 0) for share in shares])
+    if isinstance(statistics, Mapping) or not isinstance(statistics, Sequence | None):
+        raise FusionError("statistics must be a list with those of every network, or None for one")
     if statistics is not None and len(statistics) != len(models):
         raise FusionError(f"there are {len(models)} models but {len(statistics)} statistics")
     norms = {
@@ -232,6 +234,8 @@ def participants(
 
 def _check_statistics(statistics: Statistics, model: nn.Module, k: int) -> None:
     try:
+        if not isinstance(statistics, Mapping):
+            raise FusionError(f"its statistics are no mapping, but {statistics!r:.60}")
         check(statistics, model)
     except FusionError as error:
         raise FusionError(f"client {k}: {error}") from error

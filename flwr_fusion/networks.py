@@ -42,11 +42,23 @@ def check_networks(networks: Any, name: str) -> None:
         raise FusionError(f"there are no {name}")
     # Other sequences build their networks when they are asked for.
     for k, network in enumerate(networks if isinstance(networks, (list, tuple)) else ()):
-        if not isinstance(network, nn.Module):
-            raise FusionError(
-                f"{name}[{k}] must be a network, not {type(network).__name__}: load the values "
-                "of a state dict into a network first"
-            )
+        check_network(f"{name}[{k}]", network)
+
+
+def check_network(name: str, network: Any) -> None:
+    """Refuse what is no network."""
+    if not isinstance(network, nn.Module):
+        raise FusionError(
+            f"{name} must be a network, not {type(network).__name__}: load the values of a state "
+            "dict into a network first"
+        )
+
+
+def check_networks_given(target: Any, reference: Any) -> None:
+    """Refuse a target or a reference that is no network."""
+    for name, network in (("target", target), ("reference", reference)):
+        if network is not None:
+            check_network(name, network)
 
 
 def detached_state(model: nn.Module) -> dict[str, Tensor]:

@@ -119,6 +119,8 @@ def batches_of(inputs: Any, what: str = CALIBRATION) -> Iterator[Any]:
 
 def check_rereadable(calibration: Any) -> None:
     """Refuse calibration inputs that can be read only once."""
+    if calibration is not None and not hasattr(calibration, "__iter__"):
+        raise FusionError(f"calibration must be a tensor or batches, not {calibration!r:.60}")
     if isinstance(calibration, Iterator):
         raise FusionError(
             "calibration is read once for every client: give a tensor, a list of batches or a "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -401,7 +401,8 @@ def test_a_refinement_that_fails_leaves_the_fused_model(
     refine: Refine, message: str, flower_log: pytest.LogCaptureFixture
 ) -> None:
     class Own:
-        rounds: Collection[int] = (1,)
+        rounds = (1,)
+        clients_teach = False
 
         def refined(self, model: nn.Module, clients: Any, weights: Any) -> Any:
             return refine(model)

@@ -397,7 +397,7 @@ def test_a_missing_reference_is_refused(contract: Contract, method: Fuse) -> Non
 def test_a_reference_that_clients_do_not_come_from_is_refused(contract: Contract) -> None:
     architecture = named("mlp")
     models = [architecture.model(seed) for seed in range(contract.clients)]
-    with pytest.raises(ff.FusionError, match=naming(contract, "sent out.*reference=")):
+    with pytest.raises(ff.FusionError, match=naming(contract, "sent out: these do not resemble")):
         ff.ot_fusion(
             models,
             example_inputs=architecture.inputs(2),
@@ -537,3 +537,54 @@ def test_the_model_that_was_sent_reaches_the_rule(method: Fuse) -> None:
     assert with_it.sent is not None
     for name, tensor in start.state_dict().items():
         assert torch.equal(with_it.sent[name], tensor)
+
+
+# --- Rules that go wrong --------------------------------------------------------------------------
+
+
+class Wrong:
+    """A rule that does what it is given instead of combining."""
+
+    needs_statistics = needs_sent = few_cannot_decide = False
+    least_clients = 1
+
+    def __init__(self, act: Callable[[ff.Fusion], Any]) -> None:
+        self.act = act
+
+    def combine(self, fusion: ff.Fusion, maps: Sequence[Any]) -> Any:
+        return self.act(fusion)
+
+    def __repr__(self) -> str:
+        return "Wrong()"
+
+
+def failing(fusion: ff.Fusion) -> Any:
+    raise ZeroDivisionError("on purpose")
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (failing, r"Wrong\(\) failed: ZeroDivisionError: on purpose"),
+        (lambda fusion: None, r"Wrong\(\) returned None"),
+        (lambda fusion: ff.Combined(fusion.target, None), r"Wrong\(\) returned Combined"),  # type: ignore[arg-type]
+        (
+            lambda fusion: {n: t * torch.nan for n, t in fusion.target.items()},
+            "not finite",
+        ),
+        (lambda fusion: dict.fromkeys(fusion.target, 3.0), "returned tensor '.*' as 3.0"),
+    ],
+    ids=["raises", "nothing", "no details", "nan", "no tensors"],
+)
+def test_a_rule_that_fails_is_named(act: Callable[[ff.Fusion], Any], message: str) -> None:
+    with pytest.raises(ff.FusionError, match=message):
+        ff.average([nn.Linear(3, 2), nn.Linear(3, 2)], combine=Wrong(act))
+
+
+def test_what_a_rule_hands_on_is_copied_and_its_details_are_text() -> None:
+    models = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    rule = Wrong(lambda fusion: ff.Combined(fusion.clients[0].state(), {"norm": torch.ones(())}))  # type: ignore[dict-item]
+    result = ff.average(models, combine=rule)
+    theirs = {tensor.data_ptr() for model in models for tensor in model.state_dict().values()}
+    assert not theirs & {tensor.data_ptr() for tensor in result.model.state_dict().values()}
+    assert result.report.details == {"norm": str(torch.ones(()))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion.strategy import FusionStrategy, OTFusion
+from flwr_fusion.strategy import CLAFusion, FusionStrategy, OTFusion
 from tests.conftest import REPOSITORY
 from tests.support.grid import InProcessGrid
 
@@ -728,3 +729,73 @@ def test_config_reaches_the_clients() -> None:
         train_config=ConfigRecord({"lr": 0.1}),
     )
     assert seen == [{"lr": 0.1, "server-round": 1}] * NODES
+
+
+# --- Bad input that is refused at once ------------------------------------------------------------
+
+
+def no_result(models: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module:
+    return models[0]
+
+
+def another_network(models: Sequence[nn.Module], weights: Sequence[float]) -> ff.FusionResult:
+    return ff.average([nn.Linear(2, 2)])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: FusionStrategy(no_result, small_network(), SMALL), "must return a FusionResult"),  # type: ignore[arg-type]
+        (lambda: FusionStrategy(another_network, small_network(), SMALL), "cannot be used"),
+        (lambda: FusionStrategy("ot", small_network(), SMALL), "a fusion method is a function"),  # type: ignore[arg-type]
+        (lambda: FusionStrategy(ff.average, {"a": 3}, SMALL), "architecture 'a' must be a network"),  # type: ignore[dict-item]
+        (lambda: FusionStrategy(ff.average, small_network(), SMALL, options=5), "options must be"),  # type: ignore[arg-type]
+        (lambda: small_strategy(validation="strict"), "validation must be"),
+        (lambda: small_strategy(only_first_rounds={"combine": 3}), "which is no option given"),
+        (lambda: small_strategy(only_first_rounds=3), "only_first_rounds must be"),
+        (lambda: small_strategy().start(None, small_network()), "must be an ArrayRecord"),  # type: ignore[arg-type]
+        (lambda: ff.ot_fusion([small_network()], example_inputs=SMALL, target="x"), "target must"),  # type: ignore[arg-type]
+        (lambda: ff.average([small_network()], statistics={}), "statistics must be a list"),  # type: ignore[arg-type]
+        (lambda: ff.Krum(malicious=1.5), "whole number"),  # type: ignore[arg-type]
+        (lambda: ff.LeastSquares(shrinkage=2), "shrinkage must be a number"),
+    ],
+)
+def test_plausible_mistakes_are_told_at_once(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ff.FusionError, match=message):
+        build()
+
+
+def test_a_network_by_name_is_a_federation_of_one() -> None:
+    strategy = FusionStrategy(ff.ot_fusion, {"net": small_network()}, SMALL, min_train_nodes=4)
+    assert list(strategy.architectures) == ["net"]
+    assert list(strategy.global_models()) == ["net"]
+    # Without arrays it starts from the network's own weights.
+    result = strategy.start(InProcessGrid(small_app(), NODES), num_rounds=1)
+    expected, _ = run_small(small_strategy())
+    assert largest_difference(result.arrays, expected.arrays) < 1e-6
+
+
+def test_a_rule_that_needs_the_sent_model_goes_with_three_architectures() -> None:
+    class Sent:
+        needs_statistics = few_cannot_decide = False
+        needs_sent = True
+        least_clients = 1
+
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def combine(self, fusion: ff.Fusion, maps: Sequence[Any]) -> dict[str, Tensor]:
+            self.calls += 1
+            assert fusion.sent is not None
+            return ff.Mean().combine(fusion, maps)
+
+    def mlp(*widths: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise((3, *widths, 2)):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
+
+    rule = Sent()
+    networks = {"a": mlp(8), "b": mlp(8, 8), "c": mlp(8, 8, 8)}
+    CLAFusion(networks, SMALL, combine=rule)
+    assert rule.calls == 0  # A copy is tried out.

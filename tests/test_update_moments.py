@@ -18,12 +18,19 @@ FREE = ff.LeastSquares(moments="updates", bound=None)
 WEIGHTS = (1.0, 3.0, 2.0)
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """Return a layer's weight, without gradients."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
 def trained(start: nn.Module, seed: int, noise: float = 0.1) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(start)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += noise * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -37,7 +44,7 @@ def written_out(clients: Sequence[Tensor], start: Tensor) -> Tensor:
     """Return A + [sum w (W - A) G] [sum w G + r I]^-1 of weights of shape (outputs, inputs)."""
     shares = torch.tensor(WEIGHTS, dtype=torch.float64) / sum(WEIGHTS)
     weights = [client.double() for client in clients]
-    mean = sum(share * w for share, w in zip(shares, weights, strict=True))
+    mean = torch.tensordot(shares, torch.stack(weights), dims=1)
     moments, residual = torch.zeros(start.shape[1], start.shape[1]).double(), torch.zeros_like(mean)
     for share, w in zip(shares, weights, strict=True):
         change = w - start.double()
@@ -46,7 +53,8 @@ def written_out(clients: Sequence[Tensor], start: Tensor) -> Tensor:
         moments += share * g
         residual += share * (w - mean) @ g
     ridge = 0.1 * moments.diagonal().mean() * torch.eye(len(moments))
-    return mean + torch.linalg.solve(moments + ridge, residual.T).T
+    solved: Tensor = torch.linalg.solve(moments + ridge, residual.T)
+    return mean + solved.T
 
 
 Matrix = Callable[[Tensor], Tensor]
@@ -68,41 +76,38 @@ def test_weights_are_the_formula(name: str) -> None:
     start = build()
     clients = [trained(start, seed) for seed in range(3)]
     fused = combined(start, clients, FREE)
-    expected = written_out(
-        [matrix(c.weight.detach()) for c in clients], matrix(start.weight.detach())
-    )
-    torch.testing.assert_close(
-        matrix(fused.weight.detach()).double(), expected, rtol=1e-4, atol=1e-5
-    )
+    expected = written_out([matrix(weight_of(c)) for c in clients], matrix(weight_of(start)))
+    torch.testing.assert_close(matrix(weight_of(fused)).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_groups_of_a_convolution_are_combined_apart() -> None:
     torch.manual_seed(0)
     start = nn.Conv2d(4, 6, 3, groups=2)
     clients = [trained(start, seed) for seed in range(3)]
-    fused = combined(start, clients, FREE).weight.detach()
+    fused = weight_of(combined(start, clients, FREE))
     # The moments of both groups are divided by one trace: scale the parts accordingly.
     for part in (slice(0, 3), slice(3, 6)):
-        mean = sum(w * c.weight[part] for w, c in zip(WEIGHTS, clients, strict=True)) / 6
+        parts = torch.stack([weight_of(c)[part] for c in clients])
+        mean = torch.tensordot(torch.tensor(WEIGHTS) / sum(WEIGHTS), parts, dims=1)
         assert not torch.allclose(fused[part], mean, atol=1e-4)
     alone = [copy.deepcopy(start) for _ in clients]
     for model, client in zip(alone, clients, strict=True):
-        model.weight.data[:3] = client.weight.data[:3]
-    other = combined(start, alone, FREE).weight.detach()
-    torch.testing.assert_close(other[3:], start.weight.detach()[3:])
+        weight_of(model)[:3] = weight_of(client)[:3]
+    other = weight_of(combined(start, alone, FREE))
+    torch.testing.assert_close(other[3:], weight_of(start)[3:])
 
 
 def test_what_one_client_alone_has_learnt_is_taken_whole() -> None:
     start = nn.Linear(6, 3, bias=False)
     clients = [copy.deepcopy(start) for _ in range(3)]
     for k, client in enumerate(clients):
-        client.weight.data[:, 2 * k : 2 * k + 2] += torch.randn(3, 2)
+        weight_of(client)[:, 2 * k : 2 * k + 2] += torch.randn(3, 2)
     almost = ff.LeastSquares(moments="updates", bound=None, ridge=1e-9)
-    fused = combined(start, clients, almost).weight
+    fused = weight_of(combined(start, clients, almost))
     for k, client in enumerate(clients):
         columns = slice(2 * k, 2 * k + 2)
         torch.testing.assert_close(
-            fused[:, columns], client.weight[:, columns], atol=1e-5, rtol=1e-4
+            fused[:, columns], weight_of(client)[:, columns], atol=1e-5, rtol=1e-4
         )
 
 
@@ -133,12 +138,12 @@ def test_a_client_gains_nothing_by_scaling_its_update(factor: float) -> None:
     start = nn.Linear(5, 4, bias=False)
     clients = [trained(start, seed) for seed in range(3)]
     scaled = copy.deepcopy(clients[2])
-    scaled.weight.data = start.weight.data + factor * (clients[2].weight - start.weight).data
+    weight_of(scaled).copy_(weight_of(start) + factor * (weight_of(clients[2]) - weight_of(start)))
     first, second = (
-        written_out([c.weight.detach() for c in group], start.weight.detach())
+        written_out([weight_of(c) for c in group], weight_of(start))
         for group in (clients, [*clients[:2], scaled])
     )
-    found = combined(start, [*clients[:2], scaled], FREE).weight.detach().double()
+    found = weight_of(combined(start, [*clients[:2], scaled], FREE)).double()
     torch.testing.assert_close(found, second, rtol=1e-3, atol=1e-4 * max(1.0, factor))
     assert factor == 1 or not torch.allclose(first, second)
 

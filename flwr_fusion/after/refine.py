@@ -112,6 +112,12 @@ class Training:
 DEFAULT_TRAINING = Training()
 
 
+def check_training(training: Any) -> None:
+    """Refuse what is no `Training`."""
+    if not isinstance(training, Training):
+        raise FusionError(f"training must be a Training(...), not {training!r:.60}")
+
+
 def fine_tune(
     model: nn.Module,
     batches: Iterable[Any],
@@ -153,6 +159,7 @@ def fine_tune(
     3
     """
     check_batches(batches)
+    check_training(training)
 
     def loss_of(network: nn.Module, batch: Any) -> tuple[Tensor, int]:
         inputs, labels = training.inputs_of(batch), training.labels_of(batch)
@@ -233,6 +240,7 @@ def distill(
         raise FusionError(f"temperature must be positive and finite, not {temperature!r}")
     if not isinstance(hard_weight, (int, float)) or not 0 <= hard_weight <= 1:
         raise FusionError(f"hard_weight must be from 0 to 1, not {hard_weight!r}")
+    check_training(training)
     faculty = _Teachers(teachers, shares_of(teachers, weights), ensemble, temperature)
 
     def loss_of(network: nn.Module, taught: tuple[Any, Tensor]) -> tuple[Tensor, int]:

@@ -127,8 +127,9 @@ class DepthAligner:
         if not self._structures:
             return largest(self._clients)
         widths = {group.name: 0 for group in self.graph.groups}
-        for client in self.clients():
-            theirs = group_widths(self.graph, client.model().state_dict())
+        for n, client in enumerate(self._clients):
+            model = self._aligned_model(n) if n in self._structures else client.model()
+            theirs = group_widths(self.graph, model.state_dict())
             widths = {name: max(width, theirs[name]) for name, width in widths.items()}
         state = {
             name: tensor.new_zeros(resized_shape(name, self.graph, widths))
@@ -161,7 +162,7 @@ class DepthAligner:
             if self._layers.structure is None:
                 return trace_family(models, self.example_inputs)
             structures = [self._layers.structure(model) for model in models]
-        except FusionError as error:
+        except Exception as error:  # The function may be the user's.
             raise FusionError(f"{who}: {error}") from error
         if not all(isinstance(found, DepthStructure) for found in structures):
             raise FusionError("structure must return a DepthStructure")

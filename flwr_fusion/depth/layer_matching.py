@@ -145,6 +145,8 @@ class LayerMatching:
             check_option("cost", self.cost, LAYER_COSTS)
         check_option("balance", self.balance, BALANCES)
         check_option("merge", self.merge, MERGES)
+        if self.structure is not None and not callable(self.structure):
+            raise FusionError(f"structure must be a function of a network, not {self.structure!r}")
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ def activation_costs(
     correspondence: Correspondence,
     calibration: Any,
     kind: str = "correlation",
+    who: str = "the client",
 ) -> dict[str, Tensor]:
     """Return ground costs between channels by their pre-activations on calibration inputs.
 
@@ -175,6 +176,8 @@ def activation_costs(
         A batch of inputs, or batches of what the network is called with.
     kind : {"correlation", "euclidean"}
         The cost.
+    who : str
+        What to call the client where it cannot be run.
 
     Returns
     -------
@@ -186,8 +189,8 @@ def activation_costs(
     names = {layer for _, layer, _, _ in layers}
     for batch in batches_of(calibration):
         ours, theirs = (
-            record(network, names, batch, _channel_samples, "a network")
-            for network in (reference, client)
+            record(network, names, batch, _channel_samples, title)
+            for network, title in ((reference, "the reference"), (client, who))
         )
         for group, layer, fused_positions, client_positions in layers:
             x, y = torch.cat(ours[layer], 1), torch.cat(theirs[layer], 1)

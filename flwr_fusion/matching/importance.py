@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.errors import FusionError, check_option
+from flwr_fusion.errors import FusionError, check_number, check_option
 from flwr_fusion.fusion import Client
 from flwr_fusion.graph.groups import ChannelGroup
 from flwr_fusion.maps import ChannelMap, Segment, Selection
@@ -78,10 +78,9 @@ class Transplantation:
             )
         check_option("scheme", self.scheme, SCHEMES)
         check_option("order", self.order, ORDERS)
-        if not 0 <= self.duplicates <= 1:
-            raise FusionError(f"duplicates must lie in [0, 1], not {self.duplicates!r}")
-        if self.donated is not None and not 0 <= self.donated <= 1:
-            raise FusionError(f"donated must lie in [0, 1], not {self.donated!r}")
+        check_number("duplicates", self.duplicates, 0, 1)
+        if self.donated is not None:
+            check_number("donated", self.donated, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,10 @@ def _scores(
 def _given_scores(importance: Importance, client: Client, name: str) -> Tensor:
     """Return what a user's importance says of each of a client's channels of a group."""
     group = next(g for g in client.correspondence.client.groups if g.name == name)
-    scores = torch.as_tensor(importance(client.model(), group))
+    try:
+        scores = torch.as_tensor(importance(client.model(), group))
+    except Exception as error:
+        raise FusionError(f"importance failed: {type(error).__name__}: {error}") from error
     if scores.shape != (group.size,) or not bool(torch.isfinite(scores).all()):
         raise FusionError(f"importance must return {group.size} finite scores for group '{name}'")
     return scores

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flwr_fusion.errors import FusionError, check_option
-from flwr_fusion.maps import ChannelMap, Plan
+from flwr_fusion.maps import ChannelMap, Plan, Selection
 from flwr_fusion.matching.assignment import Exact
 from flwr_fusion.matching.transport import Sinkhorn, Unbalanced
 
@@ -67,7 +67,7 @@ def solve(
         raise FusionError("the ground cost is not finite: check the networks' weights")
     fused_size, client_size = matrix.shape
     a, b = _masses(fused_mass, fused_size), _masses(client_mass, client_size)
-    found = solver.solve(matrix, a, b)
+    found = _solved(solver, matrix, a, b)
     if isinstance(found, Plan):
         total = float(found.mass.sum())
         if not bool(found.mass.isfinite().all()) or total < 1e-3:
@@ -75,6 +75,33 @@ def solve(
                 f"the transport plan of {solver} lost its mass (it sums to {total:.2g}): "
                 "use a larger regularisation, or solver='exact'"
             )
+    return found
+
+
+def _solved(
+    solver: Solver,
+    cost: NDArray[np.float64],
+    a: NDArray[np.float64] | None,
+    b: NDArray[np.float64] | None,
+) -> ChannelMap:
+    """Return what a solver finds, of the sizes of the cost; it may be the user's."""
+    fused_size, client_size = cost.shape
+    try:
+        found = solver.solve(cost, a, b)
+    except FusionError:
+        raise
+    except Exception as error:
+        raise FusionError(f"{solver} failed: {type(error).__name__}: {error}") from error
+    if isinstance(found, Plan):
+        sizes = tuple(found.mass.shape)
+    elif isinstance(found, Selection):
+        sizes = len(found.index), found.client_size
+        inside = bool(((found.index >= -1) & (found.index < client_size)).all())
+        sizes = sizes if inside else (-1, -1)
+    else:
+        raise FusionError(f"{solver} must return a Selection or a Plan, not {found!r:.60}")
+    if sizes != (fused_size, client_size):
+        raise FusionError(f"{solver} returned a map that is not of {fused_size} x {client_size}")
     return found
 
 

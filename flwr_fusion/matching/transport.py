@@ -128,5 +128,5 @@ def _scaled(cost: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise FusionError(f"{name} must be positive and finite, not {value!r}")

@@ -9,10 +9,17 @@ from dataclasses import replace
 from torch import nn
 
 from flwr_fusion.fusion import Fusion, participants, shares_of
-from flwr_fusion.networks import assemble_model, check_same_tensors, detached_state, tied_tensors
+from flwr_fusion.networks import (
+    assemble_model,
+    check_networks_given,
+    check_same_tensors,
+    detached_state,
+    squared_norm,
+    tied_tensors,
+)
 from flwr_fusion.report import FusionReport, FusionResult
 from flwr_fusion.rules import Rule, rule_of
-from flwr_fusion.rules.rule import apply_rule, check_statistics_given
+from flwr_fusion.rules.rule import apply_rule, check_given
 from flwr_fusion.statistics.moments import Statistics
 
 
@@ -63,8 +70,9 @@ def average(
     >>> fused = ff.average([a, b], weights=[100, 300]).model
     """
     started = time.perf_counter()
+    check_networks_given(None, reference)
     rule = rule_of(combine)
-    check_statistics_given(rule, statistics)
+    check_given(rule, statistics, reference)
     shares_of(models, weights)
     first = detached_state(models[0])
     for k, model in enumerate(models):
@@ -73,9 +81,11 @@ def average(
     clients = participants(models, weights, statistics, count_the_same=equal)
     device = next(iter(first.values())).device
     clients = [replace(client, device=device) for client in clients]
-    sent = None if reference is None else detached_state(reference)
-    if sent is not None:
+    sent = None
+    if reference is not None:
+        sent = {name: t.to(device) for name, t in detached_state(reference).items()}
         check_same_tensors(sent, first, "the reference", "client 0")
+        squared_norm(sent, "the reference")
     fusion = Fusion(first, clients, sent, frozenset(tied_tensors(models[0])))
     result = apply_rule(rule, fusion, [{} for _ in clients])
     seconds = time.perf_counter() - started

@@ -16,7 +16,7 @@ from flwr_fusion.errors import FusionError
 from flwr_fusion.fusion import Client
 from flwr_fusion.matching.matching import Matching
 from flwr_fusion.methods.ot import DEFAULT_MATCHING, Steps, fuse_clients
-from flwr_fusion.networks import depth_and_size
+from flwr_fusion.networks import check_networks_given, depth_and_size
 from flwr_fusion.report import FusionResult
 from flwr_fusion.rules import Rule
 from flwr_fusion.statistics.moments import Statistics
@@ -93,7 +93,8 @@ def cla_fusion(
     started = time.perf_counter()
     if not isinstance(layers, LayerMatching):
         raise FusionError(f"layers must be a LayerMatching(...), not {layers!r:.60}")
-    steps = Steps.of(matching, combine, statistics, calibration, repair)
+    check_networks_given(target, reference)
+    steps = Steps.of(matching, combine, statistics, calibration, repair, reference)
     clients = steps.participants(models, weights, statistics)
     base = _base(clients, layers.balance) if target is None else target
     aligner = DepthAligner(clients, base, example_inputs, layers, calibration)

@@ -18,11 +18,16 @@ from flwr_fusion.matching.costs import activation_costs
 from flwr_fusion.matching.matching import Matching
 from flwr_fusion.matching.reference import Reference, choose_reference
 from flwr_fusion.matching.sweeps import Alignment, align_by_activations, align_by_weights
-from flwr_fusion.networks import assemble_model, tied_tensors, with_state
+from flwr_fusion.networks import (
+    assemble_model,
+    check_networks_given,
+    tied_tensors,
+    with_state,
+)
 from flwr_fusion.observe import check_rereadable
 from flwr_fusion.report import FusionReport, FusionResult, GroupReport
 from flwr_fusion.rules import Rule, rule_of
-from flwr_fusion.rules.rule import apply_rule, check_statistics_given
+from flwr_fusion.rules.rule import apply_rule, check_enough, check_given
 from flwr_fusion.statistics.moments import Statistics
 
 DEFAULT_MATCHING = Matching()
@@ -61,9 +66,10 @@ def ot_fusion(
         one where all count the same.
     matching : Matching
         How channels are matched.
-    combine : {"mean", "least-squares", "median", "trimmed-mean", "krum"} or Rule
+    combine : {"mean", "auto", "least-squares", "median", "trimmed-mean", "krum"} or Rule
         How mapped networks are put together: by their mean; layer by layer as close as possible to
-        every client on that client's own inputs, which needs `statistics`; or so that a few bad
+        every client on that client's own inputs, as its update from `reference` tells ("auto") or
+        as its `statistics`, which are needed, say ("least-squares"); or so that a few bad
         clients cannot decide. `LeastSquares`, `TrimmedMean` and `Krum` objects set options, and any
         object with the members of `Rule` is one. Under the last three names all clients of
         positive weight count the same.
@@ -106,7 +112,8 @@ def ot_fusion(
     ['0']
     """
     started = time.perf_counter()
-    steps = Steps.of(matching, combine, statistics, calibration, repair)
+    check_networks_given(target, reference)
+    steps = Steps.of(matching, combine, statistics, calibration, repair, reference)
     clients = steps.participants(models, weights, statistics)
     target = largest(clients) if target is None else target
     result = fuse_clients(clients, target, example_inputs, reference, steps)
@@ -130,6 +137,7 @@ class Steps:
         statistics: Sequence[Statistics | None] | None,
         calibration: Any,
         repair: Repair,
+        reference: nn.Module | None,
     ) -> Steps:
         """Return the steps that arguments ask for; refuse what they lack."""
         if not isinstance(matching, Matching):
@@ -139,7 +147,7 @@ class Steps:
         check_rereadable(calibration)
         check_repair(repair, calibration, statistics)
         rule = rule_of(combine)
-        check_statistics_given(rule, statistics)
+        check_given(rule, statistics, reference)
         return cls(matching, rule, calibration, repair)
 
     def participants(
@@ -150,7 +158,9 @@ class Steps:
     ) -> list[Client]:
         """Return the clients that take part, the heaviest first."""
         equal = self.rule.few_cannot_decide
-        return participants(models, weights, statistics, count_the_same=equal)
+        clients = participants(models, weights, statistics, count_the_same=equal)
+        check_enough(self.rule, len(clients))
+        return clients
 
 
 def fuse_clients(
@@ -201,6 +211,7 @@ def _alignments(
             client.correspondence,
             steps.calibration,
             matching.activation_cost,
+            client.name,
         )
         if matching.sweep == "greedy":
             return align_by_activations(costs, client.correspondence, matching)

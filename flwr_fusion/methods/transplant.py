@@ -14,7 +14,7 @@ from flwr_fusion.errors import FusionError
 from flwr_fusion.fusion import Client, Fusion, largest, participants, with_correspondence
 from flwr_fusion.graph.groups import ChannelGraph, verified_graph
 from flwr_fusion.matching.importance import Transplantation, choose_channels
-from flwr_fusion.networks import assemble_model, detached_state
+from flwr_fusion.networks import assemble_model, check_networks_given, detached_state
 from flwr_fusion.observe import check_rereadable
 from flwr_fusion.report import FusionReport, FusionResult
 from flwr_fusion.rules.mean import Mean
@@ -90,6 +90,7 @@ def neuron_transplantation(
         raise FusionError(
             f"transplantation must be a Transplantation(...), not {transplantation!r:.60}"
         )
+    check_networks_given(target, None)
     check_repair(repair, calibration, None)
     check_rereadable(calibration)
     clients = participants(models, weights)

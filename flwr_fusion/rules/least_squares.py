@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -10,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from flwr_fusion.errors import FusionError, check_option
+from flwr_fusion.errors import FusionError, check_number, check_option
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, along, coverage_along, map_channels, map_tensor
 from flwr_fusion.networks import key_of
@@ -71,22 +70,20 @@ class LeastSquares:
     least_clients: ClassVar[int] = 1
     few_cannot_decide: ClassVar[bool] = False
 
-    moments: Moments = "clients"
     shrinkage: float = 0.5
     ridge: float = 0.1
     strength: float = 1.0
     weight_exponent: float | None = None
     convolutions: bool = False
     bound: Literal["auto", "norm", "change"] | None = "auto"
+    moments: Moments = "clients"
 
     def __post_init__(self) -> None:
         check_option("moments", self.moments, MOMENTS)
         for name in ("shrinkage", "strength", "weight_exponent"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise FusionError(f"{name} must lie in [0, 1], not {value!r}")
-        if not 0 <= self.ridge < math.inf:
-            raise FusionError(f"ridge must be finite and not negative, not {self.ridge!r}")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, 1)
+        check_number("ridge", self.ridge, 0)
         if self.bound is not None and self.bound not in BOUNDS:
             raise FusionError(f"bound must be one of {BOUNDS} or None, not {self.bound!r}")
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flwr_fusion.errors import FusionError
+from flwr_fusion.errors import FusionError, check_number
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps
 from flwr_fusion.rules.mean import Mean, RunningMean
@@ -42,8 +42,7 @@ class TrimmedMean:
     share: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 0.5:
-            raise FusionError(f"share must lie in [0, 0.5], not {self.share!r}")
+        check_number("share", self.share, 0, 0.5)
 
     def combine(self, fusion: Fusion, maps: Sequence[Maps]) -> dict[str, Tensor]:
         """Return the trimmed mean of every value; all clients are in memory at once.
@@ -93,8 +92,9 @@ class Krum:
     def __post_init__(self) -> None:
         for name, least in (("malicious", 0), ("selected", 1)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not value >= least):
-                raise FusionError(f"{name} must be at least {least}, not {value!r}")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= least):
+                raise FusionError(f"{name} must be a whole number, at least {least}, not {value!r}")
 
     @property
     def least_clients(self) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
-from flwr_fusion.errors import FusionError
+from flwr_fusion.errors import FusionError, check_count
 from flwr_fusion.fusion import Fusion
 from flwr_fusion.maps import Maps
 
@@ -33,6 +33,9 @@ class Combined:
 class Rule(Protocol):
     """How mapped clients are put together; any object with these members is a rule.
 
+    It must not write into what it is given. A strategy tries a copy of it out when it is made, and
+    calls it for every architecture in every round.
+
     Examples
     --------
     >>> import torch
@@ -54,7 +57,10 @@ class Rule(Protocol):
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether it needs what the clients measured (`Client.statistics`)."""
+        """Whether it needs what the clients measured (`Client.statistics`).
+
+        Then they must be given; those of some clients, or in a round of all, may still be None.
+        """
 
     @property
     def needs_sent(self) -> bool:
@@ -92,19 +98,32 @@ class Rule(Protocol):
 def check_rule(rule: object) -> Rule:
     """Return what is a rule; refuse what lacks one of its members, by name."""
     members = ("needs_statistics", "needs_sent", "least_clients", "few_cannot_decide", "combine")
-    lacking = [name for name in members if not hasattr(rule, name)]
-    if lacking or isinstance(rule, type):
-        hint = "an object of the class, not the class" if isinstance(rule, type) else lacking
-        raise FusionError(f"combine={rule!r:.60} is neither a rule's name nor a rule: {hint}")
-    assert isinstance(rule, Rule)
-    return rule
+    lacking: object = [name for name in members if not hasattr(rule, name)]
+    if isinstance(rule, type):
+        lacking = "an object of the class, not the class"
+    elif not lacking and not callable(rule.combine):  # type: ignore[attr-defined]
+        lacking = "its combine cannot be called"
+    if lacking:
+        raise FusionError(f"combine={rule!r:.60} is neither a rule's name nor a rule: {lacking}")
+    check_count(f"least_clients of {rule!r:.60}", rule.least_clients)  # type: ignore[attr-defined]
+    return cast(Rule, rule)
 
 
-def check_statistics_given(rule: Rule, statistics: object) -> None:
-    """Refuse a rule that needs statistics where none are given."""
+def check_given(rule: Rule, statistics: object, reference: object) -> None:
+    """Refuse a rule that needs statistics, or the model that was sent out, and is given none."""
     if rule.needs_statistics and statistics is None:
         raise FusionError(
             f"{rule} needs statistics=: for each network its flwr_fusion.statistics.input_moments"
+        )
+    if rule.needs_sent and reference is None:
+        raise FusionError(f"{rule} needs the model that was sent out: give it as reference=")
+
+
+def check_enough(rule: Rule, clients: int) -> None:
+    """Refuse fewer clients than a rule needs."""
+    if clients < rule.least_clients:
+        raise FusionError(
+            f"{rule} needs at least {rule.least_clients} clients, there are {clients}"
         )
 
 
@@ -128,26 +147,33 @@ def apply_rule(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
     Raises
     ------
     FusionError
-        If the rule lacks clients or the model that was sent out, or its result is not the target's.
+        If the rule lacks clients or the model that was sent out, fails, or its result is not the
+        target's.
     """
-    if len(fusion.clients) < rule.least_clients:
-        raise FusionError(
-            f"{rule} needs at least {rule.least_clients} clients, there are {len(fusion.clients)}"
-        )
+    check_enough(rule, len(fusion.clients))
     if rule.needs_sent and fusion.sent is None:
         raise FusionError(
-            f"{rule} needs the model that was sent out: give it as reference=, and clients that "
-            "were trained from it"
+            f"{rule} needs clients that were trained from the model that was sent out: these do "
+            "not resemble the reference"
         )
-    result = rule.combine(fusion, maps)
-    result = result if isinstance(result, Combined) else Combined(result)
-    if not isinstance(result.state, Mapping):
-        raise FusionError(f"{rule} returned {result.state!r:.60}, not a state dict")
+    try:
+        found = rule.combine(fusion, maps)
+    except FusionError:
+        raise
+    except Exception as error:  # The rule may be the user's; a federation must not end by it.
+        raise FusionError(f"{rule} failed: {type(error).__name__}: {error}") from error
+    result = found if isinstance(found, Combined) else Combined(found)
+    if not isinstance(result.state, Mapping) or not isinstance(result.details, Mapping):
+        raise FusionError(f"{rule} returned {found!r:.60}, not a state dict or Combined(...)")
     for name, like in fusion.target.items():
         if name not in result.state:
             raise FusionError(f"{rule} returned no tensor '{name}'")
         _check_tensor(f"{rule} returned tensor '{name}'", result.state[name], like)
-    return Combined({name: result.state[name] for name in fusion.target}, result.details)
+    details = {str(key): str(value) for key, value in result.details.items()}
+    given = dict(result.state)
+    del found, result
+    # Copies, one at a time: the fused model must not share memory with what the rule was given.
+    return Combined({name: given.pop(name).clone() for name in fusion.target}, details)
 
 
 def _check_tensor(what: str, tensor: object, like: Tensor) -> None:

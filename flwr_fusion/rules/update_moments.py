@@ -47,7 +47,9 @@ class WeightView:
         """Return the view of a network's tensor."""
         module = modules[module_of(name)]
         if isinstance(module, nn.modules.conv._ConvNd):
-            return cls(shape, module.groups, module.transposed)
+            # A depthwise convolution of another width has as many groups as channels, too.
+            depthwise = module.groups == module.in_channels == module.out_channels > 1
+            return cls(shape, shape[0] if depthwise else module.groups, module.transposed)
         return cls(shape, 1, isinstance(module, nn.Embedding))
 
     def blocks(self, weight: Tensor) -> Tensor:

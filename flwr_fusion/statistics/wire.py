@@ -97,6 +97,8 @@ def check(statistics: Statistics, model: nn.Module) -> None:
     """
     modules = measurable_layers(model)
     for name, layer in statistics.items():
+        if not isinstance(layer, LayerStatistics):
+            raise FusionError(f"the statistics of layer '{name}' are {layer!r:.60}")
         module = modules.get(name)
         if module is None:
             raise FusionError(f"the network has no layer '{name}' that statistics could be of")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import ERROR, WARNING
 from typing import Any
@@ -16,7 +16,7 @@ from flwr_fusion.errors import FusionError
 from flwr_fusion.graph.groups import verified_graph
 from flwr_fusion.networks import BuiltOnAccess, with_state
 from flwr_fusion.report import FusionReport, FusionResult
-from flwr_fusion.statistics.moments import Statistics
+from flwr_fusion.statistics.moments import Statistics, input_moments
 from flwr_fusion.strategy.configured_method import ConfiguredMethod
 from flwr_fusion.strategy.global_models import GlobalModels, load_arrays, usable_arrays
 from flwr_fusion.strategy.refinement_steps import Refinement, check_refinement
@@ -41,20 +41,26 @@ class Aggregator:
     example_inputs: Any
     refine: Refinement | None
 
-    def try_out(self, method: ConfiguredMethod) -> None:
-        """Fuse as many copies of all architectures as a method needs into each of them.
+    def warn_of_fixed_networks(self) -> None:
+        """Log the architectures of which no channel can move."""
+        for model in self.models.architectures.values():
+            if all(group.fixed for group in verified_graph(model, self.example_inputs).groups):
+                text = "no channels of %s can be matched: fusion is plain averaging"
+                log(WARNING, text, type(model))
+
+    def try_out(self, configured: ConfiguredMethod, architectures: Mapping[str, nn.Module]) -> None:
+        """Fuse as many copies of all networks as a method needs into each of them.
 
         Whatever the method cannot do is refused here, not after the first round of training.
         """
-        architectures = self.models.architectures
+        method = configured.to_try_out()
         networks = list(architectures.values()) * method.least_clients
-        weights, nothing = [1.0] * len(networks), [None] * len(networks)
+        weights = [1.0] * len(networks)
+        statistics = [self._statistics(method, network) for network in networks]
         for name, target in architectures.items():
-            if all(group.fixed for group in verified_graph(target, self.example_inputs).groups):
-                text = "no channels of %s can be matched: fusion is plain averaging"
-                log(WARNING, text, type(target))
             try:
-                self._fuse(method, networks, weights, nothing, target, target)
+                fused = self._fuse(method, networks, weights, statistics, target, target)
+                usable_arrays(fused.model, target)
             except FusionError as error:
                 if not self.models.has_several:
                     raise
@@ -69,10 +75,14 @@ class Aggregator:
             return
         check_refinement(self.refine, method.rule)
         for name, model in self.models.architectures.items():
+            whose = f"architecture {name!r}: " if self.models.has_several else ""
             try:
                 self.refine.try_out(model)
             except FusionError as error:
-                raise FusionError(f"architecture {name!r}: {error}") from error
+                raise FusionError(f"{whose}{error}") from error
+            except Exception as error:  # The step may be the user's.
+                text = f"{whose}refine cannot be tried out: {type(error).__name__}: {error}"
+                raise FusionError(text) from error
 
     def bring_up_to_date(self, method: ConfiguredMethod, names: Collection[str]) -> None:
         """Fuse the global model into architectures that nobody has run so far."""
@@ -106,13 +116,19 @@ class Aggregator:
         for name, target in self.models.architectures.items():
             if name not in used:
                 continue
-            sent = self.models.network(name) if name in self.models.arrays else None
+            sent = None if self.models.sent(name) is None else self.models.network(name)
             fused = self._fuse(method, networks, weights, statistics, target, sent)
             if self.refine is not None and server_round in self.refine.rounds:
                 fused = self._refined(self.refine, server_round, fused, networks, updates)
             arrays[name] = usable_arrays(fused.model, target)
             reports[name] = fused.report
         return arrays, reports
+
+    def _statistics(self, method: ConfiguredMethod, network: nn.Module) -> Statistics | None:
+        """Return statistics on the example inputs for a rule that needs some."""
+        if method.rule is None or not method.rule.needs_statistics:
+            return None
+        return input_moments(network, [self.example_inputs], convolutions=True)
 
     def _fuse(
         self,

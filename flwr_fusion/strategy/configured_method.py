@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -34,6 +36,12 @@ class ConfiguredMethod:
 
     function: FusionMethod
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not callable(self.function) or isinstance(self.function, type):
+            raise FusionError(f"a fusion method is a function, not {self.function!r:.60}")
+        if not isinstance(self.options, Mapping):
+            raise FusionError(f"options must be a mapping by name, not {self.options!r:.60}")
 
     @property
     def name(self) -> str:
@@ -74,8 +82,17 @@ class ConfiguredMethod:
 
     def without(self, names: set[str]) -> ConfiguredMethod:
         """Return the method with the defaults of some options."""
+        function = self.function
+        if isinstance(function, partial):
+            kept = {n: v for n, v in function.keywords.items() if n not in names}
+            function = partial(function.func, *function.args, **kept)
         kept = {name: value for name, value in self.options.items() if name not in names}
-        return ConfiguredMethod(self.function, kept)
+        return ConfiguredMethod(function, kept)
+
+    def to_try_out(self) -> ConfiguredMethod:
+        """Return the method with a copy of its rule, which may remember what it has seen."""
+        copied = {n: copy.deepcopy(v) for n, v in self.options.items() if n == "combine"}
+        return ConfiguredMethod(self.function, {**self.options, **copied})
 
     def fuse(
         self,
@@ -87,11 +104,16 @@ class ConfiguredMethod:
         """Fuse networks, giving the method what it takes of the context."""
         offered = {"statistics": statistics, **context}
         taken = {name: value for name, value in offered.items() if self.takes(name)}
-        return self.function(models, weights, **taken, **self.options)
+        result = self.function(models, weights, **taken, **self.options)
+        if not isinstance(result, FusionResult):
+            raise FusionError(f"{self.name} must return a FusionResult, not {result!r:.60}")
+        return result
 
 
 def check_schedule(schedule: Mapping[str, int], options: Mapping[str, Any]) -> None:
     """Refuse a schedule of options that are not given, or of bad numbers of rounds."""
+    if not isinstance(schedule, Mapping):
+        raise FusionError(f"only_first_rounds must be numbers by option, not {schedule!r:.60}")
     for name, rounds in schedule.items():
         if name not in options:
             raise FusionError(f"only_first_rounds names '{name}', which is no option given")

@@ -8,12 +8,10 @@ from flwr.app import ArrayRecord
 from torch import nn
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.networks import with_state
+from flwr_fusion.networks import check_network, with_state
 from flwr_fusion.strategy.array_checks import arrays_of, check_arrays, check_plausible, state_of
 from flwr_fusion.strategy.checkpoint import Checkpoint
 from flwr_fusion.strategy.reasons import RejectedReply
-
-FuseInto = Callable[[nn.Module, nn.Module], nn.Module]
 
 ONLY_ARCHITECTURE = "model"
 """Name of the architecture where there is only one."""
@@ -24,10 +22,12 @@ def named_architectures(model: nn.Module | Mapping[str, nn.Module]) -> dict[str,
     if isinstance(model, nn.Module):
         return {ONLY_ARCHITECTURE: model}
     if not isinstance(model, Mapping) or not model:
-        raise FusionError("the architectures must be networks by name, at least one")
+        raise FusionError("model must be a network, or networks by name, at least one")
     odd = [name for name in model if not isinstance(name, str) or not name]
     if odd:
         raise FusionError(f"architectures have names, texts that are not empty, not {odd}")
+    for name, network in model.items():
+        check_network(f"architecture {name!r}", network)
     return dict(model)
 
 
@@ -49,6 +49,7 @@ class GlobalModels:
             raise FusionError(f"architecture {chosen!r} is not among {sorted(architectures)}")
         self.arrays: dict[str, ArrayRecord] = {}
         self._up_to_date: set[str] = set()
+        self._sent = False
 
     @property
     def has_several(self) -> bool:
@@ -71,12 +72,23 @@ class GlobalModels:
 
     def set_chosen(self, arrays: ArrayRecord, who: str) -> None:
         """Take arrays for the global model in the chosen architecture; refuse what does not fit."""
+        if not isinstance(arrays, ArrayRecord):
+            raise FusionError(
+                f"{who} must be an ArrayRecord, such as ArrayRecord(model.state_dict()), not "
+                f"{type(arrays).__name__}"
+            )
         try:
             check_arrays(arrays, self.model.state_dict())
         except RejectedReply as error:
-            raise FusionError(f"{who} do not fit architecture {self.chosen!r}: {error}") from error
+            whose = f"architecture {self.chosen!r}" if self.has_several else "the model"
+            raise FusionError(f"{who} do not fit {whose}: {error}") from error
         self.arrays[self.chosen] = arrays
         self._up_to_date.add(self.chosen)
+        self._sent = True
+
+    def sent(self, name: str) -> ArrayRecord | None:
+        """Return what was sent out last in an architecture; None before anything was."""
+        return self.arrays[name] if self._sent else None
 
     def start_from(self, arrays: ArrayRecord) -> None:
         """Take arrays for the chosen architecture; the others have yet to be fused from them."""
@@ -106,8 +118,8 @@ class GlobalModels:
             self.chosen: arrays
         }
 
-    def restore(self, checkpoint: Checkpoint) -> ArrayRecord:
-        """Take over the global model of a checkpoint; return it in the chosen architecture."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over the global model of a checkpoint."""
         unknown = sorted(checkpoint.arrays.keys() - self.architectures.keys())
         if unknown:
             raise FusionError(
@@ -117,7 +129,6 @@ class GlobalModels:
         names = {self.chosen, *checkpoint.arrays}
         restored = {name: _checked(checkpoint, name, self.architectures[name]) for name in names}
         self.replace(restored)
-        return self.arrays[self.chosen]
 
 
 def load_arrays(model: nn.Module, arrays: ArrayRecord) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import nn
 
 from flwr_fusion.after.repair import Repair
 from flwr_fusion.depth.layer_matching import LayerMatching
+from flwr_fusion.errors import FusionError
 from flwr_fusion.matching.importance import Transplantation
 from flwr_fusion.matching.matching import Matching
 from flwr_fusion.methods.average import average
@@ -18,7 +19,19 @@ from flwr_fusion.methods.transplant import DEFAULT_TRANSPLANTATION, neuron_trans
 from flwr_fusion.rules import Rule
 from flwr_fusion.strategy.arguments import StrategyArguments
 from flwr_fusion.strategy.configured_method import ConfiguredMethod, FusionMethod
+from flwr_fusion.strategy.refinement_steps import collection_of_rounds
 from flwr_fusion.strategy.strategy import FusionStrategy
+
+_MATCHED = {"matching": DEFAULT_MATCHING, "combine": "mean", "calibration": None, "repair": "auto"}
+
+
+def _given(defaults: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """Return the options that are not the method's defaults."""
+    return {name: value for name, value in options.items() if value is not defaults[name]}
+
+
+def _rounds_or_none(rounds: int | Collection[int]) -> Collection[int]:
+    return () if isinstance(rounds, Collection) and not rounds else collection_of_rounds(rounds)
 
 
 class OTFusion(FusionStrategy):
@@ -56,12 +69,9 @@ class OTFusion(FusionStrategy):
         repair: Repair = "auto",
         **arguments: Unpack[StrategyArguments],
     ) -> None:
-        options = {
-            "matching": matching,
-            "combine": combine,
-            "calibration": calibration,
-            "repair": repair,
-        }
+        options = _given(
+            _MATCHED, matching=matching, combine=combine, calibration=calibration, repair=repair
+        )
         super().__init__(ot_fusion, model, example_inputs, options, **arguments)
 
 
@@ -116,13 +126,16 @@ class CLAFusion(FusionStrategy):
         repair: Repair = "auto",
         **arguments: Unpack[StrategyArguments],
     ) -> None:
-        options = {
-            "layers": layers,
-            "matching": matching,
-            "combine": combine,
-            "calibration": calibration,
-            "repair": repair,
-        }
+        if not isinstance(architectures, Mapping):
+            raise FusionError("CLAFusion needs its architectures by name, at least one")
+        options = _given(
+            _MATCHED | {"layers": DEFAULT_LAYERS},
+            layers=layers,
+            matching=matching,
+            combine=combine,
+            calibration=calibration,
+            repair=repair,
+        )
         super().__init__(cla_fusion, architectures, example_inputs, options, **arguments)
 
 
@@ -140,8 +153,9 @@ class NeuronTransplantation(FusionStrategy):
         What the model is called with; one or two samples.
     transplantation, calibration, repair
         As for `flwr_fusion.neuron_transplantation`.
-    transplant_rounds : collection of int
-        Rounds that end with a transplantation. Default: the first.
+    transplant_rounds : int or collection of int
+        Rounds that end with a transplantation: the first ones, as many as the number, or those in
+        a collection, which may be empty.
     otherwise : callable
         Fusion method of the other rounds. Default: `flwr_fusion.average`, which is FedAvg.
     **arguments
@@ -156,19 +170,21 @@ class NeuronTransplantation(FusionStrategy):
         transplantation: Transplantation = DEFAULT_TRANSPLANTATION,
         calibration: Any = None,
         repair: Repair = "auto",
-        transplant_rounds: Collection[int] = (1,),
+        transplant_rounds: int | Collection[int] = 1,
         otherwise: FusionMethod = average,
         **arguments: Unpack[StrategyArguments],
     ) -> None:
-        self.transplant_rounds = transplant_rounds
+        self.transplant_rounds = _rounds_or_none(transplant_rounds)
         self.otherwise = ConfiguredMethod(otherwise)
-        options = {
-            "transplantation": transplantation,
-            "calibration": calibration,
-            "repair": repair,
-        }
+        options = _given(
+            {"transplantation": DEFAULT_TRANSPLANTATION, "calibration": None, "repair": "auto"},
+            transplantation=transplantation,
+            calibration=calibration,
+            repair=repair,
+        )
         super().__init__(neuron_transplantation, model, example_inputs, options, **arguments)
-        self._aggregator.try_out(self.otherwise)
+        self._aggregator.try_out(self.otherwise, self.architectures)
+        self._aggregator.try_out_refinement(self.otherwise)
 
     def method_of_round(self, server_round: int) -> ConfiguredMethod:
         """Return transplantation in its rounds, the other method in the others."""

@@ -14,6 +14,7 @@ from flwr_fusion.after.refine import (
     Loss,
     RefinementResult,
     Training,
+    check_training,
     distill,
     fine_tune,
     rereadable,
@@ -28,6 +29,10 @@ class Refinement(Protocol):
     @property
     def rounds(self) -> Collection[int]:
         """The rounds that end with it."""
+
+    @property
+    def clients_teach(self) -> bool:
+        """Whether the clients' networks shape the result, so that one of them can spoil it."""
 
     def refined(
         self, model: nn.Module, clients: Sequence[nn.Module], weights: Sequence[float]
@@ -60,6 +65,8 @@ class FineTuning:
         If an option is bad; some are tried out when the strategy is made.
     """
 
+    clients_teach = False
+
     def __init__(
         self,
         batches: Iterable[Any],
@@ -68,7 +75,8 @@ class FineTuning:
         loss: Loss = nn.functional.cross_entropy,
         training: Training = DEFAULT_TRAINING,
     ) -> None:
-        self.batches, self.rounds = rereadable(batches), _rounds(rounds)
+        check_training(training)
+        self.batches, self.rounds = rereadable(batches), collection_of_rounds(rounds)
         self.loss, self.training = loss, training
 
     def refined(
@@ -107,6 +115,8 @@ class Distillation:
         If an option is bad; some are tried out when the strategy is made.
     """
 
+    clients_teach = True
+
     def __init__(
         self,
         batches: Iterable[Any],
@@ -119,7 +129,8 @@ class Distillation:
         hard_weight: float = 0.0,
         training: Training = DEFAULT_TRAINING,
     ) -> None:
-        self.batches, self.rounds = rereadable(batches), _rounds(rounds)
+        check_training(training)
+        self.batches, self.rounds = rereadable(batches), collection_of_rounds(rounds)
         self.weighted, self.fused_teaches = weighted, fused_teaches
         self.ensemble, self.temperature, self.hard_weight = ensemble, temperature, hard_weight
         self.training = training
@@ -183,15 +194,17 @@ def every(number: int) -> Collection[int]:
 
 def check_refinement(refine: Any, rule: Rule | None) -> None:
     """Refuse what is no refinement, and one that would let in whom the rule keeps out."""
-    if isinstance(refine, Distillation) and rule is not None and rule.few_cannot_decide:
+    members = ("rounds", "clients_teach", "refined", "try_out")
+    lacking = [name for name in members if not hasattr(refine, name)]
+    if lacking or not isinstance(refine.rounds, Collection):
+        raise FusionError(
+            f"refine must be FineTuning(...), Distillation(...) or an object with their rounds, "
+            f"clients_teach, refined and try_out, not {refine!r:.60} ({lacking or 'rounds'})"
+        )
+    if refine.clients_teach and rule is not None and rule.few_cannot_decide:
         raise FusionError(
             f"combine={rule!r} keeps a few clients from deciding, but a single teacher can "
             "spoil the ensemble: there is no Distillation with it"
-        )
-    if not all(hasattr(refine, name) for name in ("rounds", "refined", "try_out")):
-        raise FusionError(
-            f"refine must be FineTuning(...), Distillation(...) or an object with their rounds, "
-            f"refined and try_out, not {refine!r:.60}"
         )
 
 
@@ -207,7 +220,8 @@ def _short(training: Training) -> Training:
     return replace(training, epochs=1, held_out=held_out, progress=False)
 
 
-def _rounds(rounds: int | Collection[int]) -> Collection[int]:
+def collection_of_rounds(rounds: int | Collection[int]) -> Collection[int]:
+    """Return the rounds that a number (the first ones) or a collection names; refuse others."""
     if isinstance(rounds, range) and rounds and min(rounds[0], rounds[-1]) > 0:
         return rounds
     if isinstance(rounds, Collection):

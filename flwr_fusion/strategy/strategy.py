@@ -143,10 +143,12 @@ class FusionStrategy(FedAvg):
         **arguments: Unpack[StrategyArguments],
     ) -> None:
         super().__init__(**fedavg_arguments(arguments))
-        self.method = ConfiguredMethod(method, dict(options or {}))
+        self.method = ConfiguredMethod(method, {} if options is None else options)
         self.example_inputs = example_inputs
-        self.only_first_rounds = dict(arguments.get("only_first_rounds") or {})
+        self.only_first_rounds = arguments.get("only_first_rounds") or {}
         self.validation = arguments.get("validation") or Validation()
+        if not isinstance(self.validation, Validation):
+            raise FusionError(f"validation must be a Validation(...), not {self.validation!r:.60}")
         self.min_train_replies = arguments.get("min_train_replies", 1)
         self.resume = arguments.get("resume", False)
         self.reports: dict[int, FusionReport] = {}
@@ -168,11 +170,18 @@ class FusionStrategy(FedAvg):
         self.method.check_options()
         check_schedule(self.only_first_rounds, self.method.options)
         self._aggregator = Aggregator(self._models, example_inputs, arguments.get("refine"))
-        self._aggregator.try_out(self.method)
+        self._aggregator.warn_of_fixed_networks()
+        start = self._models.architectures
+        rule = self.method.rule
+        # A rule that needs the model that was sent out needs networks that come from one.
+        early = self._models.has_several and rule is not None and rule.needs_sent
+        if early:
+            start = common_start(start, example_inputs=example_inputs)
+        self._aggregator.try_out(self.method, start)
         self._aggregator.try_out_refinement(self.method)
-        if self._models.has_several:
-            start = common_start(self._models.architectures, example_inputs=example_inputs)
-            self._models.set_all(start)
+        if self._models.has_several and not early:
+            start = common_start(start, example_inputs=example_inputs)
+        self._models.set_all(start)
 
     @property
     def architecture(self) -> str:
@@ -183,6 +192,11 @@ class FusionStrategy(FedAvg):
     def refine(self) -> Refinement | None:
         """What is done with the fused network after the fusion."""
         return self._aggregator.refine
+
+    @property
+    def architectures(self) -> dict[str, nn.Module]:
+        """The networks of the federation by name; "model" where there is only one."""
+        return self._models.architectures
 
     @property
     def arrays(self) -> dict[str, ArrayRecord]:
@@ -235,9 +249,10 @@ class FusionStrategy(FedAvg):
             As for every strategy.
         initial_arrays : ArrayRecord, optional
             The first global model in the chosen architecture; not used where the run goes on from a
-            checkpoint. With several architectures the others' are fused from it; without, all start
-            from their `common_start`, which is the better one for training from scratch, and a
-            second start of one strategy from where the first has ended.
+            checkpoint. With several architectures the others' are fused from it. Default: the
+            model's own weights; of several architectures their `common_start`, which is the better
+            one for training from scratch; in a second start of one strategy, where the first has
+            ended.
         num_rounds : int
             Number of rounds, those before the checkpoint included.
         timeout : float, optional
@@ -262,8 +277,6 @@ class FusionStrategy(FedAvg):
         """
         self._had_nodes = False
         self._nodes.forget()
-        if initial_arrays is None and not self._models.has_several:
-            raise FusionError("start needs initial_arrays: ArrayRecord(model.state_dict())")
         with nullcontext() if self._checkpoints is None else self._checkpoints.reserved():
             done = self._checkpoint_to_resume()
             if done is not None:
@@ -458,7 +471,7 @@ class FusionStrategy(FedAvg):
             return self._models.architectures[self._nodes.name_of(node)]
 
         def sent_to(node: int) -> ArrayRecord | None:
-            return self._models.arrays.get(self._nodes.name_of(node))
+            return self._models.sent(self._nodes.name_of(node))
 
         keys = self.arrayrecord_key, self.weighted_by_key
         return Expected(self._asked, model_of, sent_to, self.validation, *keys)
