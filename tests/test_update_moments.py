@@ -53,8 +53,9 @@ def written_out(clients: Sequence[Tensor], start: Tensor) -> Tensor:
         moments += share * g
         residual += share * (w - mean) @ g
     ridge = 0.1 * moments.diagonal().mean() * torch.eye(len(moments))
-    solved: Tensor = torch.linalg.solve(moments + ridge, residual.T)
-    return mean + solved.T
+    change: Tensor = torch.linalg.solve(moments + ridge, residual.T).T
+    written: Tensor = mean + change
+    return written
 
 
 Matrix = Callable[[Tensor], Tensor]
