@@ -53,8 +53,8 @@ def written_out(clients: Sequence[Tensor], start: Tensor) -> Tensor:
         moments += share * g
         residual += share * (w - mean) @ g
     ridge = 0.1 * moments.diagonal().mean() * torch.eye(len(moments))
-    change: Tensor = torch.linalg.solve(moments + ridge, residual.T).T
-    written: Tensor = mean + change
+    solved: Tensor = torch.linalg.solve(moments + ridge, residual.T)
+    written: Tensor = mean + solved.T
     return written
 
 
