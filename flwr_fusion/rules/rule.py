@@ -98,13 +98,14 @@ class Rule(Protocol):
 def check_rule(rule: object) -> Rule:
     """Return what is a rule; refuse what lacks one of its members, by name."""
     members = ("needs_statistics", "needs_sent", "least_clients", "few_cannot_decide", "combine")
-    lacking: object = [name for name in members if not hasattr(rule, name)]
+    lacking = [name for name in members if not hasattr(rule, name)]
+    problem = f"it lacks {lacking}" if lacking else ""
     if isinstance(rule, type):
-        lacking = "an object of the class, not the class"
+        problem = "give an object of the class, not the class"
     elif not lacking and not callable(rule.combine):  # type: ignore[attr-defined]
-        lacking = "its combine cannot be called"
-    if lacking:
-        raise FusionError(f"combine={rule!r:.60} is neither a rule's name nor a rule: {lacking}")
+        problem = "its combine cannot be called"
+    if problem:
+        raise FusionError(f"combine={rule!r:.60} is neither a rule's name nor a rule: {problem}")
     check_count(f"least_clients of {rule!r:.60}", rule.least_clients)  # type: ignore[attr-defined]
     return cast(Rule, rule)
 

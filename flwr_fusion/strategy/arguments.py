@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -44,14 +45,17 @@ class StrategyArguments(FedAvgArguments, total=False):
     query_timeout: float
 
 
-def fedavg_arguments(arguments: StrategyArguments) -> FedAvgArguments:
-    """Return the arguments that are ``FedAvg``'s; refuse what is no strategy's argument."""
+def fedavg_arguments(arguments: StrategyArguments, options: Sequence[str] = ()) -> FedAvgArguments:
+    """Return the arguments that are ``FedAvg``'s; refuse what is no strategy's argument.
+
+    ``options`` are the method's, among which a misspelled one is looked for, too.
+    """
     given: dict[str, Any] = dict(arguments)
     unknown = sorted(given.keys() - StrategyArguments.__optional_keys__)
     if unknown:
-        raise FusionError(
-            f"unknown arguments {unknown}: there are, beside the method's options, "
-            f"{', '.join(sorted(StrategyArguments.__optional_keys__))}"
-        )
+        names = [*options, *sorted(StrategyArguments.__optional_keys__)]
+        near = get_close_matches(unknown[0], names, 1)
+        hint = f"did you mean {near[0]}? There are" if near else "there are"
+        raise FusionError(f"unknown arguments {unknown}: {hint} {', '.join(names)}")
     taken = {name: given[name] for name in FedAvgArguments.__optional_keys__ & given.keys()}
     return cast(FedAvgArguments, taken)

@@ -14,6 +14,7 @@ from torch import nn
 from flwr_fusion.errors import FusionError
 from flwr_fusion.report import FusionResult
 from flwr_fusion.rules import RULES, Rule
+from flwr_fusion.rules.rule import check_rule
 from flwr_fusion.statistics.moments import Statistics
 
 FusionMethod = Callable[..., FusionResult]
@@ -57,7 +58,9 @@ class ConfiguredMethod:
         held = getattr(self.function, "keywords", {})
         combine = self.options.get("combine", held.get("combine"))
         rule = RULES.get(combine) if isinstance(combine, str) else combine
-        return rule if isinstance(rule, Rule) and not isinstance(rule, type) else None
+        if not isinstance(rule, Rule) or isinstance(rule, type):
+            return None
+        return check_rule(rule)
 
     @property
     def least_clients(self) -> int:
@@ -91,8 +94,18 @@ class ConfiguredMethod:
 
     def to_try_out(self) -> ConfiguredMethod:
         """Return the method with a copy of its rule, which may remember what it has seen."""
-        copied = {n: copy.deepcopy(v) for n, v in self.options.items() if n == "combine"}
+        try:
+            copied = {n: copy.deepcopy(v) for n, v in self.options.items() if n == "combine"}
+        except Exception as error:
+            raise FusionError(
+                f"combine={self.options['combine']!r:.60} cannot be copied to be tried out: {error}"
+            ) from error
         return ConfiguredMethod(self.function, {**self.options, **copied})
+
+    @property
+    def option_names(self) -> list[str]:
+        """The names of the method's options."""
+        return sorted(inspect.signature(self.function).parameters.keys() - _GIVEN)
 
     def fuse(
         self,

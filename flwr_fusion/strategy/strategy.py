@@ -142,8 +142,8 @@ class FusionStrategy(FedAvg):
         options: Mapping[str, Any] | None = None,
         **arguments: Unpack[StrategyArguments],
     ) -> None:
-        super().__init__(**fedavg_arguments(arguments))
         self.method = ConfiguredMethod(method, {} if options is None else options)
+        super().__init__(**fedavg_arguments(arguments, self.method.option_names))
         self.example_inputs = example_inputs
         self.only_first_rounds = arguments.get("only_first_rounds") or {}
         self.validation = arguments.get("validation") or Validation()
