@@ -720,7 +720,7 @@ def test_non_finite_calibration_is_refused() -> None:
 def test_calibration_that_does_not_fit_is_refused() -> None:
     models, inputs = _mlps(DEFAULT)
     calibration = torch.randn(SAMPLES, 7)
-    with pytest.raises(ff.FusionError, match="the reference cannot be run on the calibration inputs"):
+    with pytest.raises(ff.FusionError, match="the reference cannot be run on the calib"):
         ff.ot_fusion(
             models,
             example_inputs=inputs[:2],
