@@ -13,9 +13,12 @@ from fusion_simulation.task import Recipe, train
 from torch import nn
 
 from benchmarks.compared_methods import moments
-from flwr_fusion.statistics import Statistics
+from flwr_fusion.networks import key_of
+from flwr_fusion.statistics import ClassMoments, Statistics, class_moments
+from flwr_fusion.statistics.classes import scaled_to
 
 SPECIAL_LABEL = 4
+HEAD_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,23 @@ class Round:
             moments(model, client.images.images)
             for model, client in zip(self.trained, self.clients, strict=True)
         ]
+
+    def class_moments(self, model: nn.Module) -> ClassMoments:
+        """Return the class moments of a fused network on all clients' images, by their number."""
+        parts = []
+        for client in self.clients:
+            images = client.images
+            batches = zip(
+                *(t.split(HEAD_BATCH) for t in (images.images, images.labels)), strict=True
+            )
+            parts.append(class_moments(model, list(batches)))
+        return scaled_to(parts, self.weights)
+
+    def head_norm(self, layer: str) -> float:
+        """Return the clients' mean norm of a layer's weight."""
+        key = key_of(layer, "weight")
+        norms = [float(model.state_dict()[key].norm()) for model in self.trained]
+        return sum(w * n for w, n in zip(self.weights, norms, strict=True)) / sum(self.weights)
 
 
 Fuse = Callable[[Round, str], nn.Module]

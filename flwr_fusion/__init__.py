@@ -1,6 +1,7 @@
 """Model fusion for Flower: put neural networks together by matching their neurons."""
 
 from flwr_fusion import statistics
+from flwr_fusion.after.head import calibrated_head
 from flwr_fusion.after.refine import RefinementResult, Training, distill, fine_tune
 from flwr_fusion.depth.layer_matching import LayerMatching, match_layers
 from flwr_fusion.depth.start import common_start
@@ -56,6 +57,7 @@ __all__ = [
     "TrimmedMean",
     "Unbalanced",
     "average",
+    "calibrated_head",
     "cla_fusion",
     "common_start",
     "distill",

@@ -14,13 +14,15 @@ from torch import nn
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.observe import first_of
+from flwr_fusion.statistics.classes import class_moments, pack_classes
 from flwr_fusion.statistics.moments import input_moments
 from flwr_fusion.statistics.wire import pack
 
-__all__ = ["attach_statistics", "declare_architecture"]
+__all__ = ["attach_class_moments", "attach_statistics", "declare_architecture"]
 
 STATISTICS_RECORD = "statistics"
-STATISTICS_KEY = "safetensors"
+SAFETENSORS_KEY = "safetensors"
+CLASS_MOMENTS_RECORD = "class-moments"
 ARCHITECTURE_RECORD = "architecture"
 ARCHITECTURE_KEY = "name"
 
@@ -74,14 +76,69 @@ def attach_statistics(
             reply = Message(content=content, reply_to=message)
             return attach_statistics(reply, model, train_loader)
     """
-    batches = _Inputs(loader, inputs or first_of)
+    batches = _Parts(loader, inputs or first_of)
     statistics = input_moments(model, batches, **options)
     data = save(pack(statistics))
-    reply.content[STATISTICS_RECORD] = ConfigRecord({STATISTICS_KEY: data})
+    reply.content[STATISTICS_RECORD] = ConfigRecord({SAFETENSORS_KEY: data})
     reduced = {
         name: s.detail for name, s in statistics.items() if s.detail in ("block", "diagonal")
     }
     log(INFO, "statistics: %.2f MB; moments reduced in %s", len(data) / 1e6, reduced or "no layer")
+    return reply
+
+
+def attach_class_moments(
+    reply: Message,
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    labelled: Callable[[Any], tuple[Any, Any]] | None = None,
+    **options: Any,
+) -> Message:
+    """Measure class moments of the last layer's inputs, and put them on an evaluation reply.
+
+    From those of all clients a strategy with ``head=`` computes the calibrated head; every other
+    Flower strategy lets the record pass. What they reveal, and how to send less, says
+    `flwr_fusion.statistics.class_moments`.
+
+    Parameters
+    ----------
+    reply : Message
+        The reply to an evaluation message; the record is added to its content. Its number of
+        examples weighs the client.
+    model : nn.Module
+        The network with the weights that came with the message.
+    loader : iterable of batches
+        The client's training data; a data loader, or any iterable.
+    labelled : callable, optional
+        Returns inputs and labels of a batch. Default: the batch itself, which is such a pair.
+    **options
+        Options of `flwr_fusion.statistics.class_moments` (``samples``, ``least_count``, ``clip``,
+        ``noise``).
+
+    Returns
+    -------
+    Message
+        The same reply.
+
+    Raises
+    ------
+    FusionError
+        If the moments cannot be measured.
+
+    Examples
+    --------
+    In a ClientApp::
+
+        @app.evaluate()
+        def evaluate(message, context):
+            ...
+            reply = Message(content=content, reply_to=message)
+            return attach_class_moments(reply, model, train_loader)
+    """
+    batches = loader if labelled is None else _Parts(loader, labelled)
+    data = save(pack_classes(class_moments(model, batches, **options)))
+    reply.content[CLASS_MOMENTS_RECORD] = ConfigRecord({SAFETENSORS_KEY: data})
     return reply
 
 
@@ -122,15 +179,15 @@ def declare_architecture(message: Message, name: str) -> Message:
     return Message(content=content, reply_to=message)
 
 
-class _Inputs:
-    """The inputs in a loader's batches."""
+class _Parts:
+    """What is taken of a loader's batches."""
 
-    def __init__(self, loader: Iterable[Any], inputs: Callable[[Any], Any]) -> None:
+    def __init__(self, loader: Iterable[Any], take: Callable[[Any], Any]) -> None:
         self._loader = loader
-        self._inputs = inputs
+        self._take = take
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self._inputs, self._loader)
+        return map(self._take, self._loader)
 
     def __length_hint__(self) -> int:
         return length_hint(self._loader)

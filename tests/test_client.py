@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import flwr_fusion as ff
-from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD, attach_statistics
+from flwr_fusion.client import SAFETENSORS_KEY, STATISTICS_RECORD, attach_statistics
 from flwr_fusion.statistics import unpack
 from flwr_fusion.strategy import FusionStrategy, NeuronTransplantation, OTFusion
 from tests.test_strategy import (
@@ -123,17 +123,17 @@ def test_bad_schedules_are_refused(schedule: dict[str, int], message: str) -> No
 
 def _bytes(data: bytes | str) -> Spoil:
     def spoil(content: RecordDict) -> None:
-        content[STATISTICS_RECORD] = ConfigRecord({STATISTICS_KEY: data})
+        content[STATISTICS_RECORD] = ConfigRecord({SAFETENSORS_KEY: data})
 
     return spoil
 
 
 def _scaled(factor: float) -> Spoil:
     def spoil(content: RecordDict) -> None:
-        data = content.config_records[STATISTICS_RECORD][STATISTICS_KEY]
+        data = content.config_records[STATISTICS_RECORD][SAFETENSORS_KEY]
         assert isinstance(data, bytes)
         changed = {name: tensor * factor for name, tensor in load(data).items()}
-        content[STATISTICS_RECORD] = ConfigRecord({STATISTICS_KEY: save(changed)})
+        content[STATISTICS_RECORD] = ConfigRecord({SAFETENSORS_KEY: save(changed)})
 
     return spoil
 
@@ -214,7 +214,7 @@ class Stream(IterableDataset[torch.Tensor]):
 )
 def test_batches_of_any_kind(loader: Any, inputs: Any) -> None:
     reply = attach_statistics(reply_to_nothing(), digits_network(), loader, inputs=inputs)
-    data = reply.content.config_records[STATISTICS_RECORD][STATISTICS_KEY]
+    data = reply.content.config_records[STATISTICS_RECORD][SAFETENSORS_KEY]
     assert isinstance(data, bytes)
     statistics = unpack(load(data), digits_network())
     assert statistics["0"].detail == "full"
@@ -229,7 +229,7 @@ def test_less_can_be_sent() -> None:
     loader = [torch.randn(30, 64)]
     sizes = [
         len(attach_statistics(reply_to_nothing(), digits_network(), loader, **options)  # type: ignore[arg-type]
-            .content.config_records[STATISTICS_RECORD][STATISTICS_KEY])
+            .content.config_records[STATISTICS_RECORD][SAFETENSORS_KEY])
         for options in ({}, {"detail": "diagonal"})
     ]  # fmt: skip
     assert sizes[1] < sizes[0] / 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -12,23 +13,35 @@ import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+import flwr_fusion as ff
 from flwr_fusion.strategy import Distillation, FusionStrategy
+from flwr_fusion.strategy.configured_method import ConfiguredMethod
 from tests.conftest import SIMULATIONS
 from tests.support.grid import InProcessGrid
 from tests.support.services import free_ports, printed_by
 
 sys.path.insert(0, str(SIMULATIONS))
 
-from fusion_simulation.comparison import ClientModel, Comparison, Row, Sweep
+from fusion_simulation import client_app, server_app
+from fusion_simulation.comparison import (
+    WEIGHTINGS,
+    ClientModel,
+    Compared,
+    Comparison,
+    Row,
+    Sweep,
+    over_seeds,
+)
 from fusion_simulation.data import (
     DATASETS,
     LabelledImages,
@@ -38,9 +51,12 @@ from fusion_simulation.data import (
     load_split,
     partition_indices,
 )
-from fusion_simulation.report import Report, RoundAccuracy, output_folder
+from fusion_simulation.evaluation import RoundAccuracy, load_arrays
+from fusion_simulation.methods import averaged, fused_by, fusion_methods, own_models
+from fusion_simulation.repetition import trained_clients
+from fusion_simulation.report import Report, output_folder
 from fusion_simulation.settings import Settings, architecture
-from fusion_simulation.strategies import STRATEGIES, build_strategy
+from fusion_simulation.strategies import STRATEGIES, LastReplies, build_strategy
 from fusion_simulation.task import Recipe, build_model, train
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -80,6 +96,7 @@ def test_every_setting_has_a_default_and_is_read() -> None:
         ("models", "mlp-0", ["mlp", "lenet"]),
         ("special_label", 10, ["0", "9"]),
         ("special_label", -1, ["0", "9"]),
+        ("head", "replace", ["serve", "send"]),
     ],
 )
 def test_unknown_values_are_refused_with_the_allowed_ones(
@@ -113,6 +130,7 @@ def test_unknown_strategies_are_refused_with_the_allowed_ones(key: str, value: s
         ("combine_rounds", -1),
         ("proximal_mu", -0.1),
         ("distill_rounds", -1),
+        ("repetitions", 0),
         ("seed", -1),
         ("data_dir", "relative/path"),
         ("output_dir", "results"),
@@ -145,6 +163,68 @@ def test_distillation_is_a_step_of_the_strategies(name: str) -> None:
 def test_distillation_needs_a_strategy_and_images(changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings_of(distill_rounds=1, **changes)
+
+
+def test_least_squares_need_the_clients_statistics() -> None:
+    with pytest.raises(ValueError, match=r"combine='least-squares'.*statistics=true.*'auto'"):
+        settings_of(combine="least-squares", statistics=False)
+    assert not settings_of(combine="auto", statistics=False).sends_statistics
+
+
+@pytest.mark.parametrize(
+    ("strategy", "combine", "sent"),
+    [
+        ("ot", "auto", True),
+        ("cla", "least-squares", True),
+        ("ot", "mean", False),
+        ("cla", "median", False),
+        ("nt", "auto", False),
+        ("fedavg", "auto", False),
+    ],
+)
+def test_statistics_are_sent_to_strategies_that_take_them(
+    strategy: str, combine: str, sent: bool
+) -> None:
+    assert settings_of(strategy=strategy, combine=combine).sends_statistics == sent
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "nt"])
+def test_a_calibrated_head_is_for_strategies_with_a_rule(strategy: str) -> None:
+    with pytest.raises(ValueError, match=rf"head='serve'.*ot and cla.*'{strategy}'"):
+        settings_of(strategy=strategy, head="serve")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataset": "mnist"},
+        {"models": "lenet"},
+        {"models": "mlp-3,mlp-4", "strategy": "cla"},
+        {"num_server_rounds": 2},
+        {"partition": "iid"},
+        {"distill_rounds": 1},
+        {"head": "serve"},
+        {"repetitions": 1},
+    ],
+)
+def test_only_what_takes_seconds_is_repeated(changes: Any) -> None:
+    assert list(settings_of(seed=3).further_seeds) == [4, 5, 6, 7]
+    assert not settings_of(**changes).further_seeds
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_server_rounds": 1},
+        {"baseline": False},
+        {"strategy": "fedavg"},
+        {"strategy": "fedprox"},
+        {"models": "mlp-3,mlp-4", "strategy": "cla"},
+    ],
+)
+def test_baseline_is_run_where_there_is_something_to_compare(changes: Any) -> None:
+    assert settings_of(num_server_rounds=3).runs_baseline
+    assert not settings_of(**({"num_server_rounds": 3} | changes)).runs_baseline
 
 
 def test_unknown_keys_are_refused_with_the_allowed_ones() -> None:
@@ -308,7 +388,9 @@ def small_comparison() -> Comparison:
         for number, examples in enumerate((100, 300))
     ]
     few = LabelledImages(test.images[:50], test.labels[:50])
-    return Comparison(clients, few, special_label=4)
+    ot_fusion = ConfiguredMethod(ff.ot_fusion, {"example_inputs": few.images[:2]})
+    methods = {"FedAvg": averaged(clients), "OT fusion": fused_by(ot_fusion, clients)}
+    return Comparison(clients, few, 4, methods)
 
 
 def test_comparison_has_a_row_for_every_way() -> None:
@@ -326,6 +408,7 @@ def test_comparison_has_a_row_for_every_way() -> None:
     ]
     assert all(0 <= row.accuracy <= 1 for row in rows)
     sweep = comparison.sweep()
+    assert sweep.by_images == 0.25
     assert sweep.weights == pytest.approx([n / 10 for n in range(11)])
     # At the ends every way is one client alone.
     for values in sweep.accuracies.values():
@@ -333,19 +416,70 @@ def test_comparison_has_a_row_for_every_way() -> None:
         assert values[-1] == pytest.approx(rows[0].accuracy)
 
 
-def small_report(rounds: int) -> Report:
+def test_own_models_take_the_place_of_methods_or_are_added() -> None:
+    comparison = small_comparison()
+    client = comparison.clients[0].model
+    rows = comparison.rows({"OT fusion": client, "OT fusion, distilled": client})
+    assert [row.name for row in rows if row.weights == "by images"] == [
+        "FedAvg",
+        "OT fusion",
+        "OT fusion, distilled",
+        "Ensemble",
+    ]
+    assert rows[3].accuracy == rows[4].accuracy == rows[0].accuracy
+    assert "OT fusion, distilled" not in [row.name for row in rows if row.weights == "equal"]
+
+
+def test_figures_over_seeds() -> None:
+    tables = [
+        Compared(
+            [Row("FedAvg", "equal", accuracy, 1.0)],
+            Sweep((0.0, 1.0), 0.25, {"FedAvg": (accuracy, 0.5)}),
+        )
+        for accuracy in (0.2, 0.4, 0.6)
+    ]
+    found = over_seeds(tables)
+    (row,) = found.rows
+    assert (row.name, row.weights) == ("FedAvg", "equal")
+    assert row.accuracy == pytest.approx(0.4)
+    assert row.deviation == pytest.approx(0.2)
+    assert (row.special_label_accuracy, row.special_label_deviation) == (1.0, 0.0)
+    assert found.sweep is not None
+    assert found.sweep.accuracies["FedAvg"] == pytest.approx((0.4, 0.5))
+    assert found.sweep.deviations["FedAvg"] == pytest.approx((0.2, 0.0))
+    assert over_seeds(tables[:1]) == tables[0]
+
+
+def small_report(rounds: int, seeds: int = 1) -> Report:
+    accuracies: dict[str, tuple[float, ...]] = {
+        "FedAvg": (0.5, 0.2, 0.7),
+        "OT fusion": (0.5, 0.6, 0.7),
+    }
+    deviations = {name: (0.1,) * len(accuracies[name]) for name in accuracies if seeds > 1}
+    deviation = (0.015, 0.0) if seeds > 1 else ()
+    history = [RoundAccuracy(k, 0.1 * k, 0.0) for k in range(rounds + 1)]
     return Report(
         replace(settings_of(), num_server_rounds=rounds),
-        [Row("Client A", "100 images", 0.5, 1.0), Row("Client B", "300 images", 0.75, 0.0)],
-        Sweep((0.0, 0.5, 1.0), {"FedAvg": (0.5, 0.2, 0.7), "OT fusion": (0.5, 0.6, 0.7)}),
-        [RoundAccuracy(k, 0.1 * k, 0.0) for k in range(rounds + 1)],
+        Compared(
+            [
+                Row("Client A", "100 images", 0.5, 1.0, *deviation),
+                Row("Client B", "300 images", 0.75, 0.0, *deviation),
+                Row("FedAvg", "by images", 0.75, 0.0, *deviation),
+            ],
+            Sweep((0.0, 0.5, 1.0), 0.25, accuracies, deviations),
+        ),
+        history,
         {"federation": 1.5},
+        range(seeds),
+        history if rounds > 1 else [],
     )
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_report_is_written(rounds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = small_report(rounds)
+@pytest.mark.parametrize(("rounds", "seeds"), [(1, 1), (1, 5), (3, 1)])
+def test_report_is_written(
+    rounds: int, seeds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = small_report(rounds, seeds)
     report.save(tmp_path)
     expected = {"table.md", "metrics.json", "weights.png"} | (
         {"rounds.png"} if rounds > 1 else set()
@@ -361,10 +495,63 @@ def test_report_is_written(rounds: int, tmp_path: Path, capsys: pytest.CaptureFi
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["config"] == settings_of(num_server_rounds=rounds).to_dict()
     assert [entry["server_round"] for entry in metrics["rounds"]] == list(range(rounds + 1))
+    assert metrics["baseline"] == (metrics["rounds"] if rounds > 1 else [])
+    assert metrics["seeds"] == list(range(seeds))
     assert metrics["table"][1]["accuracy"] == 0.75
     swept = metrics["sweep-over-weight-of-client-A"]["accuracies"]
     assert swept["OT fusion"] == [0.5, 0.6, 0.7]
-    assert "| Client B | 300 images | 75.00 | 0.00 |" in (tmp_path / "table.md").read_text()
+    row = "75.00 ± 1.50 | 0.00 ± 0.00" if seeds > 1 else "75.00 | 0.00"
+    assert f"| Client B | 300 images | {row} |" in (tmp_path / "table.md").read_text()
+
+
+def axes_of(report: Report, name: str) -> Any:
+    """Return the axes of a plot as it would be saved."""
+    assert report.compared.sweep is not None
+    figure = (
+        report._sweep_figure(report.compared.sweep)
+        if name == "weights"
+        else report._rounds_figure()
+    )
+    return figure.axes[0]
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_plot_over_weights_shows_the_scale_the_run_and_the_deviation(seeds: int) -> None:
+    axes = axes_of(small_report(1, seeds), "weights")
+    assert axes.get_ylim() == (0, 101)
+    assert [text.get_text().strip() for text in axes.texts] == ["by images"]
+    assert [0.25, 0.25] in [list(line.get_xdata()) for line in axes.lines]
+    assert len(axes.collections) == (2 if seeds > 1 else 0)
+
+
+def test_plot_over_rounds_has_the_baseline() -> None:
+    labels = [line.get_label() for line in axes_of(small_report(3), "rounds").lines]
+    assert labels == ["strategy ot", "strategy ot, label 4", "FedAvg", "FedAvg, label 4"]
+    without = replace(small_report(3), baseline=[])
+    labels = [line.get_label() for line in axes_of(without, "rounds").lines]
+    assert labels == ["strategy ot", "strategy ot, label 4"]
+
+
+@pytest.mark.parametrize("clients", [6, 9])
+def test_many_clients_are_shown_by_their_quartiles(clients: int) -> None:
+    rows = [Row(f"Client {k}", "10 images", 0.1 * k, 1 - 0.1 * k) for k in range(clients)]
+    fused = Row("FedAvg", "by images", 0.9, 0.9)
+    report = replace(small_report(1), compared=Compared([*rows, fused], None))
+    shown = report.shown_rows()
+    assert shown[-1] == fused
+    if clients == 6:
+        assert shown == [*rows, fused]
+        return
+    assert [row.name for row in shown[:-1]] == [
+        f"Clients, {name}"
+        for name in ("lowest", "lower quartile", "median", "upper quartile", "highest")
+    ]
+    assert [row.accuracy for row in shown[:-1]] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    # Of each column on its own.
+    assert [row.special_label_accuracy for row in shown[:-1]] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 1]
+    )
+    assert len(report.to_dict()["table"]) == clients + 1
 
 
 def test_table_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,6 +560,12 @@ def test_table_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Client A" in printed
     assert "75.00" in printed
     assert "on label 4 %" in printed
+
+
+def test_caption_says_what_the_figures_are_of() -> None:
+    assert "FedAvg is a federation of its own" in small_report(3).caption
+    assert "Mean ± standard deviation of 5 seeds, 0 to 4." in small_report(1, seeds=5).caption
+    assert "Mean" not in small_report(1).caption
 
 
 def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,8 +693,9 @@ def test_flwr_run(flower: LocalFlower, tmp_path: Path) -> None:
     assert len(accuracies) == 3
     assert accuracies[0] < 0.3
     assert accuracies[2] > 0.8
-    table = {(row["name"], row["weights"]): row["accuracy"] for row in metrics["table"]}
-    assert table["OT fusion", "by images"] == pytest.approx(accuracies[2])
+    table = accuracies_in(metrics)
+    assert table["OT fusion, auto", "by images"] == pytest.approx(accuracies[2])
+    assert table["FedAvg", "by images"] == pytest.approx(metrics["baseline"][2]["accuracy"])
     for name in ("table.md", "weights.png", "rounds.png"):
         assert (results / name).stat().st_size > 0
         assert str(results / name) in log
@@ -509,32 +703,266 @@ def test_flwr_run(flower: LocalFlower, tmp_path: Path) -> None:
     assert list(flower.folder.iterdir()) == []
 
 
-def test_clients_of_different_architectures(tmp_path: Path) -> None:
-    from fusion_simulation import client_app, server_app
+# --- Runs in process ------------------------------------------------------------------------------
 
-    config = settings_of(
+
+def run_in_process(folder: Path, grid: InProcessGrid, **changes: Any) -> dict[str, Any]:
+    """Run the app on small networks, and return its metrics."""
+    small = {"models": "mlp-32-16", "local_epochs": 3, "repetitions": 1}
+    config = settings_of(**(small | {"output_dir": str(folder)} | changes)).to_dict()
+    for context in grid.contexts:
+        context.run_config = config
+    server_app.run(grid, Context(1, 0, {}, RecordDict(), config))
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return metrics
+
+
+def accuracies_in(metrics: dict[str, Any]) -> dict[tuple[str, str], float]:
+    return {(row["name"], row["weights"]): row["accuracy"] for row in metrics["table"]}
+
+
+def without_an_array(partition: int, reply: Message) -> list[Message]:
+    """Damage the second client's reply."""
+    if partition == 1:
+        arrays = reply.content.array_records["arrays"]
+        del arrays[next(iter(arrays))]
+    return [reply]
+
+
+def test_default_run_keeps_what_one_client_knows(tmp_path: Path) -> None:
+    grid = InProcessGrid(client_app.app, 2)
+    metrics = run_in_process(tmp_path, grid, local_epochs=20, models="mlp-64-32", repetitions=2)
+    rows = {(row["name"], row["weights"]): row for row in metrics["table"]}
+    names = ["FedAvg", "OT fusion by the mean", "OT fusion, auto", "Ensemble"]
+    assert list(rows)[2:] == [(name, block) for block in WEIGHTINGS for name in names]
+    assert metrics["seeds"] == [0, 1]
+    for block in WEIGHTINGS:
+        fused, average = rows["OT fusion, auto", block], rows["FedAvg", block]
+        assert fused["accuracy"] > average["accuracy"] + 0.05
+        assert fused["special_label_accuracy"] > 0.6
+        assert fused["deviation"] >= 0
+    assert list(metrics["sweep-over-weight-of-client-A"]["accuracies"]) == names
+    assert metrics["baseline"] == []
+    assert len(grid.partitions_asked("train")) == 2
+
+
+def test_repetitions_train_as_the_client_app_does() -> None:
+    settings = settings_of(models="mlp-16", local_epochs=1, seed=3)
+    model = build_model("mlp-16", "digits", 3)
+    grid = InProcessGrid(client_app.app, 2)
+    for context in grid.contexts:
+        context.run_config = settings.to_dict()
+    replies = LastReplies()
+    strategy = build_strategy(settings, {"mlp-16": model}, torch.zeros(2, 1, 8, 8), replies=replies)
+    strategy.start(grid, ArrayRecord(model.state_dict()), 1)
+    sent = replies.client_models(lambda name: build_model(name, "digits", 0))
+    for theirs, ours in zip(sent, trained_clients(settings, model.state_dict(), 2), strict=True):
+        assert (theirs.name, theirs.examples) == (ours.name, ours.examples)
+        for one, other in zip(theirs.model.parameters(), ours.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+        assert theirs.statistics is not None
+        assert ours.statistics is not None
+        for name, layer in ours.statistics.items():
+            assert layer.second is not None
+            found = theirs.statistics[name].second
+            assert found is not None
+            torch.testing.assert_close(found, layer.second)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "ot"},
+        {"strategy": "ot", "statistics": False, "num_server_rounds": 2},
+        {"strategy": "ot", "num_server_rounds": 2, "combine_rounds": 1},
+        {"strategy": "cla", "models": "mlp-12-8,mlp-12-10-8", "num_server_rounds": 2},
+        {"strategy": "ot", "statistics": False, "num_server_rounds": 2, "head": "serve"},
+        {"strategy": "nt"},
+    ],
+    ids=str,
+)
+def test_the_method_of_the_table_is_the_strategys(changes: Any) -> None:
+    # By it the block of equal weights and the points of the sweep are computed.
+    settings = settings_of(**({"models": "mlp-16-12", "local_epochs": 2} | changes))
+    models = {name: build_model(name, "digits", 0) for name in settings.architectures}
+    test = load_split("digits", train=False)
+    grid = InProcessGrid(client_app.app, 2)
+    for context in grid.contexts:
+        context.run_config = settings.to_dict()
+    replies = LastReplies()
+    calibration = server_app.calibration_images(settings)
+    strategy = build_strategy(settings, models, test.images[:2], calibration, replies)
+    assert isinstance(strategy, FusionStrategy)
+    build = partial(build_model, dataset="digits", seed=0)
+    server_app.run_strategy(grid, settings, strategy, replies, build, test)
+
+    clients = replies.client_models(build)
+    methods = fusion_methods(settings, strategy, clients, replies.sent, test.images[:2])
+    weights = [float(client.examples) for client in clients]
+    # Without the calibrated head, which is no part of the method.
+    networks = {
+        name: load_arrays(copy.deepcopy(strategy.architectures[name]), arrays)
+        for name, arrays in strategy.arrays.items()
+    }
+    own = own_models(replace(settings, head=""), strategy, networks)
+    assert own.keys() <= methods.keys()
+    for name, model in own.items():
+        ours = methods[name](weights)
+        for one, other in zip(ours.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_bad_statistics_are_left_out_of_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    model = build_model("mlp-8", "digits", 0)
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(model.state_dict()),
+            "metrics": MetricRecord({"num-examples": 3}),
+            "client": ConfigRecord({"name": "Client A", "model": "mlp-8"}),
+            "statistics": ConfigRecord({"safetensors": b"nothing"}),
+        }
+    )
+    replies = LastReplies()
+    replies([content], "num-examples")
+    (client,) = replies.client_models(lambda name: build_model(name, "digits", 0))
+    assert client.statistics is None
+    assert "statistics are not in the report" in capsys.readouterr().out
+
+
+def test_baseline_is_the_federation_of_fedavg(tmp_path: Path) -> None:
+    sent: list[bool] = []
+
+    def note(partition: int, reply: Message) -> list[Message]:
+        sent.append("statistics" in reply.content.config_records)
+        return [reply]
+
+    metrics = run_in_process(
+        tmp_path / "ot", InProcessGrid(client_app.app, 2, mutate=note), num_server_rounds=2
+    )
+    assert sent == [True] * 4 + [False] * 4
+    alone = run_in_process(
+        tmp_path / "fedavg",
+        InProcessGrid(client_app.app, 2),
+        num_server_rounds=2,
+        strategy="fedavg",
+    )
+    assert metrics["baseline"] == alone["rounds"]
+    assert alone["baseline"] == []
+    table, expected = accuracies_in(metrics), accuracies_in(alone)
+    for block in WEIGHTINGS:
+        assert table["FedAvg", block] == pytest.approx(expected["FedAvg", block])
+    assert table["FedAvg", "by images"] == metrics["baseline"][2]["accuracy"]
+    assert table["OT fusion, auto", "by images"] == metrics["rounds"][2]["accuracy"]
+
+
+def test_report_survives_what_fedavg_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = InProcessGrid(client_app.app, 2, mutate=without_an_array)
+    metrics = run_in_process(tmp_path, grid, num_server_rounds=2)
+    assert metrics["baseline"] == []
+    assert "no baseline: FedAvg has failed" in capsys.readouterr().out
+    assert len(metrics["rounds"]) == 3
+
+
+def test_resumed_run_runs_the_whole_baseline(tmp_path: Path) -> None:
+    checkpoints = str(tmp_path / "checkpoints")
+    rounds = {"checkpoint_dir": checkpoints, "statistics": False}
+    run_in_process(tmp_path / "one", InProcessGrid(client_app.app, 2), **rounds)
+    resumed = run_in_process(
+        tmp_path / "two",
+        InProcessGrid(client_app.app, 2),
+        resume=True,
+        num_server_rounds=2,
+        **rounds,
+    )
+    whole = run_in_process(
+        tmp_path / "whole",
+        InProcessGrid(client_app.app, 2),
+        num_server_rounds=2,
+        statistics=False,
+    )
+    for part in ("rounds", "baseline"):
+        assert resumed[part] == whole[part]
+    # The rule needs the model that was sent, which here is the checkpoint's.
+    assert accuracies_in(resumed) == pytest.approx(accuracies_in(whole))
+
+
+@pytest.mark.parametrize("name", ["ot", "cla"])
+@pytest.mark.parametrize("head", ["serve", "send"])
+def test_strategies_are_given_the_head(name: str, head: str) -> None:
+    models = {"mlp-8": build_model("mlp-8", "digits", 0)}
+    strategy = build_strategy(
+        settings_of(strategy=name, head=head), models, torch.zeros(2, 1, 8, 8)
+    )
+    assert isinstance(strategy, FusionStrategy)
+    assert strategy.head == head
+    assert strategy.fraction_evaluate == 1
+
+
+@pytest.mark.parametrize("head", ["serve", "send"])
+def test_model_with_a_calibrated_head_is_beside_the_fused_one(head: str, tmp_path: Path) -> None:
+    grid = InProcessGrid(client_app.app, 2)
+    metrics = run_in_process(tmp_path, grid, head=head, num_server_rounds=2)
+    table = accuracies_in(metrics)
+    calibrated = table["OT fusion, auto, calibrated head", "by images"]
+    assert calibrated == metrics["rounds"][2]["accuracy"]
+    assert calibrated > table["FedAvg", "by images"]
+    assert ("OT fusion, auto", "by images") in table
+    assert len(grid.partitions_asked("evaluate")) == 4
+
+
+def test_clients_evaluate_for_a_calibrated_head() -> None:
+    settings = settings_of(models="mlp-8", head="serve")
+    model = build_model("mlp-8", "digits", 0)
+    content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "config": ConfigRecord()})
+    for head, records in (("", ["metrics"]), ("serve", ["metrics", "class-moments"])):
+        grid = InProcessGrid(client_app.app, 2)
+        for context in grid.contexts:
+            context.run_config = replace(settings, head=head).to_dict()
+        message = Message(content, dst_node_id=grid.node_ids[0], message_type="evaluate")
+        (reply,) = grid.send_and_receive([message])
+        assert not reply.has_error()
+        assert list(reply.content) == records
+        metrics = reply.content.metric_records["metrics"]
+        assert metrics["num-examples"] == len(load_partition(settings, 0, 2))
+        assert 0 <= float(metrics["eval-accuracy"]) <= 1  # type: ignore[arg-type]
+        assert float(metrics["eval-loss"]) > 0  # type: ignore[arg-type]
+
+
+def test_clients_of_different_architectures(tmp_path: Path) -> None:
+    metrics = run_in_process(
+        tmp_path,
+        InProcessGrid(client_app.app, 2),
         strategy="cla",
         models="mlp-24-16,mlp-24-18-16",
         local_epochs=5,
         num_server_rounds=2,
-        output_dir=str(tmp_path),
-    ).to_dict()
-    grid = InProcessGrid(client_app.app, 2)
-    for context in grid.contexts:
-        context.run_config = config
-    server_app.run(grid, Context(1, 0, {}, RecordDict(), config))
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    )
     rounds = [entry["by_architecture"] for entry in metrics["rounds"]]
     assert len(rounds) == 3
     assert all(found > 0.7 for found in rounds[2].values())
-    table = {(row["name"], row["weights"]): row["accuracy"] for row in metrics["table"]}
+    table = accuracies_in(metrics)
     for name in ("mlp-24-16", "mlp-24-18-16"):
-        assert table[f"CLA fusion to {name}", "by images"] == pytest.approx(rounds[2][name])
+        assert table[f"CLA fusion to {name}, auto", "by images"] == pytest.approx(rounds[2][name])
+        assert (
+            f"CLA fusion to {name}, auto" in metrics["sweep-over-weight-of-client-A"]["accuracies"]
+        )
     (layers,) = metrics["layers"].values()
     assert layers["pairs"] == [[0, 0], [1, 2]]
     assert list(metrics["layers"]) == ["mlp-24-16 in mlp-24-18-16"]
+    assert metrics["baseline"] == []
     for name in ("layers.png", "rounds.png", "weights.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
+
+
+def test_cla_with_one_architecture_is_compared_with_fedavg(tmp_path: Path) -> None:
+    grid = InProcessGrid(client_app.app, 2)
+    metrics = run_in_process(tmp_path, grid, strategy="cla", num_server_rounds=2)
+    table = accuracies_in(metrics)
+    assert table["FedAvg", "by images"] == metrics["baseline"][2]["accuracy"]
+    assert ("CLA fusion to mlp-32-16, auto", "equal") in table
+    assert metrics["layers"] == {}
 
 
 def test_several_models_need_the_strategy_for_them() -> None:

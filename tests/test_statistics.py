@@ -155,7 +155,7 @@ def test_noise_has_the_stated_deviation_and_keeps_moments_positive() -> None:
         ({"detail": "half"}, "detail must be one of"),
         ({"clip": 0.0}, "clip must be positive"),
         ({"noise": 1.0}, "noise needs clip"),
-        ({"noise": -1.0, "clip": 1.0}, "noise must not be negative"),
+        ({"noise": -1.0, "clip": 1.0}, "noise must be a number finite and at least 0"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from safetensors.torch import load, save
 
 import flwr_fusion as ff
-from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD
+from flwr_fusion.client import SAFETENSORS_KEY, STATISTICS_RECORD
 from flwr_fusion.strategy import CLAFusion, OTFusion, Reason, Validation
 from tests.support.faults import Fault
 from tests.support.grid import InProcessGrid
@@ -153,10 +153,10 @@ def test_bad_statistics_are_named_and_the_update_is_kept(
         return [reply]
 
     def bad(reply: Message, draw: random.Random) -> list[Message]:
-        data = reply.content.config_records[STATISTICS_RECORD][STATISTICS_KEY]
+        data = reply.content.config_records[STATISTICS_RECORD][SAFETENSORS_KEY]
         assert isinstance(data, bytes)
         data = spoiled(load(data), draw)
-        reply.content[STATISTICS_RECORD] = ConfigRecord({STATISTICS_KEY: data})
+        reply.content[STATISTICS_RECORD] = ConfigRecord({SAFETENSORS_KEY: data})
         return [reply]
 
     draw = random.Random(0)

@@ -3,6 +3,7 @@
 from benchmarks.experiments import (
     cost,
     depth,
+    heads,
     mixed_federation,
     one_shot,
     pruning,
@@ -21,6 +22,7 @@ EXPERIMENTS = {
         depth,
         transplantation,
         rounds,
+        heads,
         mixed_federation,
         robust,
         cost,

@@ -20,7 +20,13 @@ from benchmarks.declarations import GROUP, Experiment, Scores, Task
 from benchmarks.federation import Client, Fuse, Round, divided, drawn, federate
 
 # Clients of each.
-PARTITIONS = {"label-skill": 2, "dirichlet-0.1": 10, "dirichlet-0.5": 5, "iid": 5}
+PARTITIONS = {
+    "label-skill": 2,
+    "dirichlet-0.1": 10,
+    "dirichlet-0.3": 10,
+    "dirichlet-0.5": 5,
+    "iid": 5,
+}
 STARTS = ("shared", "own")
 CLIENTS = 10
 # Of clients that bring finished networks.
@@ -63,7 +69,7 @@ FEDAVG = Method("FedAvg")
 FEDPROX = Method("FedProx", proximal_mu=0.1)
 MEAN = Method("OTFusion, mean", matched=True)
 # Nothing is asked of the clients; where they do not come from one model, it is the mean.
-UPDATES = Method("OTFusion, update moments", matched=True, combine=ff.LeastSquares(moments="auto"))
+AUTO = Method("OTFusion", matched=True, combine=ff.LeastSquares(moments="auto"))
 LEAST_SQUARES = Method("OTFusion, least squares", matched=True, combine=ff.LeastSquares())
 
 
@@ -80,25 +86,44 @@ class Setting:
 
 def to_accuracy(bench: Bench, setting: Setting) -> Scores:
     """Run one federation."""
-    task, model, stride = bench.task(setting.data), bench.model(setting.model), SEED_STRIDE
+    fuse = partial(
+        setting.method.fuse, example_inputs=bench.test(bench.task(setting.data)).images[:2]
+    )
+    row = GROUP.join((setting.partition, setting.start, setting.method.name))
+    return {row: curve(bench, setting, fuse)}
+
+
+def curve(bench: Bench, setting: Setting, fuse: Fuse) -> dict[str, float]:
+    """Run one federation with a way of fusing; return its score after every round."""
+    task, stride = bench.task(setting.data), SEED_STRIDE
+    networks = federate(
+        clients_of(bench, setting),
+        {"": first_network(bench, setting)},
+        replace(task.recipe, proximal_mu=setting.method.proximal_mu),
+        lambda number, k: stride * (stride * bench.seed + number + 1) + k,
+        [fuse] * bench.scale.rounds,
+    )
+    return _curve(bench, task, networks)
+
+
+def clients_of(bench: Bench, setting: Setting) -> list[Client]:
+    """Return a federation's clients, with starts of their own where the setting has them."""
+    task, own = bench.task(setting.data), setting.start == "own"
     generator = np.random.default_rng(bench.seed)
     images, _ = drawn(bench.everything(task), task.images, generator)
     shares = divided(images, setting.partition, PARTITIONS[setting.partition], generator)
-    build = partial(_built, bench, task, model)
-    clients = [
-        Client(own, start=build(stride * bench.seed + k + 1) if setting.start == "own" else None)
-        for k, own in enumerate(shares)
-    ]
-    networks = federate(
-        clients,
-        {"": build(stride * bench.seed)},
-        replace(task.recipe, proximal_mu=setting.method.proximal_mu),
-        lambda number, k: stride * (stride * bench.seed + number + 1) + k,
-        [partial(setting.method.fuse, example_inputs=bench.test(task).images[:2])]
-        * bench.scale.rounds,
-    )
-    row = GROUP.join((setting.partition, setting.start, setting.method.name))
-    return {row: _curve(bench, task, networks)}
+    starts = [_start(bench, setting, k + 1) if own else None for k in range(len(shares))]
+    return [Client(share, start=start) for share, start in zip(shares, starts, strict=True)]
+
+
+def first_network(bench: Bench, setting: Setting) -> nn.Module:
+    """Return the network that is sent out first."""
+    return _start(bench, setting, 0)
+
+
+def _start(bench: Bench, setting: Setting, number: int) -> nn.Module:
+    seed = SEED_STRIDE * bench.seed + number
+    return _built(bench, bench.task(setting.data), bench.model(setting.model), seed)
 
 
 def _curve(
@@ -196,9 +221,9 @@ def _to_accuracy(network: str, dataset: str, data: str, *methods: Method) -> Exp
 
 
 EXPERIMENTS = (
-    _to_accuracy("MLP", "MNIST", "federation", FEDAVG, FEDPROX, MEAN, LEAST_SQUARES, UPDATES),
-    _to_accuracy("LeNet", "MNIST", "federation", FEDAVG, LEAST_SQUARES, UPDATES),
-    _to_accuracy("LeNet", "CIFAR-10", "cifar_federation", FEDAVG, LEAST_SQUARES, UPDATES),
+    _to_accuracy("MLP", "MNIST", "federation", FEDAVG, FEDPROX, MEAN, LEAST_SQUARES, AUTO),
+    _to_accuracy("LeNet", "MNIST", "federation", FEDAVG, LEAST_SQUARES, AUTO),
+    _to_accuracy("LeNet", "CIFAR-10", "cifar_federation", FEDAVG, LEAST_SQUARES, AUTO),
     Experiment(
         "nt-rounds",
         "Transplantation in a federation: in every round, in the first, never",

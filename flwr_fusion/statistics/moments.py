@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.errors import FusionError
+from flwr_fusion.errors import FusionError, check_number, check_option
 from flwr_fusion.networks import key_of
 from flwr_fusion.observe import batch_size, run, watch
 
@@ -154,7 +154,7 @@ def input_moments(
         layers[module].add(inputs.detach(), output.detach())
 
     with watch(layers, see):
-        seen = run(model, _enough(batches, samples), "the network", "inputs to measure moments on")
+        seen = run(model, enough(batches, samples), "the network", "inputs to measure moments on")
     measured = {
         names[module]: accumulator.finish(seen, noise, generator)
         for module, accumulator in layers.items()
@@ -223,12 +223,15 @@ def diagonal_blocks(second: Tensor, n: int) -> Tensor:
 
 
 def _check_arguments(detail: str, clip: float | None, noise: float) -> None:
-    if detail not in DETAILS:
-        raise FusionError(f"detail must be one of {DETAILS}, not {detail!r}")
+    check_option("detail", detail, DETAILS)
+    check_clipping(clip, noise)
+
+
+def check_clipping(clip: float | None, noise: float) -> None:
+    """Refuse a norm to clip to that is not positive, and noise that it does not bound."""
     if clip is not None and not 0 < clip < math.inf:
         raise FusionError(f"clip must be positive, not {clip!r}")
-    if not 0 <= noise < math.inf:
-        raise FusionError(f"noise must not be negative, not {noise!r}")
+    check_number("noise", noise, 0)
     if noise and clip is None:
         raise FusionError("noise needs clip: without it a single sample can weigh any amount")
 
@@ -317,7 +320,7 @@ class _Accumulator:
             self._add_outputs(outputs, 1 if convolution else outputs.dim() - 1)
         if self._detail == "none":
             return
-        rows = self._clipped(_input_rows(self._module, inputs))
+        rows = clipped(_input_rows(self._module, inputs), self._clip)
         self._rows += len(rows)
         self._mean = _plus(self._mean, rows.sum(0))
         self._second = _plus(self._second, self._products(rows))
@@ -334,15 +337,9 @@ class _Accumulator:
 
     def _add_outputs(self, values: Tensor, axis: int) -> None:
         if self._clip is not None:
-            values, axis = self._clipped(values.movedim(axis, -1).flatten(0, -2).float()), 1
+            rows = values.movedim(axis, -1).flatten(0, -2).float()
+            values, axis = clipped(rows, self._clip), 1
         self._outputs.add(values, axis)
-
-    def _clipped(self, rows: Tensor) -> Tensor:
-        if self._clip is None:
-            return rows
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        scale: Tensor = self._clip / norms.clamp(min=self._clip)
-        return rows * scale
 
     def finish(
         self, samples: int, noise: float, generator: torch.Generator | None
@@ -357,29 +354,40 @@ class _Accumulator:
             squared = 2**0.5 * noise * self._clip**2 / samples
             # Noise goes on means over samples, E[z] and E[z^2], from which the variance follows.
             raw = activation_variance + activation_mean.square()
-            activation_mean = _with_noise(activation_mean, deviation, generator)
-            raw = _with_noise(raw, squared, generator)
+            activation_mean = with_noise(activation_mean, deviation, generator)
+            raw = with_noise(raw, squared, generator)
             activation_variance = (raw - activation_mean.square()).clamp(min=0)
             if second is not None and mean is not None:
-                second = _positive(_with_symmetric_noise(second, squared, generator))
+                second = nearest_positive(with_symmetric_noise(second, squared, generator))
                 # What noise has made impossible would be refused.
                 roots = second.diagonal(dim1=1, dim2=2).sqrt().flatten()
-                mean = _with_noise(mean, deviation, generator).clamp(-roots, roots)
+                mean = with_noise(mean, deviation, generator).clamp(-roots, roots)
         return LayerStatistics(second, mean, activation_mean, activation_variance)
 
 
-def _with_noise(tensor: Tensor, deviation: float, generator: torch.Generator | None) -> Tensor:
+def clipped(rows: Tensor, norm: float | None) -> Tensor:
+    """Return rows, those longer than a norm scaled down to it."""
+    if norm is None:
+        return rows
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    scale: Tensor = norm / lengths.clamp(min=norm)
+    return rows * scale
+
+
+def with_noise(tensor: Tensor, deviation: float, generator: torch.Generator | None) -> Tensor:
+    """Return a tensor with Gaussian noise."""
     return tensor + deviation * torch.randn(tensor.shape, generator=generator)
 
 
-def _with_symmetric_noise(
+def with_symmetric_noise(
     blocks: Tensor, deviation: float, generator: torch.Generator | None
 ) -> Tensor:
+    """Return symmetric blocks with Gaussian noise that is symmetric, too."""
     drawn = deviation * torch.randn(blocks.shape, generator=generator)
     return blocks + drawn.triu() + drawn.triu(1).transpose(1, 2)
 
 
-def _positive(blocks: Tensor) -> Tensor:
+def nearest_positive(blocks: Tensor) -> Tensor:
     """Return the nearest positive semi-definite blocks: what noise made negative becomes zero."""
     values, vectors = torch.linalg.eigh(blocks.double())
     positive: Tensor = (vectors * values.clamp(min=0).unsqueeze(1)) @ vectors.transpose(1, 2)
@@ -417,7 +425,7 @@ def _spread(rows: Tensor, axis: int, most: int = _ROWS_PER_SAMPLE) -> Tensor:
     return rows.index_select(axis, index)
 
 
-def _enough(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
+def enough(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
     """Yield batches until there are enough samples, evenly from all of a sized iterable."""
     if isinstance(batches, Tensor):
         raise FusionError("batches must be an iterable of batches, not one tensor: give [tensor]")

@@ -107,7 +107,7 @@ def check(statistics: Statistics, model: nn.Module) -> None:
         if layer.second is not None and layer.mean is not None:
             _check_inputs(name, layer.second, layer.mean, module)
         for kind in ("activation_mean", "activation_variance"):
-            _check_numbers(f"{name}.{kind}", getattr(layer, kind), [(_outputs(module),)])
+            check_numbers(f"{name}.{kind}", getattr(layer, kind), [(_outputs(module),)])
         if bool((layer.activation_variance < 0).any()):
             raise FusionError(f"statistics '{name}.activation_variance' are negative")
 
@@ -157,8 +157,8 @@ def _unpacked(
             raise FusionError(f"the network has no layer '{name}' whose inputs are measured")
         # Before anything is allocated: a few bytes can claim any number of triangles.
         triangles = {(count, n * (n + 1) // 2): n for count, n in _block_shapes(module)}
-        _check_numbers(f"{name}.second", packed, list(triangles))
-        second = _symmetric(packed, triangles[packed.shape[0], packed.shape[1]])
+        check_numbers(f"{name}.second", packed, list(triangles))
+        second = symmetric(packed, triangles[packed.shape[0], packed.shape[1]])
     return LayerStatistics(
         second,
         tensors.get("mean"),
@@ -167,7 +167,7 @@ def _unpacked(
     )
 
 
-def _symmetric(packed: Tensor, n: int) -> Tensor:
+def symmetric(packed: Tensor, n: int) -> Tensor:
     """Return symmetric blocks from their upper triangles."""
     rows, columns = torch.triu_indices(n, n)
     blocks = packed.new_zeros(len(packed), n, n)
@@ -182,8 +182,8 @@ def _check_inputs(name: str, second: Tensor, mean: Tensor, module: nn.Module) ->
         raise FusionError(f"the inputs of layer '{name}' have no second moments")
     channels, kernel = input_shape(module)
     shapes = [(count, n, n) for count, n in _block_shapes(module)]
-    _check_numbers(f"{name}.mean", mean, [(channels * kernel,)])
-    _check_numbers(f"{name}.second", second, shapes)
+    check_numbers(f"{name}.mean", mean, [(channels * kernel,)])
+    check_numbers(f"{name}.second", second, shapes)
     squares = second.diagonal(dim1=1, dim2=2)
     if bool((squares < 0).any()):
         raise FusionError(f"statistics '{name}.second' have negative mean squares")
@@ -193,7 +193,8 @@ def _check_inputs(name: str, second: Tensor, mean: Tensor, module: nn.Module) ->
         raise FusionError(f"statistics '{name}.second' contradict the means or each other")
 
 
-def _check_numbers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+def check_numbers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """Return a tensor of one of some shapes; refuse others, and values that are not finite."""
     if tuple(tensor.shape) not in shapes or tensor.dtype != torch.float32:
         raise FusionError(
             f"statistics '{name}' are {tensor.dtype} of shape {tuple(tensor.shape)}, not float32 "
@@ -202,3 +203,4 @@ def _check_numbers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]])
     # Far above any network's, far below where single precision overflows.
     if not bool((tensor.abs() < 1e15).all()):
         raise FusionError(f"statistics '{name}' have values that are not finite or huge")
+    return tensor

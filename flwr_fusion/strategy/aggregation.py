@@ -172,7 +172,9 @@ def nodes_of(updates: Sequence[Update]) -> dict[int, int]:
     return {k: update.node_id for k, update in enumerate(updates)}
 
 
-def check_own_start(method: ConfiguredMethod, aggregator: Aggregator, checkpoints: object) -> None:
+def check_own_start(
+    method: ConfiguredMethod, aggregator: Aggregator, checkpoints: object, head: str | None
+) -> None:
     """Refuse what a wrapper would break, whose own start() runs the rounds."""
     rule = method.rule
     refused = {
@@ -184,6 +186,7 @@ def check_own_start(method: ConfiguredMethod, aggregator: Aggregator, checkpoint
             aggregator.refine is not None,
             "the refined model would depend on single clients more than its noise covers",
         ),
+        "head=": (head is not None, "class moments would pass by its clipping and noise"),
         "checkpoint_dir=": (
             checkpoints is not None,
             "checkpoints would hold the model before its noise is added",

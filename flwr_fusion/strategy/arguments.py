@@ -10,6 +10,7 @@ from typing import Any, TypedDict, cast
 from flwr.app import MetricRecord, RecordDict
 
 from flwr_fusion.errors import FusionError
+from flwr_fusion.strategy.heads import Head
 from flwr_fusion.strategy.refinement_steps import Refinement
 from flwr_fusion.strategy.replies import Validation
 
@@ -37,6 +38,7 @@ class StrategyArguments(FedAvgArguments, total=False):
     only_first_rounds: Mapping[str, int] | None
     validation: Validation | None
     refine: Refinement | None
+    head: Head | None
     min_train_replies: int
     checkpoint_dir: str | Path | None
     resume: bool

@@ -58,12 +58,16 @@ class Checkpoint:
         Metrics of all rounds up to this one.
     details : mapping
         What else is worth keeping, ready for JSON: what was rejected, the fusion's report.
+    beside : mapping of str to (mapping of str to ArrayRecord)
+        Arrays beside the global model that clients train from, by kind and architecture:
+        "served", the model with the calibrated head, and the "class-moments" that it is made of.
     """
 
     server_round: int
     arrays: dict[str, ArrayRecord]
     history: History
     details: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[str, ArrayRecord]] = field(default_factory=dict)
 
 
 class CheckpointFolder:
@@ -131,13 +135,13 @@ class CheckpointFolder:
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and delete those that are too old."""
         unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path))
-        files = {}
-        for number, (name, arrays) in enumerate(checkpoint.arrays.items()):
-            data = save({key: _in_order(array) for key, array in arrays.items()})
-            quoted = quote(name, safe="")
-            file = f"{quoted if len(quoted) <= _LONGEST_NAME else number}.safetensors"
-            _write(unfinished / file, data)
-            files[name] = {"file": file, "sha256": hashlib.sha256(data).hexdigest()}
+        files = {
+            "arrays": _write_arrays(unfinished, checkpoint.arrays),
+            "beside": {
+                kind: _write_arrays(unfinished, arrays, f"{kind}@")
+                for kind, arrays in checkpoint.beside.items()
+            },
+        }
         _write(unfinished / _DESCRIPTION, _described(checkpoint, files))
         _flush_folder(unfinished)
         folder = self._folder(checkpoint.server_round)
@@ -150,7 +154,8 @@ class CheckpointFolder:
     def update(self, checkpoint: Checkpoint) -> None:
         """Replace what is said of a round that has been written, such as its metrics."""
         folder = self._folder(checkpoint.server_round)
-        files = json.loads((folder / _DESCRIPTION).read_bytes())["arrays"]
+        written = json.loads((folder / _DESCRIPTION).read_bytes())
+        files = {kind: written[kind] for kind in ("arrays", "beside")}
         unfinished = folder / f"{_UNFINISHED}{_DESCRIPTION}"
         _write(unfinished, _described(checkpoint, files))
         unfinished.replace(folder / _DESCRIPTION)
@@ -194,7 +199,13 @@ class CheckpointFolder:
                 kind: {int(r): _metrics_from_json(values) for r, values in rounds.items()}
                 for kind, rounds in described["history"].items()
             }
-            return Checkpoint(server_round, arrays, History(**history), described["details"])
+            beside = {
+                kind: {name: _arrays(folder, known) for name, known in by_name.items()}
+                for kind, by_name in described.get("beside", {}).items()
+            }
+            return Checkpoint(
+                server_round, arrays, History(**history), described["details"], beside
+            )
         except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
             raise _DamagedError(f"it cannot be read: {error!r}") from error
 
@@ -221,7 +232,7 @@ def _described(checkpoint: Checkpoint, files: Mapping[str, Any]) -> bytes:
     content = {
         "format": _FORMAT,
         "round": checkpoint.server_round,
-        "arrays": files,
+        **files,
         "history": history,
         "details": _finite(checkpoint.details),
     }
@@ -231,6 +242,20 @@ def _described(checkpoint: Checkpoint, files: Mapping[str, Any]) -> bytes:
 def _hash_of(content: Mapping[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _write_arrays(
+    folder: Path, by_name: Mapping[str, ArrayRecord], prefix: str = ""
+) -> dict[str, dict[str, str]]:
+    """Write a file for each architecture; return their names and hashes."""
+    files = {}
+    for number, (name, arrays) in enumerate(by_name.items()):
+        data = save({key: _in_order(array) for key, array in arrays.items()})
+        quoted = quote(name, safe="")
+        file = f"{prefix}{quoted if len(quoted) <= _LONGEST_NAME else number}.safetensors"
+        _write(folder / file, data)
+        files[name] = {"file": file, "sha256": hashlib.sha256(data).hexdigest()}
+    return files
 
 
 def _arrays(folder: Path, known: Mapping[str, str]) -> ArrayRecord:

@@ -82,8 +82,7 @@ class GlobalModels:
         except RejectedReply as error:
             whose = f"architecture {self.chosen!r}" if self.has_several else "the model"
             raise FusionError(f"{who} do not fit {whose}: {error}") from error
-        self.arrays[self.chosen] = arrays
-        self._up_to_date.add(self.chosen)
+        self.put(self.chosen, arrays)
         self._sent = True
 
     def sent(self, name: str) -> ArrayRecord | None:
@@ -100,14 +99,18 @@ class GlobalModels:
         self.arrays |= fused
         self._up_to_date = set(fused)
 
+    def put(self, name: str, arrays: ArrayRecord) -> None:
+        """Take arrays for one architecture."""
+        self.arrays[name] = arrays
+        self._up_to_date.add(name)
+
     def bring_up_to_date(
         self, name: str, fuse: Callable[[nn.Module, nn.Module], nn.Module]
     ) -> None:
         """Fuse the global model into an architecture that nobody has run so far."""
         if name not in self._up_to_date:
             fused = fuse(self.network(self.chosen), self.architectures[name])
-            self.arrays[name] = arrays_of(fused.state_dict())
-            self._up_to_date.add(name)
+            self.put(name, arrays_of(fused.state_dict()))
 
     def present(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
         """Return the arrays to keep in a checkpoint, given those of the chosen architecture.

@@ -13,7 +13,13 @@ from flwr_fusion.statistics.moments import Statistics
 from flwr_fusion.strategy.reasons import Rejection
 from flwr_fusion.strategy.replies import Answer
 
-_STRATEGY_METRICS = ("rejected", "share-moved", "with-statistics", "refinement-loss")
+_STRATEGY_METRICS = (
+    "rejected",
+    "share-moved",
+    "with-statistics",
+    "refinement-loss",
+    "with-class-moments",
+)
 
 
 def aggregated_metrics(

@@ -44,6 +44,8 @@ class Reason(StrEnum):
     """A number of examples that is missing, not positive or no number."""
     STATISTICS = "statistics"
     """Statistics that cannot be used; the update itself takes part."""
+    CLASS_MOMENTS = "class-moments"
+    """Class moments that cannot be used; the metrics beside them count."""
     METRICS = "metrics"
     """Metrics of other names or lengths than most clients'; the update itself takes part."""
 
@@ -85,4 +87,4 @@ class Rejection:
     @property
     def keeps_update(self) -> bool:
         """Whether only something beside the update is left out."""
-        return self.reason in (Reason.STATISTICS, Reason.METRICS)
+        return self.reason in (Reason.STATISTICS, Reason.CLASS_MOMENTS, Reason.METRICS)

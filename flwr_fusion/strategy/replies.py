@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, TypeVar
@@ -14,8 +15,9 @@ from flwr.app import ArrayRecord, Message, Metadata, MetricRecord, RecordDict
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from flwr_fusion.client import STATISTICS_KEY, STATISTICS_RECORD
+from flwr_fusion.client import CLASS_MOMENTS_RECORD, SAFETENSORS_KEY, STATISTICS_RECORD
 from flwr_fusion.errors import FusionError
+from flwr_fusion.statistics.classes import ClassMoments, unpack_classes
 from flwr_fusion.statistics.moments import LayerStatistics, Statistics
 from flwr_fusion.statistics.wire import unpack
 from flwr_fusion.strategy.array_checks import check_arrays, check_plausible, decode_array
@@ -274,21 +276,43 @@ def read_update(
 
 def read_statistics(content: RecordDict, model: nn.Module) -> dict[str, LayerStatistics] | None:
     """Return what `flwr_fusion.client.attach_statistics` put on a reply, or reject it."""
-    record = content.config_records.get(STATISTICS_RECORD)
-    if record is None:
+    packed = _tensors(content, STATISTICS_RECORD, Reason.STATISTICS)
+    if packed is None:
         return None
-    data = record.get(STATISTICS_KEY)
-    if not isinstance(data, bytes):
-        text = f"its statistics hold no bytes '{STATISTICS_KEY}'"
-        raise RejectedReply(Reason.STATISTICS, text)
-    try:
-        statistics = unpack(load(data), model)
-    except Exception as error:  # What safetensors and PyTorch raise on foreign bytes varies.
-        text = f"its statistics cannot be used: {error}"
-        raise RejectedReply(Reason.STATISTICS, text) from error
+    with _rejecting(Reason.STATISTICS, "statistics"):
+        statistics = unpack(packed, model)
     if not statistics:
         raise RejectedReply(Reason.STATISTICS, "its statistics are empty")
     return statistics
+
+
+def read_class_moments(content: RecordDict, model: nn.Module, layer: str) -> ClassMoments | None:
+    """Return what `flwr_fusion.client.attach_class_moments` put on a reply, or reject it."""
+    packed = _tensors(content, CLASS_MOMENTS_RECORD, Reason.CLASS_MOMENTS)
+    if packed is None:
+        return None
+    with _rejecting(Reason.CLASS_MOMENTS, "class moments"):
+        return unpack_classes(packed, model, layer)
+
+
+def _tensors(content: RecordDict, record: str, reason: Reason) -> dict[str, Tensor] | None:
+    """Return the tensors in a record of safetensors; None without the record."""
+    if record not in content.config_records:
+        return None
+    data = content.config_records[record].get(SAFETENSORS_KEY)
+    if not isinstance(data, bytes):
+        raise RejectedReply(reason, f"its {record} hold no bytes '{SAFETENSORS_KEY}'")
+    with _rejecting(reason, record):
+        return load(data)
+
+
+@contextmanager
+def _rejecting(reason: Reason, what: str) -> Iterator[None]:
+    """Reject a reply for whatever its bytes make safetensors, PyTorch or a check raise."""
+    try:
+        yield
+    except Exception as error:
+        raise RejectedReply(reason, f"its {what} cannot be used: {error}") from error
 
 
 def read_weight(content: RecordDict, weight_key: str) -> float:

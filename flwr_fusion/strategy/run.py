@@ -66,7 +66,7 @@ class Run(Strategy):
             evaluate_fn=None if evaluate_fn is None else self._counting(evaluate_fn),
             **arguments,
         )
-        result.arrays = self._arrays
+        result.arrays = self._strategy.served_arrays(self._arrays)
         for kind in History.__dataclass_fields__:
             setattr(result, kind, dict(getattr(self._history, kind)))
         return result
@@ -74,8 +74,9 @@ class Run(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Configure the round of the true number."""
-        return self._strategy.configure_train(self._done + server_round, arrays, config, grid)
+        """Configure the round of the true number, from what evaluation has made of the model."""
+        number = self._done + server_round
+        return self._strategy.configure_train(number, self._arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -85,10 +86,8 @@ class Run(Strategy):
         arrays, metrics = self._strategy.aggregate_train(number, replies)
         self._arrays = self._arrays if arrays is None else arrays
         self._keep(self._history.train_metrics_clientapp, number, metrics)
-        if self._folder is not None:
-            models = self._strategy.global_arrays(self._arrays)
-            details = self._strategy.details_of(number)
-            self._write(self._folder, Checkpoint(number, models, self._history, details))
+        if self._strategy.head is None:
+            self._write(number)
         return arrays, metrics
 
     def configure_evaluate(
@@ -100,11 +99,18 @@ class Run(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Aggregate, then add the metrics to the checkpoint."""
+        """Aggregate, then add the metrics to the checkpoint.
+
+        A calibrated head is made now: only now the round is whole.
+        """
         number = self._done + server_round
         metrics = self._strategy.aggregate_evaluate(number, replies)
         self._keep(self._history.evaluate_metrics_clientapp, number, metrics)
-        self._add_to_checkpoint()
+        if self._strategy.head is None:
+            self._add_to_checkpoint()
+        else:
+            self._arrays = self._strategy.arrays[self._strategy.architecture]
+            self._write(number)
         return metrics
 
     def summary(self) -> None:
@@ -118,21 +124,26 @@ class Run(Strategy):
             number = self._done + server_round
             if server_round == 0 and number in kept:
                 return kept[number]
-            metrics = evaluate_fn(number, arrays)
+            metrics = evaluate_fn(number, self._strategy.served_arrays(arrays))
             self._keep(kept, number, metrics)
             self._add_to_checkpoint()
             return metrics
 
         return evaluate
 
-    def _write(self, folder: CheckpointFolder, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint; a disk that is full does not end the federation."""
+    def _write(self, number: int) -> None:
+        """Write the round's checkpoint; a disk that is full does not end the federation."""
+        if self._folder is None:
+            return
+        models = self._strategy.global_arrays(self._arrays)
+        details, beside = self._strategy.details_of(number), self._strategy.arrays_beside()
+        checkpoint = Checkpoint(number, models, self._history, details, beside)
         self._written = None
         try:
-            folder.write(checkpoint)
+            self._folder.write(checkpoint)
             self._written = checkpoint
         except OSError as error:
-            log(ERROR, "no checkpoint of round %s: %s", checkpoint.server_round, error)
+            log(ERROR, "no checkpoint of round %s: %s", number, error)
 
     def _add_to_checkpoint(self) -> None:
         if self._folder is None or self._written is None:

@@ -23,7 +23,8 @@ from flwr_fusion.strategy.aggregation import Aggregator, check_own_start, nodes_
 from flwr_fusion.strategy.arguments import StrategyArguments, fedavg_arguments
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
 from flwr_fusion.strategy.configured_method import ConfiguredMethod, FusionMethod, check_schedule
-from flwr_fusion.strategy.global_models import GlobalModels, named_architectures
+from flwr_fusion.strategy.global_models import GlobalModels, load_arrays, named_architectures
+from flwr_fusion.strategy.heads import CalibratedHeads, Head
 from flwr_fusion.strategy.metrics import (
     aggregated_metrics,
     figures_of,
@@ -41,6 +42,7 @@ from flwr_fusion.strategy.replies import (
     counts_of,
     read_evaluation,
     read_training,
+    read_weight,
 )
 from flwr_fusion.strategy.run import EvaluateFunction, run_of
 from flwr_fusion.strategy.waiting import (
@@ -86,6 +88,13 @@ class FusionStrategy(FedAvg):
     refine : FineTuning, Distillation or an object like them, optional
         What is done with the fused network after the fusion, in the rounds that it names. If it
         fails, the fused network stays as it is.
+    head : {"serve", "send"}, optional
+        What becomes of the calibrated head (`flwr_fusion.calibrated_head`), which is made every
+        round of the class moments that clients attach to their replies to evaluation
+        (`flwr_fusion.client.attach_class_moments`). "serve": ``evaluate_fn``, the ``Result`` and
+        `global_models` have the model with it, while clients train from the fused head; "send": it
+        takes the fused head's place. In rounds without class moments, or with too few samples, the
+        fused head stays, which is logged. Default: None.
     min_train_replies : int
         A round with fewer good replies, or fewer than the method needs, keeps the last good model.
         Default: 1.
@@ -170,6 +179,7 @@ class FusionStrategy(FedAvg):
         self.method.check_options()
         check_schedule(self.only_first_rounds, self.method.options)
         self._aggregator = Aggregator(self._models, example_inputs, arguments.get("refine"))
+        self._heads = self._calibrated_heads(arguments.get("head"))
         self._aggregator.warn_of_fixed_networks()
         start = self._models.architectures
         rule = self.method.rule
@@ -194,6 +204,11 @@ class FusionStrategy(FedAvg):
         return self._aggregator.refine
 
     @property
+    def head(self) -> Head | None:
+        """What becomes of the calibrated head."""
+        return None if self._heads is None else self._heads.use
+
+    @property
     def architectures(self) -> dict[str, nn.Module]:
         """The networks of the federation by name; "model" where there is only one."""
         return self._models.architectures
@@ -212,9 +227,39 @@ class FusionStrategy(FedAvg):
         return self._nodes.by_node
 
     def global_models(self) -> dict[str, nn.Module]:
-        """Return the present global model in every architecture, as new networks."""
+        """Return the present global model in every architecture, as new networks.
+
+        With ``head="serve"`` they have the calibrated head, where there is one.
+        """
         self._aggregator.bring_up_to_date(self.method, self._models.architectures)
-        return {name: self._models.network(name) for name in self._models.architectures}
+        served = {} if self._heads is None else self._heads.served
+        return {
+            name: load_arrays(model, served.get(name, self._models.arrays[name]))
+            for name, model in self._models.architectures.items()
+        }
+
+    def served_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return what ``evaluate_fn`` and the ``Result`` see of the global model.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The global model in the chosen architecture, as clients train from it.
+
+        Returns
+        -------
+        ArrayRecord
+            With ``head="serve"`` the model with the calibrated head, where there is one.
+        """
+        if self._heads is None:
+            return arrays
+        if self._heads.use == "send":
+            return self._models.arrays[self.architecture]
+        return self._heads.served.get(self.architecture, arrays)
+
+    def arrays_beside(self) -> dict[str, dict[str, ArrayRecord]]:
+        """Return the arrays of a checkpoint beside those that clients train from, by kind."""
+        return {} if self._heads is None else self._heads.kept()
 
     def summary(self) -> None:
         """Log the architectures, the fusion method and its options, then FedAvg's configuration."""
@@ -281,6 +326,8 @@ class FusionStrategy(FedAvg):
             done = self._checkpoint_to_resume()
             if done is not None:
                 self._models.restore(done)
+                if self._heads is not None:
+                    self._heads.restore(done)
             elif initial_arrays is not None:
                 self._models.start_from(initial_arrays)
                 self._aggregator.bring_up_to_date(self.method, self._models.architectures)
@@ -304,7 +351,7 @@ class FusionStrategy(FedAvg):
         # Under a wrapper of Flower's, another strategy's start() runs the rounds.
         self._runs_itself = patience_of(grid) is not None
         if not self._runs_itself:
-            check_own_start(self.method, self._aggregator, self._checkpoints)
+            check_own_start(self.method, self._aggregator, self._checkpoints, self.head)
         self._models.set_chosen(arrays, "the arrays to send")
         configure = partial(super().configure_train, server_round, arrays, config)
         return self._asking(configure, grid)
@@ -363,6 +410,8 @@ class FusionStrategy(FedAvg):
             log(ERROR, text, server_round, error, nodes_of(updates))
             return None, round_metrics(counts)
         self._models.replace(fused)
+        if self._heads is not None:
+            self._heads.note_norms(updates, self._nodes.name_of)
         report = reports[self.architecture]
         self.reports[server_round], self.architecture_reports[server_round] = report, reports
         self.fused_nodes[server_round] = [update.node_id for update in updates]
@@ -376,14 +425,21 @@ class FusionStrategy(FedAvg):
     ) -> MetricRecord | None:
         """Aggregate the metrics of all good replies, and of each architecture's on their own."""
         good, rejections = read_evaluation(replies, self._expected())
+        used: dict[str, float] = {}
+        if self._heads is not None:
+            weights = {a.node_id: read_weight(a.content, self.weighted_by_key) for a in good}
+            count, unusable = self._heads.calibrate(
+                server_round, good, weights, self._nodes.name_of
+            )
+            used, rejections = {"with-class-moments": count}, [*rejections, *unusable]
         log_replies("aggregate_evaluate", len(good), rejections)
         if self._models.has_several:
             by_name: dict[str, list[Answer]] = {}
             for answer in good:
                 by_name.setdefault(self._nodes.name_of(answer.node_id), []).append(answer)
-            evaluated = {name: self._evaluated(answers, ()) for name, answers in by_name.items()}
+            evaluated = {name: self._evaluated(answers, {}) for name, answers in by_name.items()}
             self.architecture_metrics[server_round] = {n: m for n, m in evaluated.items() if m}
-        return self._evaluated(good, rejections)
+        return self._evaluated(good, used | (counts_of(rejections) if rejections else {}))
 
     def method_of_round(self, server_round: int) -> ConfiguredMethod:
         """Return the method that fuses a round, without the options whose rounds are over."""
@@ -418,6 +474,16 @@ class FusionStrategy(FedAvg):
             ],
             "reports": {name: report.to_dict() for name, report in reports.items()},
         }
+
+    def _calibrated_heads(self, head: Head | None) -> CalibratedHeads | None:
+        if head is None:
+            return None
+        if not self.fraction_evaluate:
+            raise FusionError(
+                f"head={head!r} needs fraction_evaluate above 0: class moments come with the "
+                "replies to evaluation"
+            )
+        return CalibratedHeads(head, self._models, self.example_inputs, self.method.rule)
 
     def _checkpoint_to_resume(self) -> Checkpoint | None:
         if self._checkpoints is None:
@@ -477,9 +543,8 @@ class FusionStrategy(FedAvg):
         return Expected(self._asked, model_of, sent_to, self.validation, *keys)
 
     def _evaluated(
-        self, answers: Sequence[Answer], rejections: Sequence[Rejection]
+        self, answers: Sequence[Answer], counts: Mapping[str, float]
     ) -> MetricRecord | None:
-        counts = counts_of(rejections) if rejections else {}
         if not answers:
             return round_metrics(counts) if counts else None
         aggregate, key = self.evaluate_metrics_aggr_fn, self.weighted_by_key

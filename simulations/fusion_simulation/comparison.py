@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import fmean, stdev
 
 from torch import Tensor, nn
 
-import flwr_fusion as ff
+from flwr_fusion.statistics.moments import Statistics
 from fusion_simulation.data import LabelledImages
 from fusion_simulation.task import accuracy, class_probabilities, ensemble_probabilities
 
 SWEEP_WEIGHTS = tuple(step / 10 for step in range(11))
+WEIGHTINGS = ("by images", "equal")
+ENSEMBLE = "Ensemble"
+
+Fuse = Callable[[Sequence[float]], nn.Module]
+"""Returns the same clients put together with any weights."""
 
 
 @dataclass(frozen=True)
@@ -22,33 +28,49 @@ class ClientModel:
     name: str
     model: nn.Module
     examples: int
+    statistics: Statistics | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """Test accuracy of one model or ensemble."""
+    """Test accuracy of one model or ensemble; with several seeds the mean, and the deviation."""
 
     name: str
     weights: str
     accuracy: float
     special_label_accuracy: float
-
-
-WEIGHTINGS = ("by images", "equal")
-OT_FUSION = "OT fusion"
-
-
-AVERAGE = "FedAvg"
-ENSEMBLE = "Ensemble"
-Fuse = Callable[[Sequence[nn.Module], Sequence[float]], ff.FusionResult]
+    deviation: float | None = None
+    special_label_deviation: float | None = None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Test accuracy of two clients put together by each method, over the weight of the first."""
+    """Test accuracy of two clients put together by each method, over the weight of the first.
+
+    Parameters
+    ----------
+    weights : tuple of float
+        The weights of the first client.
+    by_images : float
+        Its weight by its number of images.
+    accuracies : dict of str to tuple of float
+        For each method the accuracies; with several seeds their means.
+    deviations : dict of str to tuple of float
+        Their standard deviations, if there are several seeds.
+    """
 
     weights: tuple[float, ...]
+    by_images: float
     accuracies: dict[str, tuple[float, ...]]
+    deviations: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The table, and with two clients the accuracies over their weights."""
+
+    rows: list[Row]
+    sweep: Sweep | None
 
 
 class Comparison:
@@ -62,8 +84,8 @@ class Comparison:
         Test images, normalised.
     special_label : int
         The label whose accuracy is reported on its own.
-    methods : dict of str to callable, optional
-        The ways of fusing the models, by name. Default: FedAvg and OT fusion.
+    methods : mapping of str to callable
+        The ways of putting them together, by name.
     """
 
     def __init__(
@@ -71,24 +93,31 @@ class Comparison:
         clients: Sequence[ClientModel],
         test: LabelledImages,
         special_label: int,
-        methods: Mapping[str, Fuse] | None = None,
+        methods: Mapping[str, Fuse],
     ) -> None:
         self.clients = clients
         self.test = test
         self.special_label = special_label
-        ot_fusion = partial(ff.ot_fusion, example_inputs=test.images[:2])
-        self.methods = methods or {AVERAGE: ff.average, OT_FUSION: ot_fusion}
-        self._models = [client.model for client in clients]
-        self._members = [class_probabilities(model, test.images) for model in self._models]
+        self.methods = methods
+        self._members = [class_probabilities(client.model, test.images) for client in clients]
 
-    def rows(self, fused: Mapping[str, nn.Module] | None = None) -> list[Row]:
+    @property
+    def counts(self) -> list[float]:
+        """The clients' numbers of images."""
+        return [float(client.examples) for client in self.clients]
+
+    def compared(self, own: Mapping[str, nn.Module]) -> Compared:
+        """Return the table, see `rows`, and with two clients the sweep."""
+        return Compared(self.rows(own), self.sweep() if len(self.clients) == 2 else None)
+
+    def rows(self, own: Mapping[str, nn.Module] | None = None) -> list[Row]:
         """Compare the clients, their fusions and their ensemble.
 
         Parameters
         ----------
-        fused : mapping of str to torch.nn.Module, optional
-            The strategy's own models by the name of their method. With weights by sample count
-            they take the place of all methods but FedAvg.
+        own : mapping of str to torch.nn.Module, optional
+            The federations' own models, by the name of their method or another. With weights by
+            sample count they take the place of the method, or are shown as well.
 
         Returns
         -------
@@ -96,24 +125,13 @@ class Comparison:
             One row per client, then every method and the ensemble, with weights by sample count
             and with equal weights.
         """
-        counts = [float(client.examples) for client in self.clients]
-        equal = [1.0] * len(counts)
         rows = [
             self._row(client.name, f"{client.examples} images", member)
             for client, member in zip(self.clients, self._members, strict=True)
         ]
         by_images, equally = WEIGHTINGS
-        for label, weights, own in ((by_images, counts, fused), (equally, equal, None)):
-            rows += [
-                self._row(name, label, self._fused(fuse, weights))
-                for name, fuse in self.methods.items()
-                if own is None or name == AVERAGE
-            ]
-            rows += [
-                self._row(name, label, class_probabilities(model, self.test.images))
-                for name, model in (own or {}).items()
-            ]
-            rows.append(self._row(ENSEMBLE, label, self._ensemble(weights)))
+        rows += self._block(by_images, self.counts, own or {})
+        rows += self._block(equally, [1.0] * len(self.clients), {})
         return rows
 
     def sweep(self) -> Sweep:
@@ -121,7 +139,17 @@ class Comparison:
         swept = {
             name: self._swept(partial(self._fused, fuse)) for name, fuse in self.methods.items()
         }
-        return Sweep(SWEEP_WEIGHTS, {**swept, ENSEMBLE: self._swept(self._ensemble)})
+        accuracies = {**swept, ENSEMBLE: self._swept(self._ensemble)}
+        return Sweep(SWEEP_WEIGHTS, self.counts[0] / sum(self.counts), accuracies)
+
+    def _block(
+        self, label: str, weights: Sequence[float], own: Mapping[str, nn.Module]
+    ) -> list[Row]:
+        rows = []
+        for name in dict.fromkeys([*self.methods, *own]):
+            model = own[name] if name in own else self.methods[name](weights)
+            rows.append(self._row(name, label, class_probabilities(model, self.test.images)))
+        return [*rows, self._row(ENSEMBLE, label, self._ensemble(weights))]
 
     def _row(self, name: str, weights: str, probabilities: Tensor) -> Row:
         labels = self.test.labels
@@ -138,7 +166,35 @@ class Comparison:
         )
 
     def _fused(self, fuse: Fuse, weights: Sequence[float]) -> Tensor:
-        return class_probabilities(fuse(self._models, weights).model, self.test.images)
+        return class_probabilities(fuse(weights), self.test.images)
 
     def _ensemble(self, weights: Sequence[float]) -> Tensor:
         return ensemble_probabilities(self._members, weights)
+
+
+def over_seeds(compared: Sequence[Compared]) -> Compared:
+    """Return means and standard deviations of comparisons with several seeds; one as it is."""
+    if len(compared) == 1:
+        return compared[0]
+    sweeps = [one.sweep for one in compared if one.sweep is not None]
+    rows = zip(*(one.rows for one in compared), strict=True)
+    return Compared([_mean_row(same) for same in rows], _mean_sweep(sweeps) if sweeps else None)
+
+
+def _mean_row(rows: Sequence[Row]) -> Row:
+    accuracies = [row.accuracy for row in rows]
+    of_label = [row.special_label_accuracy for row in rows]
+    figures = fmean(accuracies), fmean(of_label), stdev(accuracies), stdev(of_label)
+    return Row(rows[0].name, rows[0].weights, *figures)
+
+
+def _mean_sweep(sweeps: Sequence[Sweep]) -> Sweep:
+    def of_seeds(figure: Callable[[Sequence[float]], float], name: str) -> tuple[float, ...]:
+        return tuple(map(figure, zip(*(sweep.accuracies[name] for sweep in sweeps), strict=True)))
+
+    names = list(sweeps[0].accuracies)
+    return replace(
+        sweeps[0],
+        accuracies={name: of_seeds(fmean, name) for name in names},
+        deviations={name: of_seeds(stdev, name) for name in names},
+    )

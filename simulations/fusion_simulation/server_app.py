@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 import torch
-from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion.strategy import CLAFusion, FusionStrategy
-from fusion_simulation.comparison import OT_FUSION, Comparison, Fuse
-from fusion_simulation.data import LabelledImages, check_label_skill, load_split
-from fusion_simulation.report import Report, RoundAccuracy, output_folder
+from flwr_fusion.strategy import CLAFusion
+from fusion_simulation.baseline import Baseline, run_baseline
+from fusion_simulation.comparison import ClientModel, Compared, Comparison, over_seeds
+from fusion_simulation.data import LabelledImages, load_split
+from fusion_simulation.evaluation import evaluator, load_arrays, round_accuracies
+from fusion_simulation.methods import fusion_methods, own_models, with_baseline
+from fusion_simulation.nodes import NODES_NEEDED, check_nodes
+from fusion_simulation.repetition import trained_clients
+from fusion_simulation.report import Report, output_folder
 from fusion_simulation.settings import Settings
-from fusion_simulation.strategies import LastReplies, build_strategy
-from fusion_simulation.task import accuracy, build_model, class_probabilities
+from fusion_simulation.strategies import (
+    LastReplies,
+    architecture_names,
+    build_strategy,
+    checkpointed_models,
+)
+from fusion_simulation.task import build_model
 
-NODES_NEEDED = 2
-IN_ARCHITECTURE = "accuracy-"
-SECONDS_TO_CONNECT = 60.0
-METHOD_NAMES = {
-    "fedavg": OT_FUSION,
-    "fedprox": "FedProx",
-    "ot": OT_FUSION,
-    "nt": "Neuron Transplantation",
-    "cla": "CLA fusion to",
-}
 Build = Callable[[str], nn.Module]
 
 app = ServerApp()
@@ -46,48 +47,64 @@ def run(grid: Grid, context: Context) -> None:
     )
     build = partial(build_model, dataset=settings.dataset, seed=settings.seed)
     models = {name: build(name) for name in settings.architectures}
-    calibration = calibration_images(settings)
     replies = LastReplies()
+    calibration = calibration_images(settings)
     strategy = build_strategy(settings, models, test.images[:2], calibration, replies)
     folder = output_folder(settings.output_dir)
     check_nodes(grid, settings)
 
+    seconds: dict[str, float] = {}
+    with timed(seconds, "federation"):
+        result = run_strategy(grid, settings, strategy, replies, build, test)
+    if not replies.contents:
+        print("no client has trained in this run: there is nothing to compare", flush=True)
+        return
+    baseline = None
+    if settings.runs_baseline:
+        with timed(seconds, "baseline"):
+            baseline = run_baseline(grid, settings, build, test)
+    with timed(seconds, "comparison"):
+        tables = compare_all(settings, strategy, result, replies, build, test, baseline)
+    report = Report(
+        settings,
+        over_seeds(tables),
+        round_accuracies(result),
+        seconds,
+        range(settings.seed, settings.seed + len(tables)),
+        [] if baseline is None else baseline.rounds,
+        matched_layers(strategy, settings.num_server_rounds),
+    )
+    report.show()
+    report.save(folder)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Note the time of a part of the run."""
     begin = time.perf_counter()
-    first = next(iter(models.values()))
+    yield
+    seconds[part] = time.perf_counter() - begin
+
+
+def run_strategy(
+    grid: Grid,
+    settings: Settings,
+    strategy: FedAvg,
+    replies: LastReplies,
+    build: Build,
+    test: LabelledImages,
+) -> Result:
+    """Run the rounds."""
+    first = build(settings.architectures[0])
     # Clients of several architectures start from what their strategy has made for all of them.
     arrays = None if isinstance(strategy, CLAFusion) else ArrayRecord(first.state_dict())
-    result = strategy.start(
+    replies.global_models = checkpointed_models(settings, strategy)
+    return strategy.start(
         grid,
         initial_arrays=arrays,  # type: ignore[arg-type]
         num_rounds=settings.num_server_rounds,
         evaluate_fn=evaluator(strategy, replies, first, test, settings.special_label),
     )
-    seconds = {"federation": time.perf_counter() - begin}
-    if not replies.contents:
-        print("no client has trained in this run: there is nothing to compare", flush=True)
-        return
-    cla = isinstance(strategy, CLAFusion)
-    methods = cla_methods(settings, models, test, calibration) if cla else None
-    comparison = Comparison(replies.client_models(build), test, settings.special_label, methods)
-    report = compare(settings, strategy, result, build, comparison, seconds)
-    if isinstance(strategy, CLAFusion):
-        report = replace(report, layers=matched_layers(strategy, settings.num_server_rounds))
-    report.show()
-    report.save(folder)
-
-
-def check_nodes(grid: Grid, settings: Settings) -> None:
-    """Wait until there are enough nodes; refuse a number that the partition cannot serve."""
-    deadline = time.monotonic() + SECONDS_TO_CONNECT
-    while (nodes := len(list(grid.get_node_ids()))) < NODES_NEEDED:
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"{NODES_NEEDED} nodes are needed, {nodes} connected "
-                f"within {SECONDS_TO_CONNECT:.0f} seconds"
-            )
-        time.sleep(1)
-    if settings.partition == "label-skill":
-        check_label_skill(nodes)
 
 
 def calibration_images(settings: Settings) -> Tensor | None:
@@ -102,69 +119,20 @@ def calibration_images(settings: Settings) -> Tensor | None:
     return data.images[torch.randperm(len(data), generator=generator)[: settings.calibration]]
 
 
-def evaluator(
-    strategy: FedAvg,
-    replies: LastReplies,
-    model: nn.Module,
-    test: LabelledImages,
-    special_label: int,
-) -> Callable[[int, ArrayRecord], MetricRecord]:
-    """Return the function that evaluates the global model, in all architectures, every round.
-
-    It stops a run in which no client has ever been successful.
-    """
-
-    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        if server_round and not replies.contents and not is_resumed(strategy):
-            raise RuntimeError(f"no client trained in round {server_round}{reasons_of(strategy)}")
-        probabilities = class_probabilities(load_arrays(model, arrays), test.images)
-        metrics = {
-            "accuracy": accuracy(probabilities, test.labels),
-            "special-label-accuracy": accuracy(probabilities, test.labels, special_label),
-        }
-        if isinstance(strategy, CLAFusion):
-            for name, other in strategy.global_models().items():
-                probabilities = class_probabilities(other, test.images)
-                metrics[f"{IN_ARCHITECTURE}{name}"] = accuracy(probabilities, test.labels)
-        return MetricRecord(metrics)  # type: ignore[arg-type]
-
-    return evaluate
+def final_models(
+    settings: Settings, strategy: FedAvg, result: Result, build: Build
+) -> dict[str, nn.Module]:
+    """Return the global model after the last round, by the strategy's names."""
+    if isinstance(strategy, CLAFusion):
+        return strategy.global_models()
+    (name,) = architecture_names(strategy)
+    return {name: load_arrays(build(settings.models), result.arrays)}
 
 
-def is_resumed(strategy: FedAvg) -> bool:
-    """Return whether a strategy goes on from a checkpoint, whose clients are not kept."""
-    return isinstance(strategy, FusionStrategy) and strategy.resume
-
-
-def reasons_of(strategy: FedAvg) -> str:
-    """Return why the first reply was left out, as far as the strategy knows."""
-    if not isinstance(strategy, FusionStrategy):
-        return ": see the log above"
-    found = [rejection.text for known in strategy.rejections.values() for rejection in known]
-    return f"; the first reason: {found[0]}" if found else ""
-
-
-def cla_methods(
-    settings: Settings,
-    models: Mapping[str, nn.Module],
-    test: LabelledImages,
-    calibration: Tensor | None,
-) -> dict[str, Fuse]:
-    """Return the fusion of the clients into each architecture, by name."""
-    return {
-        f"{METHOD_NAMES['cla']} {name}": partial(
-            ff.cla_fusion,
-            example_inputs=test.images[:2],
-            target=model,
-            calibration=calibration,
-            repair="auto" if settings.repair == "auto" else "none",
-        )
-        for name, model in models.items()
-    }
-
-
-def matched_layers(strategy: CLAFusion, server_round: int) -> dict[str, ff.StageMatch]:
+def matched_layers(strategy: FedAvg, server_round: int) -> dict[str, ff.StageMatch]:
     """Return the layers that corresponded in the last round, for each pair of architectures."""
+    if not isinstance(strategy, CLAFusion) or len(strategy.architectures) == 1:
+        return {}
     nodes = strategy.fused_nodes.get(server_round, [])
     names = [strategy.node_architectures[node] for node in nodes]
     return {
@@ -177,56 +145,45 @@ def matched_layers(strategy: CLAFusion, server_round: int) -> dict[str, ff.Stage
     }
 
 
-def load_arrays(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
-    """Load a Flower record into a model and return the model."""
-    model.load_state_dict(arrays.to_torch_state_dict())
-    return model
+def compare_all(
+    settings: Settings,
+    strategy: FedAvg,
+    result: Result,
+    replies: LastReplies,
+    build: Build,
+    test: LabelledImages,
+    baseline: Baseline | None,
+) -> list[Compared]:
+    """Compare the last round's clients, and the same clients with further seeds."""
+    clients = replies.client_models(build)
+    own = own_models(settings, strategy, final_models(settings, strategy, result, build))
+    compared = compare(settings, strategy, clients, replies.sent, test, own, baseline)
+    # A client that is missing in this run would be in the others' tables.
+    seeds = settings.further_seeds if len(clients) == NODES_NEEDED else range(0)
+    if seeds:
+        print(f"the same with {len(seeds) + 1} seeds in all (repetitions)", flush=True)
+    return [compared, *(repeat(replace(settings, seed=n), strategy, test) for n in seeds)]
 
 
 def compare(
     settings: Settings,
     strategy: FedAvg,
-    result: Result,
-    build: Build,
-    comparison: Comparison,
-    seconds: dict[str, float],
-) -> Report:
-    """Evaluate the last round's clients in every combination, and collect the report."""
-    begin = time.perf_counter()
-    rows = comparison.rows(fused_models(settings, strategy, result, build))
-    sweep = comparison.sweep() if len(comparison.clients) == NODES_NEEDED else None
-    seconds |= {"comparison": time.perf_counter() - begin}
-    return Report(settings, rows, sweep, round_accuracies(result), seconds)
+    clients: Sequence[ClientModel],
+    sent: Mapping[str, nn.Module],
+    test: LabelledImages,
+    own: Mapping[str, nn.Module],
+    baseline: Baseline | None = None,
+) -> Compared:
+    """Evaluate a round's clients in every combination."""
+    methods = fusion_methods(settings, strategy, clients, sent, test.images[:2])
+    if baseline is not None:
+        methods, own = with_baseline(baseline, clients, methods, own)
+    return Comparison(clients, test, settings.special_label, methods).compared(own)
 
 
-def fused_models(
-    settings: Settings, strategy: FedAvg, result: Result, build: Build
-) -> dict[str, nn.Module] | None:
-    """Return the strategy's own models by the name of their method; None for FedAvg."""
-    if settings.strategy == "fedavg":
-        return None
-    method = METHOD_NAMES[settings.strategy]
-    rule = f", {settings.combine}" if settings.combines_by_least_squares else ""
-    if settings.distill_rounds:
-        rule += ", distilled"
-    if isinstance(strategy, CLAFusion):
-        models = strategy.global_models()
-        return {f"{method} {name}{rule}": model for name, model in models.items()}
-    return {method + rule: load_arrays(build(settings.models), result.arrays)}
-
-
-def round_accuracies(result: Result) -> list[RoundAccuracy]:
-    """Return the global model's accuracy after every round, from round 0."""
-    return [
-        RoundAccuracy(
-            server_round,
-            float(metrics["accuracy"]),  # type: ignore[arg-type]
-            float(metrics["special-label-accuracy"]),  # type: ignore[arg-type]
-            {
-                key.removeprefix(IN_ARCHITECTURE): float(value)  # type: ignore[arg-type]
-                for key, value in metrics.items()
-                if key.startswith(IN_ARCHITECTURE)
-            },
-        )
-        for server_round, metrics in sorted(result.evaluate_metrics_serverapp.items())
-    ]
+def repeat(settings: Settings, strategy: FedAvg, test: LabelledImages) -> Compared:
+    """Return the comparison of round 1 with another seed, whose clients train in this process."""
+    sent = build_model(settings.models, settings.dataset, settings.seed)
+    clients = trained_clients(settings, sent.state_dict(), NODES_NEEDED)
+    models = dict.fromkeys(architecture_names(strategy), sent)
+    return compare(settings, strategy, clients, models, test, {})

@@ -11,10 +11,19 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dataset": ("digits", "mnist", "fashion-mnist", "cifar10"),
     "repair": ("auto", "none"),
     "partition": ("label-skill", "dirichlet", "iid", "own"),
+    "head": ("", "serve", "send"),
 }
+FLOWERS_STRATEGIES = ("fedavg", "fedprox")
+FUSION_STRATEGIES = ("ot", "cla")
+"""Those with a rule."""
+BASELINE = "baseline"
+"""Key of the train config by which clients know that FedAvg's own federation runs."""
 LABELS = 10
 MLP_WIDTHS = (400, 200, 100, 50, 25)
 MLP_DEPTH = 3
+# Channels of a residual network's first stage, and how many groups its GroupNorms have.
+RESNET_WIDTH = 16
+RESNET_NORM_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,8 @@ class Settings:
     strategy: str
     combine: str
     combine_rounds: int
+    statistics: bool
+    head: str
     repair: str
     proximal_mu: float
     dataset: str
@@ -41,6 +52,8 @@ class Settings:
     momentum: float
     batch_size: int
     num_server_rounds: int
+    baseline: bool
+    repetitions: int
     seed: int
     output_dir: str
     checkpoint_dir: str
@@ -80,9 +93,26 @@ class Settings:
         return settings
 
     @property
-    def combines_by_least_squares(self) -> bool:
-        """Whether the server needs the clients' statistics."""
-        return self.strategy in ("ot", "cla") and self.combine == "least-squares"
+    def sends_statistics(self) -> bool:
+        """Whether clients send the moments of what their layers see."""
+        takes_them = self.combine in ("auto", "least-squares")
+        return self.statistics and self.strategy in FUSION_STRATEGIES and takes_them
+
+    @property
+    def runs_baseline(self) -> bool:
+        """Whether FedAvg's own federation is run after the strategy's."""
+        several_rounds = self.num_server_rounds > 1 and len(self.architectures) == 1
+        return self.baseline and several_rounds and self.strategy not in FLOWERS_STRATEGIES
+
+    @property
+    def further_seeds(self) -> range:
+        """Seeds with which the server repeats the comparison, where that costs seconds."""
+        is_small = self.dataset == "digits" and architecture(self.architectures[0])[0] == "mlp"
+        is_once = self.num_server_rounds == 1 and len(self.architectures) == 1
+        is_fusion_alone = not self.distill_rounds and not self.head and not self.resume
+        if self.partition == "label-skill" and is_small and is_once and is_fusion_alone:
+            return range(self.seed + 1, self.seed + self.repetitions)
+        return range(0)
 
     @property
     def architectures(self) -> list[str]:
@@ -111,9 +141,17 @@ class Settings:
         check_choice("special-label", str(self.special_label), [str(n) for n in range(LABELS)])
         self._check_numbers()
         self._check_folders()
+        self._check_strategy()
 
     def _check_numbers(self) -> None:
-        for key in ("alpha", "learning_rate", "local_epochs", "batch_size", "num_server_rounds"):
+        for key in (
+            "alpha",
+            "learning_rate",
+            "local_epochs",
+            "batch_size",
+            "num_server_rounds",
+            "repetitions",
+        ):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key.replace('_', '-')} must be greater than 0")
         for key in ("combine_rounds", "proximal_mu", "calibration", "distill_rounds"):
@@ -132,14 +170,29 @@ class Settings:
                     f"{key} must be an absolute path, got {folder!r}: "
                     "a Flower run does not work in the folder it is started from"
                 )
-        if self.distill_rounds and self.strategy in ("fedavg", "fedprox"):
-            raise ValueError(f"strategy={self.strategy!r} is Flower's: it distils nothing")
-        if self.distill_rounds and not self.calibration:
-            raise ValueError("distill-rounds needs calibration: the server's images to distil on")
         if self.resume and not self.checkpoint_dir:
             raise ValueError("resume=true needs checkpoint-dir, the folder to go on from")
-        if self.checkpoint_dir and self.strategy in ("fedavg", "fedprox"):
-            raise ValueError(f"strategy={self.strategy!r} is Flower's: it writes no checkpoints")
+
+    def _check_strategy(self) -> None:
+        if self.strategy in FLOWERS_STRATEGIES:
+            if self.distill_rounds:
+                raise ValueError(f"strategy={self.strategy!r} is Flower's: it distils nothing")
+            if self.checkpoint_dir:
+                raise ValueError(
+                    f"strategy={self.strategy!r} is Flower's: it writes no checkpoints"
+                )
+        if self.distill_rounds and not self.calibration:
+            raise ValueError("distill-rounds needs calibration: the server's images to distil on")
+        if self.strategy in FUSION_STRATEGIES:
+            if self.combine == "least-squares" and not self.statistics:
+                raise ValueError(
+                    "combine='least-squares' needs the moments that clients send with "
+                    "statistics=true; without them use combine='auto'"
+                )
+        elif self.head:
+            raise ValueError(
+                f"head={self.head!r} is for strategies ot and cla, not {self.strategy!r}"
+            )
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:
@@ -157,17 +210,24 @@ def architecture(models: str) -> tuple[str, tuple[int, ...]]:
         ``mlp``, or ``mlp-N`` with N from 1 to 5 of the hidden widths 400, 200, 100, 50, 25;
         hidden widths such as ``mlp-64-32``; ``lenet``; the depth (11 or 13) and the first width
         of a VGG, such as ``vgg-11-64``; the depth and the width factor of a residual network of
-        three stages, such as ``resnet-8`` or ``resnet-20-4``; or ``resnet-18`` or ``resnet-34``.
+        three stages, such as ``resnet-8`` or ``resnet-20-4``; the depth and the first width of
+        one with GroupNorm, such as ``gn-resnet-8`` or ``gn-resnet-14-8``; or ``resnet-18`` or
+        ``resnet-34``.
 
     Returns
     -------
     tuple of (str, tuple of int)
-        ``("mlp", hidden widths)``, ``("lenet", ())``, ``("vgg", (depth, first width))`` or
-        ``("resnet", (depth, width factor))``.
+        ``("mlp", hidden widths)``, ``("lenet", ())``, ``("vgg", (depth, first width))``,
+        ``("resnet", (depth, width factor))`` or ``("gn-resnet", (depth, first width))``.
     """
-    kind, *parts = models.split("-")
+    kind, *parts = models.removeprefix("gn-").split("-")
     sizes = tuple(int(part) for part in parts if part.isdecimal() and int(part) > 0)
-    if len(sizes) == len(parts):
+    residual = kind == "resnet" and len(sizes) in (1, 2) and sizes[0] % 6 == 2 and sizes[0] > 2
+    if models.startswith("gn-"):
+        width = sizes[1] if len(sizes) > 1 else RESNET_WIDTH
+        if residual and len(sizes) == len(parts) and width % RESNET_NORM_GROUPS == 0:
+            return f"gn-{kind}", (sizes[0], width)
+    elif len(sizes) == len(parts):
         if kind == "mlp":
             depth = sizes or (MLP_DEPTH,)
             if len(depth) == 1 and depth[0] <= len(MLP_WIDTHS):
@@ -175,7 +235,7 @@ def architecture(models: str) -> tuple[str, tuple[int, ...]]:
             return kind, sizes
         if kind == "lenet" and not sizes:
             return kind, sizes
-        if kind == "resnet" and len(sizes) in (1, 2) and sizes[0] % 6 == 2 and sizes[0] > 2:
+        if residual:
             return kind, (sizes[0], *(sizes[1:] or (1,)))
         if kind == "resnet" and sizes in ((18,), (34,)):
             return kind, (*sizes, 1)
@@ -185,7 +245,8 @@ def architecture(models: str) -> tuple[str, tuple[int, ...]]:
         f"models={models!r} is not known; allowed: mlp, lenet, mlp with a number of hidden layers "
         "up to 5, such as mlp-4, or with its hidden widths, such as mlp-64-32, vgg with its depth "
         "(11 or 13) and first width, such as vgg-11-64, or resnet with its depth (18, 34, or 8, "
-        "14, 20, ... and a width factor, such as resnet-20-4)"
+        "14, 20, ... and a width factor, such as resnet-20-4), or gn-resnet with its depth and "
+        "first width, such as gn-resnet-8-16"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,18 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor, nn
 
 import flwr_fusion as ff
+from flwr_fusion.errors import FusionError
 from flwr_fusion.rules import RULES
-from flwr_fusion.strategy import CLAFusion, Distillation, NeuronTransplantation, OTFusion
+from flwr_fusion.statistics.moments import Statistics
+from flwr_fusion.strategy import (
+    CLAFusion,
+    Distillation,
+    FusionStrategy,
+    NeuronTransplantation,
+    OTFusion,
+)
+from flwr_fusion.strategy.checkpoint import CheckpointFolder
+from flwr_fusion.strategy.replies import read_statistics
 from fusion_simulation.comparison import ClientModel
 from fusion_simulation.data import MixedImages
 from fusion_simulation.settings import Settings
@@ -33,14 +44,26 @@ class LastReplies:
     """Keeps the good replies of the latest round that had any, while it aggregates their metrics.
 
     Any strategy of Flower's takes it as ``train_metrics_aggr_fn``.
+
+    Attributes
+    ----------
+    contents : list of RecordDict
+        The replies' contents.
+    sent : dict of str to torch.nn.Module
+        The global model, by the strategy's names, that these clients were sent.
+    global_models : dict of str to torch.nn.Module
+        The global model that the next clients are sent.
     """
 
     def __init__(self) -> None:
         self.contents: list[RecordDict] = []
+        self.sent: dict[str, nn.Module] = {}
+        self.global_models: dict[str, nn.Module] = {}
 
     def __call__(self, contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
         """Keep the replies' contents, and aggregate their metrics as Flower does."""
-        self.contents = contents or self.contents
+        if contents:
+            self.contents, self.sent = contents, self.global_models
         return aggregate_metricrecords(contents, weighted_by_key)
 
     def client_models(self, build: Callable[[str], nn.Module]) -> list[ClientModel]:
@@ -63,6 +86,23 @@ class LastReplies:
             except (KeyError, RuntimeError, ValueError) as error:
                 print(f"a reply is not in the report: {error!r:.300}", flush=True)
         return sorted(clients, key=lambda client: (len(client.name), client.name))
+
+
+def architecture_names(strategy: FedAvg) -> list[str]:
+    """Return a strategy's names of its architectures; Flower's have one without a name."""
+    return list(strategy.architectures) if isinstance(strategy, FusionStrategy) else [""]
+
+
+def checkpointed_models(settings: Settings, strategy: FedAvg) -> dict[str, nn.Module]:
+    """Return the global model that a resumed run goes on from, by the strategy's names."""
+    if not settings.resume or not isinstance(strategy, FusionStrategy):
+        return {}
+    checkpoint = CheckpointFolder(settings.checkpoint_dir).latest()
+    models = {}
+    for name, arrays in ({} if checkpoint is None else checkpoint.arrays).items():
+        models[name] = copy.deepcopy(strategy.architectures[name])
+        models[name].load_state_dict(arrays.to_torch_state_dict())
+    return models
 
 
 def build_strategy(
@@ -90,12 +130,16 @@ def build_strategy(
     Returns
     -------
     FedAvg
-        The strategy. The clients are not asked to evaluate: the server does.
+        The strategy. The server evaluates; the clients are asked to only for a calibrated head,
+        which is made of what they then measure.
     """
     check_available("strategy", settings.strategy, STRATEGIES)
     check_available("combine", settings.combine, tuple(RULES))
     model = next(iter(models.values()))
-    flower: dict[str, Any] = {"fraction_evaluate": 0.0, "train_metrics_aggr_fn": replies}
+    flower: dict[str, Any] = {
+        "fraction_evaluate": 1.0 if settings.head else 0.0,
+        "train_metrics_aggr_fn": replies,
+    }
     if settings.strategy == "fedavg":
         return FedAvg(**flower)
     if settings.strategy == "fedprox":
@@ -114,6 +158,8 @@ def build_strategy(
         "combine": settings.combine,
         "repair": settings.repair,
     }
+    if settings.head:
+        matched["head"] = settings.head
     if settings.strategy == "ot":
         return OTFusion(model, example_inputs, **matched)
     return CLAFusion(models, example_inputs, calibration=images, **matched)
@@ -146,4 +192,13 @@ def _client_model(content: RecordDict, build: Callable[[str], nn.Module]) -> Cli
         name=str(client["name"]),
         model=model,
         examples=int(content.metric_records["metrics"]["num-examples"]),  # type: ignore[arg-type]
+        statistics=_statistics(content, model),
     )
+
+
+def _statistics(content: RecordDict, model: nn.Module) -> Statistics | None:
+    try:
+        return read_statistics(content, model)
+    except FusionError as error:
+        print(f"a client's statistics are not in the report: {error!r:.300}", flush=True)
+        return None

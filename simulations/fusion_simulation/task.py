@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fusion_simulation.data import DATASETS, LabelledImages
-from fusion_simulation.settings import LABELS, Settings, architecture
+from fusion_simulation.settings import (
+    LABELS,
+    RESNET_NORM_GROUPS,
+    RESNET_WIDTH,
+    Settings,
+    architecture,
+)
 
 TEST_BATCH = 1000
 # A high temperature and small steps, for few images that are moved and mixed.
@@ -20,6 +26,8 @@ DISTILLATION_OPTIMIZER = partial(torch.optim.Adam, lr=3e-4)
 DISTILLATION_BATCH = 64
 # Convolutions in each stage, by depth.
 VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
+
+Norm = Callable[[int], nn.Module]
 
 
 class MLP(nn.Module):
@@ -111,18 +119,18 @@ class VGG(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with BatchNorm and a shortcut."""
+    """Two 3 x 3 convolutions with norms and a shortcut."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
+        self.bn1 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.bn2 = norm(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if inputs != outputs:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,7 +140,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual network for small images: three stages of 16, 32 and 64 channels.
+    """Residual network for small images: three stages, each twice as wide as the one before.
 
     Parameters
     ----------
@@ -141,19 +149,22 @@ class ResNet(nn.Module):
     depth : int
         6 n + 2 layers: n blocks in each stage.
     width : int
-        Factor of all channels.
+        Channels of the first stage.
+    norm : callable
+        Returns the norm of a number of channels.
     """
 
-    def __init__(self, channels: int, depth: int, width: int) -> None:
+    def __init__(self, channels: int, depth: int, width: int, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
-        widths = [16 * width, 32 * width, 64 * width]
+        widths = [width, 2 * width, 4 * width]
         self.conv = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(widths[0])
+        self.bn = norm(widths[0])
         blocks = []
         inputs = widths[0]
         for outputs in widths:
             for _ in range((depth - 2) // 6):
-                blocks.append(ResidualBlock(inputs, outputs, 1 if inputs == outputs else 2))
+                stride = 1 if inputs == outputs else 2
+                blocks.append(ResidualBlock(inputs, outputs, stride, norm))
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(inputs, LABELS)
@@ -220,7 +231,10 @@ def build_model(models: str, dataset: str, seed: int, bias: bool = True) -> nn.M
         if kind == "resnet" and sizes[0] in (18, 34):
             return _imagenet_resnet(shape[0], sizes[0])
         if kind == "resnet":
-            return ResNet(shape[0], *sizes)
+            return ResNet(shape[0], sizes[0], RESNET_WIDTH * sizes[1])
+        if kind == "gn-resnet":
+            depth, width = sizes
+            return ResNet(shape[0], depth, width, partial(nn.GroupNorm, RESNET_NORM_GROUPS))
         return MLP([shape[0] * shape[1] * shape[2], *sizes, LABELS], bias)
 
 
@@ -315,6 +329,11 @@ def ensemble_probabilities(members: Sequence[Tensor], weights: Sequence[float]) 
         (weight / total * member for weight, member in zip(weights, members, strict=True)),
         torch.zeros_like(members[0]),
     )
+
+
+def mean_loss(probabilities: Tensor, labels: Tensor) -> float:
+    """Return the mean cross entropy of class probabilities."""
+    return nn.functional.nll_loss(probabilities.clamp(min=1e-12).log(), labels).item()
 
 
 def accuracy(probabilities: Tensor, labels: Tensor, label: int | None = None) -> float:

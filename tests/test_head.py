@@ -1,0 +1,519 @@
+"""The calibrated head: class moments, what is computed from them, and whole federations with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch import Tensor, nn
+
+import flwr_fusion as ff
+from flwr_fusion.client import (
+    CLASS_MOMENTS_RECORD,
+    SAFETENSORS_KEY,
+    attach_class_moments,
+    declare_architecture,
+)
+from flwr_fusion.statistics.classes import pack_classes, scaled_to, unpack_classes, with_absent
+from flwr_fusion.strategy import CLAFusion, OTFusion
+from tests.support.grid import InProcessGrid
+from tests.test_strategy import (
+    DIGIT,
+    IMAGES,
+    LABELS,
+    NODES,
+    TEST,
+    accuracy,
+    digits_network,
+    largest_difference,
+    load,
+    number,
+    record,
+    run_digits,
+    train_model,
+)
+
+CLASSES, WIDTH = 4, 12
+Spoil = Callable[[dict[str, Tensor]], None]
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+
+
+def data(samples: int = 400, seed: int = 0, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(CLASSES, 6, generator=torch.Generator().manual_seed(9))
+    labels = torch.randint(classes, (samples,), generator=generator)
+    return means[labels] + 0.7 * torch.randn(samples, 6, generator=generator), labels
+
+
+def features(model: nn.Sequential, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model[:-1](x)
+    return found
+
+
+# --- Class moments --------------------------------------------------------------------------------
+
+
+def test_class_moments_are_the_sums() -> None:
+    model, (x, y) = network(), data()
+    found = ff.statistics.class_moments(model, [(x[:150], y[:150]), (x[150:], y[150:])])
+    z = features(model, x)
+    assert found.layer == "2"
+    assert found.counts.tolist() == [int((y == c).sum()) for c in range(CLASSES)]
+    for c in range(CLASSES):
+        torch.testing.assert_close(found.sums[c], z[y == c].sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.second, z.T @ z, rtol=1e-4, atol=1e-3)
+
+
+def test_packed_moments_come_back() -> None:
+    model = network()
+    found = ff.statistics.class_moments(model, [data()])
+    back = unpack_classes(pack_classes(found), model, "2")
+    for name in ("counts", "sums", "second"):
+        torch.testing.assert_close(getattr(back, name), getattr(found, name))
+
+
+def test_rare_classes_leave_no_trace() -> None:
+    model, (x, y) = network(), data()
+    rare = torch.cat([torch.nonzero(y != 3).flatten(), torch.nonzero(y == 3).flatten()[:1]])
+    found = ff.statistics.class_moments(model, [(x[rare], y[rare])], least_count=2)
+    without = ff.statistics.class_moments(model, [(x[rare[:-1]], y[rare[:-1]])])
+    assert found.counts[3] == 0
+    torch.testing.assert_close(found.second, without.second, rtol=1e-4, atol=1e-2)
+
+
+def test_noise_is_of_the_stated_size_and_leaves_possible_moments() -> None:
+    model, (x, y) = network(), data()
+    options: dict[str, Any] = {"clip": 2.0, "samples": None}
+    plain = ff.statistics.class_moments(model, [(x, y)], **options)
+    assert float(features(model, x).norm(dim=1).max()) > 2
+    assert float(plain.second.trace()) <= 4 * len(x)
+    drawn = []
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        noisy = ff.statistics.class_moments(
+            model, [(x, y)], noise=0.5, generator=generator, **options
+        )
+        unpack_classes(pack_classes(noisy), model, "2")
+        drawn.append(noisy.sums - plain.sums)
+    assert float(torch.stack(drawn).std()) == pytest.approx(2 * 0.5 * 2.0, rel=0.1)
+
+
+def test_clients_count_by_their_weight_and_classes_are_kept() -> None:
+    model = network()
+    first, second = (ff.statistics.class_moments(model, [data(100, seed)]) for seed in (1, 2))
+    both = scaled_to([first, second], [300, 100])
+    torch.testing.assert_close(both.counts, 1.5 * first.counts + 0.5 * second.counts)
+    assert both.samples == pytest.approx(200)
+    fewer = ff.statistics.class_moments(model, [data(300, 3, classes=2)])
+    kept = with_absent(fewer, first)
+    torch.testing.assert_close(kept.sums[2:], first.sums[2:])
+    torch.testing.assert_close(kept.sums[:2], fewer.sums[:2])
+    torch.testing.assert_close(
+        kept.within() / kept.samples, fewer.within() / fewer.samples, rtol=1e-3, atol=1e-4
+    )
+
+
+# --- Heads ----------------------------------------------------------------------------------------
+
+
+def test_lda_is_scikit_learns() -> None:
+    model, (x, y) = network(), data()
+    z = features(model, x)
+    head = ff.calibrated_head(model, ff.statistics.class_moments(model, [(x, y)])).get_submodule(
+        "2"
+    )
+    assert isinstance(head, nn.Linear)
+    # S + 0.1 m I is 1.1 times scikit-learn's (1 - s) S + s m I with s = 0.1 / 1.1.
+    lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1 / 1.1).fit(z.numpy(), y.numpy())
+    prior = np.log(lda.priors_)
+    expected = (lda.decision_function(z.numpy()) - prior) / 1.1 + prior
+    found = head(z).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_soft_head_is_the_minimum_of_its_bound() -> None:
+    model, (x, y) = network(), data()
+    moments = ff.statistics.class_moments(model, [(x, y)])
+    head = ff.calibrated_head(model, moments, "soft", ridge=0.05).get_submodule("2")
+    before = model[2]
+    assert isinstance(head, nn.Linear)
+    z = features(model, x).double()
+    means = torch.stack([z[y == c].mean(0) for c in range(CLASSES)])
+    shares = torch.bincount(y) / len(y)
+    within = sum((z[y == c] - means[c]).T @ (z[y == c] - means[c]) for c in range(CLASSES)) / len(y)
+    covariance = within + 0.1 * within.diagonal().mean() * torch.eye(WIDTH)
+    pull = 0.05 * float((shares * means.square().sum(1)).sum()) / WIDTH
+
+    def written_out(w: Tensor, b: Tensor) -> Tensor:
+        total = pull * (w - before.weight.detach().double()).square().sum()
+        for c in range(CLASSES):
+            gap = w - w[c]
+            spread = torch.einsum("jd,de,je->j", gap, covariance, gap)
+            total = total + shares[c] * (gap @ means[c] + b - b[c] + spread / 2).logsumexp(0)
+        return total
+
+    w = head.weight.detach().double().requires_grad_()
+    b = head.bias.detach().double().requires_grad_()
+    slopes = torch.autograd.grad(written_out(w, b), [w, b])
+    assert max(float(slope.abs().max()) for slope in slopes) < 1e-4
+
+
+def test_heads_bring_back_what_a_spoilt_last_layer_has_lost() -> None:
+    model, (x, y) = network(), data()
+    train_model(model, x, y, epochs=3)
+    with torch.no_grad():
+        model[2].weight.add_(torch.randn(model[2].weight.shape))
+    moments = ff.statistics.class_moments(model, [(x, y)])
+    test = data(1000, 5)
+    spoilt = accuracy(model, *test)
+    assert spoilt < 0.7
+    for kind in ("lda", "soft"):
+        calibrated = ff.calibrated_head(model, moments, kind)  # type: ignore[arg-type]
+        assert accuracy(calibrated, *test) > spoilt + 0.15
+        for name, tensor in calibrated.state_dict().items():
+            assert name.startswith("2.") or torch.equal(tensor, model.state_dict()[name])
+
+
+def test_classes_without_samples_are_not_answered() -> None:
+    model, (x, y) = network(), data(classes=2)
+    moments = ff.statistics.class_moments(model, [(x, y)])
+    for kind in ("lda", "soft"):
+        calibrated = ff.calibrated_head(model, moments, kind)  # type: ignore[arg-type]
+        assert set(calibrated(data()[0]).argmax(1).tolist()) <= {0, 1}
+
+
+def test_largest_norm_scales_both() -> None:
+    model = network()
+    moments = ff.statistics.class_moments(model, [data()])
+    free, bounded = (
+        ff.calibrated_head(model, moments, largest_norm=limit).get_submodule("2")
+        for limit in (None, 0.5)
+    )
+    assert isinstance(free, nn.Linear)
+    assert isinstance(bounded, nn.Linear)
+    assert float(bounded.weight.detach().norm()) == pytest.approx(0.5, rel=1e-5)
+    torch.testing.assert_close(bounded.bias / bounded.weight.norm(), free.bias / free.weight.norm())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vit_b_16"])
+def test_public_architectures_have_heads(name: str) -> None:
+    if name == "vit_b_16":
+        model: nn.Module = torchvision.models.VisionTransformer(
+            32, 16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5
+        )
+    else:
+        model = torchvision.models.get_model(name, num_classes=5)
+    batch = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+    moments = ff.statistics.class_moments(model, [batch])
+    assert moments.counts.tolist() == [2, 2, 2, 1, 1]
+    scaled = moments.scaled(1000)
+    calibrated = ff.calibrated_head(model, scaled, "soft")
+    before, after = (
+        float(nn.functional.cross_entropy(m.eval()(batch[0]), batch[1]).detach())
+        for m in (model, calibrated)
+    )
+    assert after < before
+
+
+class Twice(nn.Module):
+    """Gives a class for every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layer(x.unsqueeze(1).expand(-1, 3, -1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.Sequential(nn.Linear(6, CLASSES), nn.Softmax(1)), "output of 0 linear layers"),
+        (nn.Sequential(nn.Linear(6, CLASSES, bias=False)), "has no bias"),
+        (Twice(), "many outputs for a sample"),
+    ],
+)
+def test_other_last_layers_are_refused(model: nn.Module, reason: str) -> None:
+    with pytest.raises(ff.FusionError, match=reason):
+        ff.statistics.class_moments(model, [data()])
+
+
+def test_bad_labels_and_batches_are_refused() -> None:
+    x, y = data(10)
+    for batches, reason in (
+        ([x], "pairs"),
+        ([(x, y.float())], "whole numbers"),
+        ([(x, y + CLASSES)], "from 0 to 3"),
+        ([], "no labelled batches"),
+    ):
+        with pytest.raises(ff.FusionError, match=reason):
+            ff.statistics.class_moments(network(), batches)
+
+
+def test_too_few_samples_and_other_networks_are_refused() -> None:
+    moments = ff.statistics.class_moments(network(), [data(20)])
+    with pytest.raises(ff.FusionError, match="20 samples are too few for 12 features"):
+        ff.calibrated_head(network(), moments)
+    other = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+    with pytest.raises(ff.FusionError, match="which the network does not have"):
+        ff.calibrated_head(other, moments.scaled(10))
+
+
+# --- Federations ----------------------------------------------------------------------------------
+
+
+def skewed(partition: int) -> tuple[Tensor, Tensor]:
+    """Return a client's images: of its own labels many, of the others few."""
+    images, labels = IMAGES[:1500], LABELS[:1500]
+    own = labels % NODES == partition
+    few = torch.zeros_like(own)
+    few[partition::40] = True
+    return images[own | few], labels[own | few]
+
+
+def head_app(
+    spoil: Callable[[int, RecordDict], None] | None = None,
+    without: tuple[int, ...] = (),
+    seen: list[dict[str, Tensor]] | None = None,
+    build: Callable[[int], nn.Module] = digits_network,
+    least_count: int = 1,
+) -> ClientApp:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        partition = int(context.node_config["partition-id"])
+        model = load(build(partition), message.content["arrays"])
+        if seen is not None:
+            seen.append({n: t.clone() for n, t in model.state_dict().items()})
+        train_model(model, *skewed(partition), epochs=2)
+        metrics = MetricRecord({"num-examples": len(skewed(partition)[1])})
+        return Message(RecordDict({"arrays": record(model), "metrics": metrics}), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        partition = int(context.node_config["partition-id"])
+        model = load(build(partition), message.content["arrays"])
+        images, labels = skewed(partition)
+        metrics = MetricRecord(
+            {"num-examples": len(labels), "accuracy": accuracy(model, images, labels)}
+        )
+        reply = Message(RecordDict({"metrics": metrics}), reply_to=message)
+        if partition not in without:
+            batches = list(zip(images.split(50), labels.split(50), strict=True))
+            attach_class_moments(reply, model, batches, least_count=least_count)
+        if spoil is not None:
+            spoil(partition, reply.content)
+        return reply
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        name = "wide" if int(context.node_config["partition-id"]) % 2 else "narrow"
+        return declare_architecture(message, name)
+
+    return app
+
+
+def test_served_heads_are_evaluated_and_returned_but_not_trained_from() -> None:
+    seen: list[dict[str, Tensor]] = []
+    strategy = OTFusion(digits_network(), DIGIT, head="serve")
+    result, models = run_digits(strategy, head_app(seen=seen))
+    plain: list[dict[str, Tensor]] = []
+    without, _ = run_digits(OTFusion(digits_network(), DIGIT), head_app(seen=plain))
+    # Training is the same as without a head.
+    for one, two in zip(seen, plain, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    assert largest_difference(result.arrays, models[3]) == 0
+    assert largest_difference(result.arrays, without.arrays) > 0.01
+    body = [name for name in result.arrays if not name.startswith("4.")]
+    for name in body:
+        assert np.array_equal(result.arrays[name].numpy(), without.arrays[name].numpy())
+    for k in (1, 2, 3):
+        ours = number(result.evaluate_metrics_serverapp[k], "accuracy")
+        assert ours > number(without.evaluate_metrics_serverapp[k], "accuracy")
+        assert result.evaluate_metrics_clientapp[k]["with-class-moments"] == NODES
+    served = strategy.global_models()["model"]
+    assert accuracy(served, IMAGES[TEST], LABELS[TEST]) == pytest.approx(ours)
+
+
+def test_sent_heads_are_trained_from() -> None:
+    seen: list[dict[str, Tensor]] = []
+    strategy = OTFusion(digits_network(), DIGIT, head="send")
+    result, models = run_digits(strategy, head_app(seen=seen))
+    for k in (1, 2):
+        sent = models[k]
+        for state in seen[NODES * k : NODES * (k + 1)]:
+            assert all(np.array_equal(state[n].numpy(), sent[n].numpy()) for n in sent)
+    assert largest_difference(result.arrays, models[3]) == 0
+    averaged, _ = run_digits(FedAvg(), head_app())
+    for k in (1, 2, 3):
+        ours, theirs = (
+            number(r.evaluate_metrics_serverapp[k], "accuracy") for r in (result, averaged)
+        )
+        assert ours > theirs
+
+
+def test_without_class_moments_the_fused_head_stays_and_it_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    strategy = OTFusion(digits_network(), DIGIT, head="serve")
+    result, _ = run_digits(strategy, head_app(without=(0, 1, 2, 3)), rounds=2)
+    plain, _ = run_digits(OTFusion(digits_network(), DIGIT), head_app(), rounds=2)
+    assert largest_difference(result.arrays, plain.arrays) == 0
+    said = [r.message for r in caplog.records if "no class moments came" in r.message]
+    assert len(said) == 2
+
+
+def changed(content: RecordDict, change: Spoil) -> None:
+    tensors = load_tensors(content[CLASS_MOMENTS_RECORD][SAFETENSORS_KEY])
+    change(tensors)
+    content[CLASS_MOMENTS_RECORD] = ConfigRecord({SAFETENSORS_KEY: save(tensors)})
+
+
+def multiplied(kind: str, factor: float) -> Callable[[RecordDict], None]:
+    def spoil(content: RecordDict) -> None:
+        changed(content, lambda tensors: tensors.update({kind: factor * tensors[kind]}))
+
+    return spoil
+
+
+def replaced(values: dict[str, Any]) -> Callable[[RecordDict], None]:
+    return lambda content: content.update({CLASS_MOMENTS_RECORD: ConfigRecord(values)})
+
+
+BAD: dict[str, Callable[[RecordDict], None]] = {
+    "NaN": multiplied("4.sums", float("nan")),
+    "negative": multiplied("4.counts", -1),
+    "contradiction": multiplied("4.sums", 100),
+    "indefinite": multiplied("4.second", -1),
+    "missing": lambda content: changed(content, lambda tensors: tensors.popitem() and None),
+    "no bytes": replaced({"x": 1}),
+    "garbage": replaced({SAFETENSORS_KEY: b"garbage"}),
+    "a billion examples": lambda c: c["metrics"].update({"num-examples": 10**9}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("head", ["serve", "send"])
+def test_bad_class_moments_are_named_and_left_out(name: str, head: Any) -> None:
+    def spoil(partition: int, content: RecordDict) -> None:
+        if partition == 2:
+            BAD[name](content)
+
+    strategy = OTFusion(digits_network(), DIGIT, head=head)
+    result, models = run_digits(strategy, head_app(spoil), rounds=1)
+    good = OTFusion(digits_network(), DIGIT, head=head)
+    _, expected = run_digits(good, head_app(without=(2,)), rounds=1)
+    metrics = result.evaluate_metrics_clientapp[1]
+    assert metrics["rejected-class-moments"] == 1
+    assert metrics["with-class-moments"] == NODES - 1
+    assert metrics["rejected"] == 0
+    assert largest_difference(models[1], expected[1]) < 1e-5
+
+
+def test_a_class_is_kept_whose_client_is_silent_for_a_round() -> None:
+    def highest_bias(since: int) -> float:
+        """Return the bias of the classes whose client is silent from a round on."""
+        replies = [0]
+
+        def spoil(partition: int, content: RecordDict) -> None:
+            replies[0] += 1
+            if partition == 2 and replies[0] > NODES * since:
+                del content[CLASS_MOMENTS_RECORD]
+
+        strategy = OTFusion(digits_network(), DIGIT, head="serve")
+        # Of the labels of others clients have hardly any, and do not tell of them.
+        result, _ = run_digits(strategy, head_app(spoil, least_count=30), rounds=2)
+        assert result.evaluate_metrics_clientapp[2]["with-class-moments"] == NODES - 1
+        return float(result.arrays["4.bias"].numpy()[[2, 6]].max())
+
+    assert highest_bias(since=1) > highest_bias(since=0) + 5
+
+
+@pytest.mark.parametrize("head", ["serve", "send"])
+def test_resumed_federations_have_the_same_heads(head: Any, tmp_path: Path) -> None:
+    def strategy(folder: str, resume: bool = False) -> OTFusion:
+        return OTFusion(
+            digits_network(),
+            DIGIT,
+            head=head,
+            checkpoint_dir=tmp_path / folder,
+            resume=resume,
+        )
+
+    whole, _ = run_digits(strategy("whole"), head_app(), rounds=3)
+    run_digits(strategy("halves"), head_app(), rounds=2)
+    resumed, models = run_digits(strategy("halves", resume=True), head_app(), rounds=3)
+    assert largest_difference(whole.arrays, resumed.arrays) == 0
+    assert len(models) == 1
+    files = {path.name for path in (tmp_path / "whole" / "round-00003").iterdir()}
+    assert "model.safetensors" in files
+    assert ("served@model.safetensors" in files) == (head == "serve")
+
+
+@pytest.mark.parametrize("head", ["serve", "send"])
+def test_every_architecture_has_its_head(head: Any) -> None:
+    def build(partition: int) -> nn.Module:
+        torch.manual_seed(partition)
+        width = 48 if partition % 2 else 24
+        return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+    networks = {"narrow": build(0), "wide": build(1)}
+
+    def end(head: Any) -> dict[str, float]:
+        strategy = CLAFusion(networks, DIGIT, head=head)
+        strategy.start(InProcessGrid(head_app(build=build), NODES), num_rounds=4)
+        models = strategy.global_models()
+        return {n: accuracy(model, IMAGES[TEST], LABELS[TEST]) for n, model in models.items()}
+
+    calibrated, plain = end(head), end(None)
+    print(calibrated, plain)
+    assert all(calibrated[name] > plain[name] for name in networks)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"head": "both"}, "head must be one of"),
+        ({"head": "serve", "combine": "median"}, "one client can move class moments"),
+        ({"head": "send", "fraction_evaluate": 0.0}, "needs fraction_evaluate above 0"),
+    ],
+)
+def test_what_a_head_does_not_go_with_is_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ff.FusionError, match=reason):
+        OTFusion(digits_network(), DIGIT, **options)
+
+
+def test_networks_without_a_last_layer_are_refused_before_training() -> None:
+    model = nn.Sequential(nn.Linear(64, 10), nn.Softmax(1))
+    with pytest.raises(ff.FusionError, match="ends with one linear layer"):
+        OTFusion(model, DIGIT, head="serve")
+
+
+def test_arrays_are_not_shared_between_what_is_served_and_sent() -> None:
+    strategy = OTFusion(digits_network(), DIGIT, head="serve")
+    run_digits(strategy, head_app(), rounds=1)
+    sent = strategy.arrays["model"]
+    assert isinstance(sent, ArrayRecord)
+    served = ArrayRecord(strategy.global_models()["model"].state_dict())
+    assert largest_difference(sent, served) > 0
