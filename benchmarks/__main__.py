@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if options.command == "list":
         for own in EXPERIMENTS.values():
-            print(f"{own.name:24}{own.title} [{own.source}]")
+            print(f"{own.name:26}{own.title} [{own.source}]")
     else:
         _run(options)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from fusion_simulation.data import LabelledImages, dirichlet_partition, label_skill_partition
 from fusion_simulation.task import Recipe, train
 from torch import nn
@@ -65,11 +66,10 @@ class Round:
         """Return the class moments of a fused network on all clients' images, by their number."""
         parts = []
         for client in self.clients:
-            images = client.images
-            batches = zip(
-                *(t.split(HEAD_BATCH) for t in (images.images, images.labels)), strict=True
-            )
-            parts.append(class_moments(model, list(batches)))
+            own = client.images
+            order = torch.arange(len(own), device=own.labels.device)
+            batches = [(own.images[i], own.labels[i]) for i in torch.split(order, HEAD_BATCH)]
+            parts.append(class_moments(model, batches))
         return scaled_to(parts, self.weights)
 
     def head_norm(self, layer: str) -> float:
@@ -79,6 +79,7 @@ class Round:
         return sum(w * n for w, n in zip(self.weights, norms, strict=True)) / sum(self.weights)
 
 
+Train = Callable[[nn.Module, LabelledImages, Recipe, int], object]
 Fuse = Callable[[Round, str], nn.Module]
 """Makes the next global network of an architecture of a round."""
 
@@ -89,6 +90,8 @@ def federate(
     recipe: Recipe,
     order: Callable[[int, int], int],
     fuses: Sequence[Fuse],
+    train: Train = train,
+    choose: Callable[[int], Sequence[int]] | None = None,
 ) -> Iterator[Mapping[str, nn.Module]]:
     """Yield the global networks after every round.
 
@@ -105,6 +108,10 @@ def federate(
         which the client sees its images.
     fuses : sequence of callable
         What makes the global networks, for every round.
+    train : callable
+        How a client trains: takes its network, its images, the recipe and the seed.
+    choose : callable, optional
+        Returns the numbers of a round's clients. Default: all.
 
     Yields
     ------
@@ -113,13 +120,15 @@ def federate(
     """
     for number, fuse in enumerate(fuses):
         trained = []
-        for k, client in enumerate(clients):
+        chosen = range(len(clients)) if choose is None else choose(number)
+        for k in chosen:
+            client = clients[k]
             given = models[client.architecture]
             own = given if number or client.start is None else client.start
             model = copy.deepcopy(own)
             train(model, client.images, recipe, order(number, k))
             trained.append(model)
-        ended = Round(clients, models, trained)
+        ended = Round([clients[k] for k in chosen], models, trained)
         models = {name: fuse(ended, name) for name in models}
         yield models
 

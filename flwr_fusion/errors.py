@@ -23,6 +23,13 @@ def check_number(name: str, value: Any, least: float, most: float = math.inf) ->
         raise FusionError(f"{name} must be a number {limit}, not {value!r:.60}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is no positive number, or not finite."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise FusionError(f"{name} must be positive and finite, not {value!r:.60}")
+
+
 def check_count(name: str, value: Any) -> None:
     """Refuse what is no positive whole number."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -8,6 +8,7 @@ are kept as indices; only transport plans are dense.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -232,12 +233,14 @@ def _matching_groups(
                 f"channel group '{client_group.name}' does not correspond to the target's group "
                 f"'{fused_group.name}': they are written and read by different layers"
             )
-        if fused_group.size != client_group.size and fused_group.normalised:
-            raise FusionError(
-                f"channel group '{fused_group.name}' has {client_group.size} channels, the "
-                f"target's {fused_group.size}; a LayerNorm or GroupNorm normalises across them, "
-                "so their number cannot change"
-            )
+    resized = [f.name for f, c in pairs if f.size != c.size and f.normalised]
+    if resized:
+        warnings.warn(
+            f"the number of channels of groups {resized[:5]} changes under a LayerNorm or "
+            "GroupNorm, which then normalises across other channels: the fused network computes "
+            "the client's function only roughly",
+            stacklevel=2,
+        )
     return pairs
 
 

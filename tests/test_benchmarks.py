@@ -22,6 +22,7 @@ from benchmarks.declarations import GROUP, SCALES, SMOKE, Experiment, Printed, S
 from benchmarks.experiments import EXPERIMENTS, cost
 from benchmarks.experiments.depth import in_own_layers
 from benchmarks.experiments.mixed_federation import METHODS, mixed_federation
+from benchmarks.experiments.mixed_federation import Setting as MixedSetting
 from benchmarks.experiments.robust import ATTACKS, attacked
 from benchmarks.experiments.rounds import FEDAVG, LEAST_SQUARES, MEAN, Method, Setting, to_accuracy
 from benchmarks.federation import Client, Round, divided, federate
@@ -245,7 +246,8 @@ def test_every_image_is_one_clients(partition: str, clients: int) -> None:
 
 
 def test_clients_that_are_not_fused_keep_to_their_architecture(tmp_path: Path) -> None:
-    scores = mixed_federation(bench_in(tmp_path), METHODS[0])
+    setting = MixedSetting("federation", "dirichlet-0.5", (), METHODS[0])
+    scores = mixed_federation(bench_in(tmp_path), setting)
     names = [row.split(GROUP) for row in scores]
     assert names == [[name, METHODS[0].name] for name in ("deep-wide", "shallow", "narrow")]
 

@@ -17,7 +17,6 @@ from flwr_fusion.networks import BuiltOnAccess
 from flwr_fusion.statistics import input_moments
 from tests.support.architectures import (
     CLASSES,
-    LayerNormMLP,
     named,
     output,
     randomised,
@@ -483,13 +482,12 @@ def test_fusion_of_the_common_start_is_the_start() -> None:
     ("networks", "message"),
     [
         ({}, "networks by name, at least one"),
-        ({"a": LayerNormMLP(8), "b": LayerNormMLP(16)}, "architecture 'b'.*LayerNorm"),
         (
             {"a": mlp(8, activation=nn.Tanh), "b": mlp(8, 8, activation=nn.Tanh)},
             "architecture 'b'.*changes its output",
         ),
     ],
-    ids=["none", "layernorm", "tanh"],
+    ids=["none", "tanh"],
 )
 def test_starts_that_cannot_be_made_are_refused(
     networks: dict[str, nn.Module], message: str
@@ -499,7 +497,7 @@ def test_starts_that_cannot_be_made_are_refused(
 
 
 def test_bad_noise_is_refused() -> None:
-    with pytest.raises(ff.FusionError, match="noise must be finite"):
+    with pytest.raises(ff.FusionError, match="noise must be a number finite"):
         ff.common_start({"a": mlp(8)}, example_inputs=VECTORS[:2], noise=-1)
 
 

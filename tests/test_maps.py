@@ -309,9 +309,9 @@ def test_other_flatten_is_refused() -> None:
         Correspondence(*graphs)
 
 
-def test_layernorm_of_other_width_is_refused() -> None:
+def test_layernorm_of_other_width_is_said_to_be_rough() -> None:
     graphs = [graph_of(LayerNormMLP(width), 20) for width in (16, 20)]
-    with pytest.raises(FusionError, match=r"'fc1'.*LayerNorm"):
+    with pytest.warns(UserWarning, match=r"'fc1'.*LayerNorm.*only roughly"):
         Correspondence(*graphs)
 
 

@@ -167,7 +167,7 @@ def test_client_side_evaluation_is_that_of_the_fused_model() -> None:
 
 @pytest.mark.parametrize("build", [digits_network, normalised_network])
 def test_shared_start_equals_fedavg_in_every_round(build: Callable[[int], nn.Module]) -> None:
-    fusion = OTFusion(model=build(0), example_inputs=DIGIT)
+    fusion = OTFusion(model=build(0), example_inputs=DIGIT, combine="mean")
     app = digits_app(build, epochs=1)
     result, fused = run_digits(fusion, app, lambda: build(0))
     _, averaged = run_digits(FedAvg(), app, lambda: build(0))

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import flwr_fusion as ff
+from flwr_fusion.rules.update_moments import Agreement, last_tensor, strength_of
 from tests.support.architectures import named, output, randomised, relative_error
+from tests.test_strategy import train_model
 
-UPDATES = ff.LeastSquares(moments="updates")
-FREE = ff.LeastSquares(moments="updates", bound=None)
+UPDATES = ff.LeastSquares(moments="updates", strength=1.0)
+FREE = ff.LeastSquares(moments="updates", bound=None, strength=1.0)
 WEIGHTS = (1.0, 3.0, 2.0)
 
 
@@ -103,7 +105,7 @@ def test_what_one_client_alone_has_learnt_is_taken_whole() -> None:
     clients = [copy.deepcopy(start) for _ in range(3)]
     for k, client in enumerate(clients):
         weight_of(client)[:, 2 * k : 2 * k + 2] += torch.randn(3, 2)
-    almost = ff.LeastSquares(moments="updates", bound=None, ridge=1e-9)
+    almost = ff.LeastSquares(moments="updates", bound=None, ridge=1e-9, strength=1.0)
     fused = weight_of(combined(start, clients, almost))
     for k, client in enumerate(clients):
         columns = slice(2 * k, 2 * k + 2)
@@ -181,13 +183,13 @@ def test_clients_of_other_widths_take_part_where_they_have_channels(name: str) -
     ).model
     assert bool(output(fused.eval(), inputs).isfinite().all())
     mean = ff.ot_fusion(
-        clients, WEIGHTS, example_inputs=inputs[:2], target=wide, reference=wide
+        clients, WEIGHTS, example_inputs=inputs[:2], target=wide, reference=wide, combine="mean"
     ).model
     assert relative_error(output(fused, inputs), output(mean, inputs)) > 1e-6
 
 
 def test_auto_takes_what_there_is() -> None:
-    auto = ff.LeastSquares(moments="auto")
+    auto = ff.LeastSquares(moments="auto", strength=1.0)
     start = named("mlp").model()
     inputs = named("mlp").inputs(30)
     clients = [trained(start, seed) for seed in range(3)]
@@ -207,7 +209,7 @@ def test_auto_takes_what_there_is() -> None:
     networks = [trained(lenet, seed) for seed in range(3)]
     images = named("lenet").inputs(10)
     moments = [ff.statistics.input_moments(network, [images]) for network in networks]
-    report = ff.average(networks, combine="auto", reference=lenet, statistics=moments).report
+    report = ff.average(networks, combine=auto, reference=lenet, statistics=moments).report
     assert set(report.details.values()) == {"update"}
 
 
@@ -223,3 +225,54 @@ def test_weights_of_many_inputs_have_moments_of_each_channel_alone(
     for ours, theirs in zip(fused.parameters(), mean.parameters(), strict=True):
         assert ours.shape == theirs.shape
         assert ours.dim() < 2 or not torch.allclose(ours, theirs)
+
+
+# --- How far clients agree ------------------------------------------------------------------------
+
+
+def test_agreement_is_one_for_equal_changes_and_none_for_unrelated_ones() -> None:
+    equal, unrelated, opposed = Agreement(), Agreement(), Agreement()
+    changes = torch.eye(4)
+    for k, weight in enumerate((0.4, 0.3, 0.2, 0.1)):
+        equal.add(changes[0], weight)
+        unrelated.add(changes[k], weight)
+        opposed.add((-1) ** k * changes[0], weight)
+    assert equal.value == pytest.approx(1)
+    assert unrelated.value == pytest.approx(0, abs=1e-6)
+    assert opposed.value < -0.2
+    assert Agreement().value == 0
+
+
+def test_the_less_clients_agree_the_farther_from_the_mean() -> None:
+    strengths = [strength_of(value) for value in (-0.5, 0.0, 0.05, 0.1, 0.2, 1.0)]
+    assert strengths == pytest.approx([1, 1, 0.75, 0.5, 0, 0])
+
+
+def test_clients_of_one_distribution_are_averaged_and_skewed_ones_are_not() -> None:
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x, y = torch.randn(800, 8), torch.arange(800) % 4
+    x[:, :4] += 2 * nn.functional.one_hot(y, 4)
+
+    def fused(parts: Sequence[Tensor]) -> ff.FusionResult:
+        clients = []
+        for part in parts:
+            client = copy.deepcopy(start)
+            train_model(client, x[part], y[part], epochs=1)
+            clients.append(client)
+        result = ff.average(clients, combine="auto", reference=start)
+        mean = ff.average(clients).model.state_dict()
+        same = [torch.equal(t, mean[n]) for n, t in result.model.state_dict().items()]
+        assert all(same) == (not result.report.details)
+        return result
+
+    alike = [torch.arange(k, 800, 5) for k in range(4)]
+    assert not fused(alike).report.details
+    skewed = [torch.nonzero(y == k).flatten() for k in range(4)]
+    assert set(fused(skewed).report.details) == {"0.weight", "2.weight"}
+
+
+def test_the_last_layer_without_a_bias_is_told_by_its_weight() -> None:
+    for bias, expected in ((True, "2.bias"), (False, "2.weight")):
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, bias=bias))
+        assert last_tensor(model.state_dict()) == expected

@@ -1,6 +1,7 @@
 """All experiments by name; every module declares its own in ``EXPERIMENTS``."""
 
 from benchmarks.experiments import (
+    baselines,
     cost,
     depth,
     heads,
@@ -23,6 +24,7 @@ EXPERIMENTS = {
         transplantation,
         rounds,
         heads,
+        baselines,
         mixed_federation,
         robust,
         cost,

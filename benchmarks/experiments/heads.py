@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
+import torch
+from fusion_simulation.task import TEST_BATCH, accuracy
 from torch import nn
 
 import flwr_fusion as ff
 from benchmarks.bench import Bench
-from benchmarks.declarations import GROUP, Experiment, Scores
+from benchmarks.declarations import GROUP, Experiment, Scores, Task
 from benchmarks.experiments.rounds import (
     AUTO,
     FEDAVG,
@@ -17,10 +20,11 @@ from benchmarks.experiments.rounds import (
     Method,
     Setting,
     clients_of,
-    curve,
     first_network,
+    networks_of,
 )
 from benchmarks.federation import Round
+from flwr_fusion.statistics.classes import last_layer
 from flwr_fusion.strategy.heads import RIDGES
 
 PARTITIONS = ("dirichlet-0.1", "dirichlet-0.5", "iid")
@@ -53,27 +57,42 @@ def with_heads(bench: Bench, setting: HeadSetting) -> Scores:
     example_inputs = bench.test(task).images[:2]
     if setting.method is CONTROL:
         return {setting.row("LDA served"): {"1": _untrained(bench, setting)}}
-    served: Scores = {}
+    heads: dict[str, nn.Module] = {}
 
     def fuse(ended: Round, name: str) -> nn.Module:
         fused = setting.method.fuse(ended, name, example_inputs)
         class_moments = ended.class_moments(fused)
         if setting.head == "send":
             largest = ended.head_norm(class_moments.layer)
-            return ff.calibrated_head(
+            sent = ff.calibrated_head(
                 fused, class_moments, "soft", ridge=RIDGES["send"], largest_norm=largest
             )
-        heads = {
-            "head served": ff.calibrated_head(fused, class_moments, "soft", ridge=RIDGES["serve"]),
-            "LDA served": ff.calibrated_head(fused, class_moments, "lda"),
-        }
-        for head, model in heads.items():
-            scores = served.setdefault(setting.row(head), {})
-            scores[str(len(scores) + 1)] = bench.score(model, task)
+            heads["head sent"] = sent
+            return sent
+        heads[""] = fused
+        heads["head served"] = ff.calibrated_head(
+            fused, class_moments, "soft", ridge=RIDGES["serve"]
+        )
+        heads["LDA served"] = ff.calibrated_head(fused, class_moments, "lda")
         return fused
 
-    scores = curve(bench, setting.federation, fuse)
-    return {setting.row("head sent" if setting.head == "send" else ""): scores, **served}
+    scores: Scores = {}
+    for number, _ in enumerate(networks_of(bench, setting.federation, fuse), start=1):
+        for head, score in _scores(bench, task, heads).items():
+            scores.setdefault(setting.row(head), {})[str(number)] = score
+    return scores
+
+
+def _scores(bench: Bench, task: Task, heads: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Return the scores of networks that differ in their last layer alone; all others run once."""
+    test, network = bench.test(task), next(iter(heads.values()))
+    layers = [last_layer(network, images) for images in torch.split(test.images, TEST_BATCH)]
+    name, features = layers[0][0], torch.cat([read for _, read in layers])
+    with torch.no_grad():
+        return {
+            head: 100 * accuracy(model.get_submodule(name)(features), test.labels)
+            for head, model in heads.items()
+        }
 
 
 def _untrained(bench: Bench, setting: HeadSetting) -> float:

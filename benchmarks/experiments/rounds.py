@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -47,12 +48,14 @@ class Method:
     name: str
     proximal_mu: float = 0.0
     matched: bool = False
-    combine: str | ff.LeastSquares = "mean"
+    combine: str | ff.Rule = "mean"
 
     def fuse(self, ended: Round, name: str, example_inputs: Tensor) -> nn.Module:
         """Return the next global network."""
         if not self.matched:
-            return ff.average(ended.trained, ended.weights).model
+            sent = ended.sent[name]
+            combine = self.combine
+            return ff.average(ended.trained, ended.weights, combine=combine, reference=sent).model
         measured = isinstance(self.combine, ff.LeastSquares) and self.combine.needs_statistics
         return ff.ot_fusion(
             ended.trained,
@@ -86,24 +89,28 @@ class Setting:
 
 def to_accuracy(bench: Bench, setting: Setting) -> Scores:
     """Run one federation."""
-    fuse = partial(
-        setting.method.fuse, example_inputs=bench.test(bench.task(setting.data)).images[:2]
-    )
+    example_inputs = bench.test(bench.task(setting.data)).images[:2]
+    # A copy: some rules remember what they have seen.
+    fuse = partial(copy.deepcopy(setting.method).fuse, example_inputs=example_inputs)
     row = GROUP.join((setting.partition, setting.start, setting.method.name))
     return {row: curve(bench, setting, fuse)}
 
 
 def curve(bench: Bench, setting: Setting, fuse: Fuse) -> dict[str, float]:
     """Run one federation with a way of fusing; return its score after every round."""
+    return _curve(bench, bench.task(setting.data), networks_of(bench, setting, fuse))
+
+
+def networks_of(bench: Bench, setting: Setting, fuse: Fuse) -> Iterator[Mapping[str, nn.Module]]:
+    """Run one federation with a way of fusing; yield its networks after every round."""
     task, stride = bench.task(setting.data), SEED_STRIDE
-    networks = federate(
+    return federate(
         clients_of(bench, setting),
         {"": first_network(bench, setting)},
         replace(task.recipe, proximal_mu=setting.method.proximal_mu),
         lambda number, k: stride * (stride * bench.seed + number + 1) + k,
         [fuse] * bench.scale.rounds,
     )
-    return _curve(bench, task, networks)
 
 
 def clients_of(bench: Bench, setting: Setting) -> list[Client]:

@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from flwr_fusion.errors import FusionError, check_count, check_option
+from flwr_fusion.errors import FusionError, check_count, check_number, check_option, check_positive
 from flwr_fusion.fusion import shares_of
 from flwr_fusion.networks import check_networks, detached_state, squared_norm
 from flwr_fusion.observe import (
@@ -236,10 +236,8 @@ def distill(
     """
     check_networks(teachers, "teachers")
     check_option("ensemble", ensemble, ENSEMBLES)
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-        raise FusionError(f"temperature must be positive and finite, not {temperature!r}")
-    if not isinstance(hard_weight, (int, float)) or not 0 <= hard_weight <= 1:
-        raise FusionError(f"hard_weight must be from 0 to 1, not {hard_weight!r}")
+    check_positive("temperature", temperature)
+    check_number("hard_weight", hard_weight, 0, 1)
     check_training(training)
     faculty = _Teachers(teachers, shares_of(teachers, weights), ensemble, temperature)
 

@@ -17,7 +17,10 @@ def group_widths(graph: ChannelGraph, state: Mapping[str, Tensor]) -> dict[str, 
     The architecture's own number where no tensor of the state dict tells.
     """
     return {
-        group.name: min(_widths(group, graph, state), default=group.size) for group in graph.groups
+        group.name: min(
+            _widths(group, graph, state) or _shares(group, graph, state), default=group.size
+        )
+        for group in graph.groups
     }
 
 
@@ -28,6 +31,17 @@ def _widths(group: ChannelGroup, graph: ChannelGraph, state: Mapping[str, Tensor
         for place in group.places
         if place.tensor in state
         and place.positions.numel() == graph.shapes[place.tensor][place.axis]
+    ]
+
+
+def _shares(group: ChannelGroup, graph: ChannelGraph, state: Mapping[str, Tensor]) -> list[int]:
+    """Return the widths of a GroupNorm's group, which has the same share of every axis."""
+    if not group.normalised:
+        return []
+    return [
+        state[place.tensor].shape[place.axis] * group.size // graph.shapes[place.tensor][place.axis]
+        for place in group.places
+        if place.tensor in state and place.block == 1
     ]
 
 

@@ -15,7 +15,7 @@ from flwr_fusion.depth.layer_matching import LayerMatching, StructuredNetwork, m
 from flwr_fusion.depth.merging import merged_layer
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
 from flwr_fusion.depth.structure import LAYERS, trace_family
-from flwr_fusion.errors import FusionError
+from flwr_fusion.errors import FusionError, check_number
 from flwr_fusion.graph.checking import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup, verified_graph
 from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
@@ -82,8 +82,7 @@ def common_start(
         raise FusionError("architectures must be networks by name, at least one")
     for name, model in architectures.items():
         squared_norm(detached_state(model), f"architecture '{name}'")
-    if not isinstance(noise, (int, float)) or not 0 <= noise < float("inf"):
-        raise FusionError(f"noise must be finite and not negative, not {noise!r}")
+    check_number("noise", noise, 0)
     shallowest = min(architectures.values(), key=depth_and_size)
     family = _family(architectures, shallowest, example_inputs)
     core = _core(shallowest, family, example_inputs)

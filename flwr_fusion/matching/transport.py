@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flwr_fusion.errors import FusionError
+from flwr_fusion.errors import FusionError, check_positive
 from flwr_fusion.maps import Plan
 from flwr_fusion.matching.assignment import both_masses
 
@@ -33,7 +32,7 @@ class Sinkhorn:
     regularisation: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_positive("regularisation", self.regularisation)
+        check_positive("regularisation", self.regularisation)
 
     def solve(
         self,
@@ -81,8 +80,8 @@ class Unbalanced:
     marginal_relaxation: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive("regularisation", self.regularisation)
-        _check_positive("marginal_relaxation", self.marginal_relaxation)
+        check_positive("regularisation", self.regularisation)
+        check_positive("marginal_relaxation", self.marginal_relaxation)
 
     def solve(
         self,
@@ -125,8 +124,3 @@ def _scaled(cost: NDArray[np.float64]) -> NDArray[np.float64]:
     shifted: NDArray[np.float64] = cost - cost.min()
     scaled: NDArray[np.float64] = shifted / (shifted.mean() or 1.0)
     return scaled
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise FusionError(f"{name} must be positive and finite, not {value!r}")

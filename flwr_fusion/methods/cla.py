@@ -33,7 +33,7 @@ def cla_fusion(
     reference: nn.Module | None = None,
     layers: LayerMatching = DEFAULT_LAYERS,
     matching: Matching = DEFAULT_MATCHING,
-    combine: str | Rule = "mean",
+    combine: str | Rule = "auto",
     statistics: Sequence[Statistics | None] | None = None,
     calibration: Any = None,
     repair: Repair = "auto",

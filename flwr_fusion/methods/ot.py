@@ -41,7 +41,7 @@ def ot_fusion(
     target: nn.Module | None = None,
     reference: nn.Module | None = None,
     matching: Matching = DEFAULT_MATCHING,
-    combine: str | Rule = "mean",
+    combine: str | Rule = "auto",
     statistics: Sequence[Statistics | None] | None = None,
     calibration: Any = None,
     repair: Repair = "auto",
@@ -66,13 +66,14 @@ def ot_fusion(
         one where all count the same.
     matching : Matching
         How channels are matched.
-    combine : {"mean", "auto", "least-squares", "median", "trimmed-mean", "krum"} or Rule
-        How mapped networks are put together: by their mean; layer by layer as close as possible to
-        every client on that client's own inputs, as its update from `reference` tells ("auto") or
-        as its `statistics`, which are needed, say ("least-squares"); or so that a few bad
-        clients cannot decide. `LeastSquares`, `TrimmedMean` and `Krum` objects set options, and any
-        object with the members of `Rule` is one. Under the last three names all clients of
-        positive weight count the same.
+    combine : {"auto", "mean", "least-squares", "median", "trimmed-mean", "krum"} or Rule
+        How mapped networks are put together: by least squares, layer by layer as close as possible
+        to every client on that client's own inputs, as its `statistics` or its update from
+        `reference` tell ("auto", by the mean where there are neither) or as its `statistics`,
+        which are needed, say ("least-squares"); by their mean; or so that a few bad clients cannot
+        decide. `LeastSquares`, `TrimmedMean` and `Krum` objects set options, and any object with
+        the members of `Rule` is one. Under the last three names all clients of positive weight
+        count the same.
     statistics : sequence of (mapping or None), optional
         For each network its `flwr_fusion.statistics.input_moments`. A network with None counts as
         one with average inputs.

@@ -44,8 +44,11 @@ class LeastSquares:
     ridge : float
         ``r`` relative to the mean of the moments' diagonal; 0: inputs that never occur keep the
         mean's weights, all others are free.
-    strength : float
-        Share of the way from the mean to the least-squares solution, in [0, 1].
+    strength : float or "auto"
+        Share of the way from the mean to the least-squares solution, in [0, 1]. "auto": all of it;
+        with moments of the updates the less, the more the clients' changes of the last layer's
+        bias agree (`flwr_fusion.rules.update_moments.Agreement`), down to none at 0.2: then the
+        clients' data are alike, and what else their updates differ in is noise.
     weight_exponent : float, optional
         Clients' moments count by this power of their weights. A client's moments already say which
         inputs are its own; below 1, few samples of a rare kind are heard. Default: 1/4, with
@@ -72,7 +75,7 @@ class LeastSquares:
 
     shrinkage: float = 0.5
     ridge: float = 0.1
-    strength: float = 1.0
+    strength: float | Literal["auto"] = "auto"
     weight_exponent: float | None = None
     convolutions: bool = False
     bound: Literal["auto", "norm", "change"] | None = "auto"
@@ -81,7 +84,7 @@ class LeastSquares:
     def __post_init__(self) -> None:
         check_option("moments", self.moments, MOMENTS)
         for name in ("shrinkage", "strength", "weight_exponent"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, "auto"):
                 check_number(name, getattr(self, name), 0, 1)
         check_number("ridge", self.ridge, 0)
         if self.bound is not None and self.bound not in BOUNDS:
@@ -360,7 +363,8 @@ class _LayerSums:
         if bool(failed.any()):
             return None
         change = blocks.join(torch.cholesky_solve(residual.mT, factor).mT)
-        layer = self._bounded([c * self._options.strength for c in change if c is not None])
+        strength = 1.0 if self._options.strength == "auto" else self._options.strength
+        layer = self._bounded([c * strength for c in change if c is not None])
         layer = [t.to(mean.dtype) for t, mean in zip(layer, self._mean, strict=False)]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in layer):
             return None

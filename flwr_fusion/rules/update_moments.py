@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, map_tensor
-from flwr_fusion.networks import module_of
+from flwr_fusion.networks import key_of, module_of
 
 if TYPE_CHECKING:
     from flwr_fusion.rules.least_squares import LeastSquares
 
 # Weights with more inputs have moments of each channel's kernel, or of each input, alone.
 _MOST_INPUTS = 4608
+# Clients whose last layers agree more than this differ by noise alone, which the mean takes out.
+_AGREEMENT_OF_NOISE = 0.2
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,11 @@ class UpdateSums:
         self._moments += moments
         self._residual += view.blocks(difference) @ moments
 
-    def solve(self) -> Tensor | None:
-        """Return the combined weight; None where no client has moved."""
+    def solve(self, strength: float) -> Tensor | None:
+        """Return the combined weight; None where no client has moved.
+
+        ``strength`` is the share of the way from the mean to the least-squares solution.
+        """
         moments = self._moments.double()
         diagonal = moments.diagonal(dim1=1, dim2=2)
         if not bool(diagonal.any()):
@@ -140,7 +145,7 @@ class UpdateSums:
         if bool(failed.any()):
             return None
         change = self._view.weight(torch.cholesky_solve(self._residual.double().mT, factor).mT)
-        return self._bounded(self._options.strength * change)
+        return self._bounded(strength * change)
 
     def _bounded(self, change: Tensor) -> Tensor:
         """Return the mean plus its change, within the bound on every row, then on the norm."""
@@ -157,6 +162,54 @@ class UpdateSums:
         return weight * min(1.0, bound / max(float(weight.norm()), 1e-30))
 
 
+class Agreement:
+    """How far the clients' changes of a tensor agree, from 1 (all equal) to 0 (unrelated) or below.
+
+    With changes ``d_k`` and weights ``w_k`` that sum to 1 it is
+    ``(|sum_k w_k d_k|^2 / sum_k w_k |d_k|^2 - q) / (1 - q)``, where ``q = sum_k w_k^2`` is what
+    unrelated changes give.
+    """
+
+    def __init__(self) -> None:
+        self._weights: list[float] = []
+        self._sum: Tensor | None = None
+        self._squares = 0.0
+
+    def add(self, change: Tensor, weight: float) -> None:
+        """Add a client's change."""
+        self._weights.append(weight)
+        self._sum = weight * change + (0 if self._sum is None else self._sum)
+        self._squares += weight * float(change.square().sum())
+
+    @property
+    def value(self) -> float:
+        """The agreement; 0 of a single client, and where nothing has changed."""
+        total = sum(self._weights)
+        unrelated = sum(weight**2 for weight in self._weights) / max(total, 1e-12) ** 2
+        if self._sum is None or not self._squares or unrelated > 1 - 1e-9:
+            return 0.0
+        found = float(self._sum.square().sum()) / (total * self._squares)
+        return (found - unrelated) / (1 - unrelated)
+
+
+def strength_of(agreement: float) -> float:
+    """Return how far to go from the mean, given how far the clients' last layers agree.
+
+    Where clients hold different labels their changes of the last layer's bias contradict each
+    other; where they are samples of one distribution the changes agree, and what is left of the
+    updates is noise, of which the mean is the best estimate.
+    """
+    return min(1.0, max(0.0, 1 - agreement / _AGREEMENT_OF_NOISE))
+
+
+def last_tensor(target: Mapping[str, Tensor]) -> str:
+    """Return the key of the last layer's bias, or of its weight if it has none."""
+    weights = [name for name, t in target.items() if t.is_floating_point() and t.dim() > 1]
+    last = weights[-1] if weights else next(iter(target))
+    bias = key_of(module_of(last), "bias")
+    return bias if bias in target else last
+
+
 def by_update_moments(
     fusion: Fusion, maps: Sequence[Maps], mean: Mapping[str, Tensor], options: LeastSquares
 ) -> dict[str, Tensor]:
@@ -166,6 +219,7 @@ def by_update_moments(
     """
     assert fusion.sent is not None
     modules = dict(fusion.clients[0].model().named_modules())
+    last, agreement = last_tensor(fusion.target), Agreement()
     sums = {
         name: UpdateSums(
             tensor, fusion.sent[name], WeightView.of(name, tensor.shape, modules), options
@@ -175,11 +229,18 @@ def by_update_moments(
     }
     for client, chosen in zip(fusion.clients, maps, strict=True):
         state = client.state()
+        if last not in client.absent:
+            value, present = _mapped(state[last], last, client, chosen)
+            agreement.add((value - fusion.sent[last].float()) * present, client.weight)
         for name, total in sums.items():
             if name not in client.absent:
                 value, present = _mapped(state[name], name, client, chosen)
                 total.add(value, present, client.weight**options.exponent)
-    solved = {name: total.solve() for name, total in sums.items()}
+    strength = options.strength
+    strength = strength_of(agreement.value) if strength == "auto" else strength
+    if not strength:
+        return {}
+    solved = {name: total.solve(strength) for name, total in sums.items()}
     return {
         n: t.to(mean[n].dtype)
         for n, t in solved.items()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.errors import FusionError, check_number, check_option
+from flwr_fusion.errors import FusionError, check_number, check_option, check_positive
 from flwr_fusion.networks import key_of
 from flwr_fusion.observe import batch_size, run, watch
 
@@ -229,8 +229,8 @@ def _check_arguments(detail: str, clip: float | None, noise: float) -> None:
 
 def check_clipping(clip: float | None, noise: float) -> None:
     """Refuse a norm to clip to that is not positive, and noise that it does not bound."""
-    if clip is not None and not 0 < clip < math.inf:
-        raise FusionError(f"clip must be positive, not {clip!r}")
+    if clip is not None:
+        check_positive("clip", clip)
     check_number("noise", noise, 0)
     if noise and clip is None:
         raise FusionError("noise needs clip: without it a single sample can weigh any amount")

@@ -51,12 +51,12 @@ class ConfiguredMethod:
 
     @property
     def rule(self) -> Rule | None:
-        """The rule of combination, which a partial function may hold as well; None: unknown.
+        """The rule of combination, given or the method's default; None: unknown.
 
         What a method of a user's own calls ``combine`` need not be a rule.
         """
-        held = getattr(self.function, "keywords", {})
-        combine = self.options.get("combine", held.get("combine"))
+        parameter = self._parameters.get("combine")
+        combine = self.options.get("combine", None if parameter is None else parameter.default)
         rule = RULES.get(combine) if isinstance(combine, str) else combine
         if not isinstance(rule, Rule) or isinstance(rule, type):
             return None
@@ -69,14 +69,12 @@ class ConfiguredMethod:
 
     def takes(self, name: str) -> bool:
         """Return whether the method has an argument of this name."""
-        return name in inspect.signature(self.function).parameters
+        return name in self._parameters
 
     def check_options(self) -> None:
         """Refuse options that the method does not have."""
-        parameters = inspect.signature(self.function).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        named = {n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-        allowed = sorted(named - _GIVEN)
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
+        allowed = self.option_names
         unknown = sorted(self.options.keys() - set(allowed))
         if unknown and (not open_ended or _GIVEN & set(unknown)):
             raise FusionError(
@@ -105,7 +103,13 @@ class ConfiguredMethod:
     @property
     def option_names(self) -> list[str]:
         """The names of the method's options."""
-        return sorted(inspect.signature(self.function).parameters.keys() - _GIVEN)
+        named = {n for n, p in self._parameters.items() if p.kind is not p.VAR_KEYWORD}
+        return sorted(named - _GIVEN)
+
+    @property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        """Parameters of the function; what a partial function holds is their default."""
+        return inspect.signature(self.function).parameters
 
     def fuse(
         self,

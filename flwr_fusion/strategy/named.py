@@ -22,7 +22,7 @@ from flwr_fusion.strategy.configured_method import ConfiguredMethod, FusionMetho
 from flwr_fusion.strategy.refinement_steps import collection_of_rounds
 from flwr_fusion.strategy.strategy import FusionStrategy
 
-_MATCHED = {"matching": DEFAULT_MATCHING, "combine": "mean", "calibration": None, "repair": "auto"}
+_MATCHED = {"matching": DEFAULT_MATCHING, "combine": "auto", "calibration": None, "repair": "auto"}
 
 
 def _given(defaults: Mapping[str, Any], **options: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class OTFusion(FusionStrategy):
         example_inputs: Any,
         *,
         matching: Matching = DEFAULT_MATCHING,
-        combine: str | Rule = "mean",
+        combine: str | Rule = "auto",
         calibration: Any = None,
         repair: Repair = "auto",
         **arguments: Unpack[StrategyArguments],
@@ -121,7 +121,7 @@ class CLAFusion(FusionStrategy):
         *,
         layers: LayerMatching = DEFAULT_LAYERS,
         matching: Matching = DEFAULT_MATCHING,
-        combine: str | Rule = "mean",
+        combine: str | Rule = "auto",
         calibration: Any = None,
         repair: Repair = "auto",
         **arguments: Unpack[StrategyArguments],

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from flwr_fusion.client import CLASS_MOMENTS_RECORD, SAFETENSORS_KEY, STATISTICS_RECORD
-from flwr_fusion.errors import FusionError
+from flwr_fusion.errors import check_number, check_positive
 from flwr_fusion.statistics.classes import ClassMoments, unpack_classes
 from flwr_fusion.statistics.moments import LayerStatistics, Statistics
 from flwr_fusion.statistics.wire import unpack
@@ -61,10 +61,10 @@ class Validation:
     max_update: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_examples is not None and not 0 < self.max_examples < math.inf:
-            raise FusionError(f"max_examples must be positive, not {self.max_examples!r}")
-        if self.max_update is not None and not 1 <= self.max_update < math.inf:
-            raise FusionError(f"max_update must be at least 1, not {self.max_update!r}")
+        if self.max_examples is not None:
+            check_positive("max_examples", self.max_examples)
+        if self.max_update is not None:
+            check_number("max_update", self.max_update, 1)
 
 
 @dataclass(frozen=True)

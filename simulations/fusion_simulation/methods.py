@@ -52,7 +52,7 @@ def fusion_methods(
     methods = {}
     if len(settings.architectures) == 1:
         reference = next(iter(sent.values()), None)
-        by_the_mean = ConfiguredMethod(ff.ot_fusion, {"repair": settings.repair})
+        by_the_mean = ConfiguredMethod(ff.ot_fusion, {"combine": "mean", "repair": settings.repair})
         context = {"example_inputs": example_inputs, "reference": reference}
         methods[AVERAGES.get(settings.strategy, AVERAGE)] = averaged(clients)
         methods[BY_THE_MEAN] = fused_by(by_the_mean, clients, **context)
@@ -119,5 +119,5 @@ def own_name(settings: Settings, method: ConfiguredMethod, architecture: str) ->
     if settings.strategy == "nt":
         return "Neuron Transplantation"
     name = "OT fusion" if settings.strategy == "ot" else f"CLA fusion to {architecture}"
-    rule = method.options.get("combine", "mean")
+    rule = method.options.get("combine", "auto")
     return f"{name} by the mean" if rule == "mean" else f"{name}, {rule}"
