@@ -61,6 +61,14 @@ def test_statistics_do_not_pass_by_a_wrapper(flower_log: pytest.LogCaptureFixtur
     assert "with-statistics" not in result.train_metrics_clientapp[1]
 
 
+def test_under_a_wrapper_auto_is_the_mean_and_heads_are_refused() -> None:
+    strategy = OTFusion(shallow(), INPUTS)
+    start(fixed(strategy, 0.1))
+    assert not any(report.details for report in strategy.reports.values())
+    with pytest.raises(ff.FusionError, match="class moments would pass by"):
+        start(fixed(OTFusion(shallow(), INPUTS, head="serve"), 0.1))
+
+
 def test_local_noise_goes_with_every_rule() -> None:
     app = plain_app()
     private = type(app)(mods=[LocalDpMod(5.0, 0.01, 10.0, 1e-5)])
