@@ -105,7 +105,7 @@ def attach_class_moments(
     ----------
     reply : Message
         The reply to an evaluation message; the record is added to its content. Its number of
-        examples weighs the client.
+        examples weighs the client, as it does in the metrics.
     model : nn.Module
         The network with the weights that came with the message.
     loader : iterable of batches
@@ -124,7 +124,7 @@ def attach_class_moments(
     Raises
     ------
     FusionError
-        If the moments cannot be measured.
+        If the moments cannot be measured, or no class has enough samples.
 
     Examples
     --------

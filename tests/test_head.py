@@ -168,7 +168,8 @@ def test_soft_head_is_the_minimum_of_its_bound() -> None:
     gaps = z - means[y]
     within = gaps.T @ gaps / len(y)
     covariance = within + 0.1 * within.diagonal().mean() * torch.eye(WIDTH)
-    pull = 0.05 * float((shares * means.square().sum(1)).sum()) / WIDTH
+    spread_of_means = (means - shares.double() @ means).square().sum(1)
+    pull = 0.05 * float((shares * spread_of_means).sum()) / WIDTH
 
     def written_out(w: Tensor, b: Tensor) -> Tensor:
         total = pull * (w - before.double()).square().sum()
@@ -200,12 +201,15 @@ def test_heads_bring_back_what_a_spoilt_last_layer_has_lost() -> None:
             assert name.startswith("2.") or torch.equal(tensor, model.state_dict()[name])
 
 
-def test_classes_without_samples_are_not_answered() -> None:
+def test_classes_without_samples_are_not_answered_by_lda_and_kept_by_the_soft_head() -> None:
     model, (x, y) = network(), data(classes=2)
     moments = ff.statistics.class_moments(model, [(x, y)])
-    for kind in ("lda", "soft"):
-        calibrated = ff.calibrated_head(model, moments, kind)
-        assert set(calibrated(data()[0]).argmax(1).tolist()) <= {0, 1}
+    calibrated = ff.calibrated_head(model, moments, "lda")
+    assert set(calibrated(data()[0]).argmax(1).tolist()) <= {0, 1}
+    soft = ff.calibrated_head(model, moments, "soft").state_dict()
+    for name in ("2.weight", "2.bias"):
+        assert torch.equal(soft[name][2:], model.state_dict()[name][2:])
+        assert not torch.equal(soft[name][:2], model.state_dict()[name][:2])
 
 
 def test_largest_norm_scales_both() -> None:
@@ -258,7 +262,8 @@ class Twice(nn.Module):
     [
         (nn.Sequential(nn.Linear(6, CLASSES), nn.Softmax(1)), "output of 0 linear layers"),
         (nn.Sequential(nn.Linear(6, CLASSES, bias=False)), "has no bias"),
-        (Twice(), "many outputs for a sample"),
+        (Twice(), "output of 0 linear layers"),
+        (nn.Sequential(nn.Linear(6, CLASSES), nn.ReLU(inplace=True)), "output of 0 linear layers"),
     ],
 )
 def test_other_last_layers_are_refused(model: nn.Module, reason: str) -> None:
@@ -421,6 +426,17 @@ BAD: dict[str, Callable[[RecordDict], None]] = {
     "missing": lambda content: changed(content, lambda tensors: tensors.popitem() and None),
     "no bytes": replaced({"x": 1}),
     "garbage": replaced({SAFETENSORS_KEY: b"garbage"}),
+    "a billion samples": lambda content: changed(
+        content,
+        lambda tensors: tensors.update({name: 1e6 * t for name, t in tensors.items()}),
+    ),
+    "large features": lambda content: changed(
+        content,
+        lambda tensors: tensors.update(
+            {"4.sums": 100 * tensors["4.sums"], "4.second": 1e4 * tensors["4.second"]}
+        ),
+    ),
+    "hardly a sample": multiplied("4.counts", 1e-6),
     "a billion examples": lambda c: c.metric_records["metrics"].update({"num-examples": 10**9}),
 }
 
@@ -444,8 +460,8 @@ def test_bad_class_moments_are_named_and_left_out(name: str, head: Any) -> None:
 
 
 def test_a_class_is_kept_whose_client_is_silent_for_a_round() -> None:
-    def highest_bias(since: int) -> float:
-        """Return the bias of the classes whose client is silent from a round on."""
+    def keeps_the_fused_rows(since: int) -> bool:
+        """Return whether the classes of a client that falls silent have the fused head's rows."""
         replies = [0]
 
         def spoil(partition: int, content: RecordDict) -> None:
@@ -457,9 +473,13 @@ def test_a_class_is_kept_whose_client_is_silent_for_a_round() -> None:
         # Of the labels of others clients have hardly any, and do not tell of them.
         result, _ = run_digits(strategy, head_app(spoil, least_count=30), rounds=2)
         assert result.evaluate_metrics_clientapp[2]["with-class-moments"] == NODES - 1
-        return float(result.arrays["4.bias"].numpy()[[2, 6]].max())
+        served, fused = (
+            arrays["4.bias"].numpy()[[2, 6]] for arrays in (result.arrays, strategy.arrays["model"])
+        )
+        return np.array_equal(served, fused)
 
-    assert highest_bias(since=1) > highest_bias(since=0) + 5
+    assert keeps_the_fused_rows(since=0)
+    assert not keeps_the_fused_rows(since=1)
 
 
 @pytest.mark.parametrize("head", ["serve", "send"])
@@ -521,6 +541,76 @@ def test_networks_without_a_last_layer_are_refused_before_training() -> None:
     model = nn.Sequential(nn.Linear(64, 10), nn.Softmax(1))
     with pytest.raises(ff.FusionError, match="ends with one linear layer"):
         OTFusion(model, DIGIT, head="serve")
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_round_that_is_kept_keeps_the_sent_head(evaluated: bool) -> None:
+    """Nobody's training arrives in round 2, and perhaps nobody evaluates either."""
+    models: list[ArrayRecord] = []
+    app = head_app()
+
+    def lost(partition: int, reply: Message) -> list[Message]:
+        return [] if models[1:] else [reply]
+
+    def spoil(partition: int, content: RecordDict) -> None:
+        if models[1:] and not evaluated:
+            raise RuntimeError("no evaluation")
+
+    def keep(server_round: int, arrays: ArrayRecord) -> None:
+        models.append(arrays)
+
+    strategy = OTFusion(digits_network(), DIGIT, head="send")
+    grid = InProcessGrid(head_app(spoil) if not evaluated else app, NODES, mutate=lost)
+    result = strategy.start(
+        grid,
+        record(digits_network()),
+        num_rounds=2,
+        evaluate_fn=keep,
+    )
+    body = [name for name in result.arrays if not name.startswith("4.")]
+    for name in body:
+        assert np.array_equal(models[2][name].numpy(), models[1][name].numpy())
+    difference = largest_difference(models[2], models[1])
+    assert difference < (0.5 if evaluated else 1e-9)
+    averaged = accuracy(load(digits_network(), models[2]), IMAGES[TEST], LABELS[TEST])
+    before = accuracy(load(digits_network(), models[1]), IMAGES[TEST], LABELS[TEST])
+    assert averaged >= before - 0.05
+
+
+def test_other_initial_arrays_begin_without_a_head() -> None:
+    strategy = OTFusion(digits_network(), DIGIT, head="serve")
+    run_digits(strategy, head_app(), rounds=1)
+    _, models = run_digits(strategy, head_app(), rounds=1)
+    assert largest_difference(models[0], record(digits_network())) == 0
+
+
+def test_served_arrays_keep_their_order_when_resumed(tmp_path: Path) -> None:
+    def strategy(resume: bool) -> OTFusion:
+        return OTFusion(
+            digits_network(), DIGIT, head="serve", checkpoint_dir=tmp_path, resume=resume
+        )
+
+    before, _ = run_digits(strategy(False), head_app(), rounds=1)
+    after, _ = run_digits(strategy(True), head_app(), rounds=1)
+    assert list(before.arrays) == list(after.arrays)
+    assert largest_difference(before.arrays, after.arrays) == 0
+
+
+def test_noise_hides_which_classes_there_are() -> None:
+    model, (x, y) = network(), data(classes=2)
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"clip": 1.0, "noise": 20.0, "generator": generator}
+    noisy = [ff.statistics.class_moments(model, [(x, y)], **options) for _ in range(20)]
+    assert 3 < sum(bool(moments.counts[3] > 0) for moments in noisy) < 17
+
+
+def test_samples_are_taken_from_all_batches() -> None:
+    model, (x, y) = network(), data(400)
+    order = y.argsort()
+    batches = [(x[batch], y[batch]) for batch in torch.split(order, 20)]
+    found = ff.statistics.class_moments(model, batches, samples=240)
+    assert found.samples == 240
+    assert bool((found.counts > 30).all())
 
 
 def test_arrays_are_not_shared_between_what_is_served_and_sent() -> None:

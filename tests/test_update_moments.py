@@ -273,6 +273,6 @@ def test_clients_of_one_distribution_are_averaged_and_skewed_ones_are_not() -> N
 
 
 def test_the_last_layer_without_a_bias_is_told_by_its_weight() -> None:
-    for bias, expected in ((True, "2.bias"), (False, "2.weight")):
-        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, bias=bias))
-        assert last_tensor(model.state_dict()) == expected
+    for outputs, bias, expected in ((5, True, "bias"), (5, False, "weight"), (2, True, "weight")):
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, outputs, bias=bias))
+        assert last_tensor(model.state_dict()) == f"2.{expected}"

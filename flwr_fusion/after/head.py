@@ -34,7 +34,7 @@ def calibrated_head(
     class_moments: ClassMoments | Sequence[ClassMoments],
     kind: Kind = "lda",
     *,
-    ridge: float = 0.01,
+    ridge: float = 0.03,
     largest_norm: float | None = None,
 ) -> nn.Module:
     """Return a network with a new last layer, computed from class moments of its features.
@@ -45,9 +45,9 @@ def calibrated_head(
     * "lda", linear discriminant analysis: ``W = mu S^-1``, ``b_c = -W_c mu_c / 2 + log pi_c``.
     * "soft": from the network's own ``W_0`` the minimum over W and b of
       ``sum_c pi_c log sum_j exp((w_j - w_c) mu_c + b_j - b_c + (w_j - w_c)^T S (w_j - w_c) / 2)
-      + ridge (sum_c pi_c |mu_c|^2 / d) |W - W_0|^2``, an upper bound of the mean cross entropy of
-      Gaussian features, which is convex. Its probabilities are as sure as they should be, where
-      those of LDA are far too sure.
+      + ridge (sum_c pi_c |mu_c - mu|^2 / d) |W - W_0|^2`` with the mean mu of all: but for the
+      last term an upper bound of the mean cross entropy of Gaussian features. It is convex. Its
+      probabilities are as sure as they should be, where those of LDA are far too sure.
 
     Parameters
     ----------
@@ -66,7 +66,8 @@ def calibrated_head(
     Returns
     -------
     nn.Module
-        A new network. The logits of a class without samples are very low.
+        A new network. A class without samples keeps its weights and bias; by LDA its logits are
+        very low. Both are scaled, too, where `largest_norm` scales.
 
     Raises
     ------
@@ -103,15 +104,14 @@ def calibrated_head(
             f"the class moments are of a layer '{moments.layer}' with "
             f"{tuple(moments.sums.shape)} classes and inputs, which the network does not have"
         )
-    weight, bias = (state[key].double().cpu() for key in keys)
+    weight, bias = (state[key].cpu().double() for key in keys)
     needed = _SAMPLES_PER_FEATURE * weight.shape[1]
     if moments.samples < needed:
         raise FusionError(
             f"{moments.samples:.0f} samples are too few for {weight.shape[1]} features: at least "
             f"{needed} are needed"
         )
-    layer = _lda(moments) if kind == "lda" else _soft(moments, weight, bias, ridge)
-    new_weight, new_bias = _without_unseen(moments, *layer)
+    new_weight, new_bias = _lda(moments) if kind == "lda" else _soft(moments, weight, bias, ridge)
     scale = 1.0
     if largest_norm is not None:
         scale = min(1.0, largest_norm / max(float(new_weight.norm()), 1e-30))
@@ -144,8 +144,15 @@ def _distribution(moments: ClassMoments) -> tuple[Tensor, Tensor, Tensor]:
 def _lda(moments: ClassMoments) -> tuple[Tensor, Tensor]:
     shares, means, covariance = _distribution(moments)
     # W = mu S^-1, b_c = -W_c mu_c / 2 + log pi_c.
-    weight = torch.cholesky_solve(means.T, torch.linalg.cholesky(covariance)).T
-    return weight, shares.clamp(min=1e-300).log() - (weight * means).sum(1) / 2
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if bool(failed):
+        raise FusionError("the features hardly vary within the classes: there is no LDA of them")
+    weight = torch.cholesky_solve(means.T, factor).T
+    bias = shares.clamp(min=1e-300).log() - (weight * means).sum(1) / 2
+    seen = shares > 0
+    # Of a class without samples: the mean of the other classes' rows, at odds of one to a million.
+    weight[~seen], bias[~seen] = weight[seen].mean(0), bias[seen].mean() + _UNSEEN
+    return weight, bias
 
 
 def _bound(
@@ -153,13 +160,12 @@ def _bound(
 ) -> Tensor:
     """Return an upper bound of the mean cross entropy of Gaussian classes."""
     seen = shares > 0
-    w, b, mu = weight[seen], bias[seen], means[seen]
-    logits = mu @ w.T + b
-    products = w @ covariance @ w.T
+    logits = means[seen] @ weight.T + bias
+    products = weight @ covariance @ weight.T
     squares = products.diagonal()
     # (w_j - w_c)^T S (w_j - w_c) for class c in row c.
-    spread = squares.unsqueeze(0) + squares.unsqueeze(1) - 2 * products
-    exponents = logits - logits.diagonal().unsqueeze(1) + spread / 2
+    spread = squares.unsqueeze(0) + squares[seen].unsqueeze(1) - 2 * products[seen]
+    exponents = logits - logits[:, seen].diagonal().unsqueeze(1) + spread / 2
     return (shares[seen] * exponents.logsumexp(1)).sum()
 
 
@@ -167,30 +173,27 @@ def _soft(
     moments: ClassMoments, weight: Tensor, bias: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor]:
     shares, means, covariance = _distribution(moments)
-    pull = ridge * (shares * means.square().sum(1)).sum() / means.shape[1]
-    w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    seen = shares > 0
+    # By how far the classes' means are apart: near where the features hardly tell them apart yet,
+    # the layer is free, and held the more, the better they do.
+    gaps = means - shares @ means
+    pull = ridge * (shares * gaps.square().sum(1)).sum() / means.shape[1]
+    w, b = weight[seen].requires_grad_(), bias[seen].requires_grad_()
     optimizer = torch.optim.LBFGS(
         [w, b], max_iter=_STEPS, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
     )
 
+    def layer() -> tuple[Tensor, Tensor]:
+        return weight.index_put((seen,), w), bias.index_put((seen,), b)
+
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = _bound(shares, means, covariance, w, b) + pull * (w - weight).square().sum()
+        distance = (w - weight[seen]).square().sum()
+        value = _bound(shares, means, covariance, *layer()) + pull * distance
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return w.detach(), b.detach()
-
-
-def _without_unseen(moments: ClassMoments, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a layer in which classes without samples have logits below all others'."""
-    unseen = moments.counts == 0
-    if not bool(unseen.any()):
-        return weight, bias
-    # The mean of the other classes' rows, at odds of one to a million.
-    weight, bias = weight.clone(), bias.clone()
-    weight[unseen] = weight[~unseen].mean(0)
-    bias[unseen] = bias[~unseen].mean() + _UNSEEN
-    return weight, bias
+    new_weight, new_bias = layer()
+    return new_weight.detach(), new_bias.detach()

@@ -83,9 +83,11 @@ class LeastSquares:
 
     def __post_init__(self) -> None:
         check_option("moments", self.moments, MOMENTS)
-        for name in ("shrinkage", "strength", "weight_exponent"):
-            if getattr(self, name) not in (None, "auto"):
-                check_number(name, getattr(self, name), 0, 1)
+        check_number("shrinkage", self.shrinkage, 0, 1)
+        if self.strength != "auto":
+            check_number("strength", self.strength, 0, 1)
+        if self.weight_exponent is not None:
+            check_number("weight_exponent", self.weight_exponent, 0, 1)
         check_number("ridge", self.ridge, 0)
         if self.bound is not None and self.bound not in BOUNDS:
             raise FusionError(f"bound must be one of {BOUNDS} or None, not {self.bound!r}")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _MOST_INPUTS = 4608
 # Clients whose last layers agree more than this differ by noise alone, which the mean takes out.
 _AGREEMENT_OF_NOISE = 0.2
+# Changes of fewer values agree or contradict by chance.
+_FEWEST_OUTPUTS = 4
 
 
 @dataclass(frozen=True)
@@ -203,11 +205,14 @@ def strength_of(agreement: float) -> float:
 
 
 def last_tensor(target: Mapping[str, Tensor]) -> str:
-    """Return the key of the last layer's bias, or of its weight if it has none."""
+    """Return the key of the last layer's bias, or of its weight if it has none or a tiny one.
+
+    The last layer is the one that is registered last.
+    """
     weights = [name for name, t in target.items() if t.is_floating_point() and t.dim() > 1]
     last = weights[-1] if weights else next(iter(target))
     bias = key_of(module_of(last), "bias")
-    return bias if bias in target else last
+    return bias if bias in target and len(target[bias]) >= _FEWEST_OUTPUTS else last
 
 
 def by_update_moments(
@@ -251,5 +256,7 @@ def by_update_moments(
 def _mapped(tensor: Tensor, name: str, client: Client, maps: Maps) -> tuple[Tensor, Tensor]:
     """Return a client's tensor in the fused channels, and which of its values it has."""
     value = map_tensor(tensor, name, client.correspondence, maps).float()
+    if value.shape == tensor.shape:
+        return value, torch.ones_like(value)  # Of as many channels each has its place.
     ones = torch.ones_like(tensor, dtype=torch.float32)
     return value, (map_tensor(ones, name, client.correspondence, maps) > 0).float()

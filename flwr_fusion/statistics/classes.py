@@ -19,7 +19,7 @@ from flwr_fusion.observe import evaluation_mode, output_of, watch
 from flwr_fusion.statistics.moments import (
     check_clipping,
     clipped,
-    enough,
+    evenly,
     nearest_positive,
     with_noise,
     with_symmetric_noise,
@@ -86,7 +86,8 @@ def class_moments(
     sample's features: `least_count` leaves out rare classes. With `clip` every vector of inputs is
     scaled down to this norm, and replacing one sample changes the counts by at most ``sqrt(2)``,
     the sums by ``2 clip`` and the second moments by ``sqrt(2) clip**2`` (Euclidean); Gaussian noise
-    of ``noise`` times these is the Gaussian mechanism for each of the tensors.
+    of ``noise`` times these is the Gaussian mechanism for each of the tensors. Noise comes first:
+    which classes are rare is then decided by the noisy counts, and at least by one sample.
 
     Parameters
     ----------
@@ -135,12 +136,13 @@ def class_moments(
     check_clipping(clip, noise)
     check_count("least_count", least_count)
     sums: ClassMoments | None = None
-    for batch in enough(labelled_batches, samples):
+    for batch in evenly(labelled_batches, samples):
         inputs, labels = _parts(batch)
         layer, features = last_layer(model, inputs)
         head = model.get_submodule(layer)
         assert isinstance(head, nn.Linear)
-        part = _sums_of(layer, clipped(features, clip), labels, head.out_features)
+        # Not every device has double precision.
+        part = _sums_of(layer, clipped(features.cpu().double(), clip), labels, head.out_features)
         sums = part if sums is None else added([sums, part])
     if sums is None:
         raise FusionError("there are no labelled batches to measure class moments on")
@@ -155,26 +157,32 @@ def last_layer(model: nn.Module, inputs: Any) -> tuple[str, Tensor]:
     FusionError
         If there is none, it has no bias, or it gives more than one vector for a sample.
     """
-    calls: list[tuple[str, Tensor, Tensor]] = []
+    calls: list[tuple[nn.Linear, Tensor]] = []
     names: dict[nn.Module, str] = {
         module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
 
     def see(module: nn.Module, given: Tensor, output: Tensor) -> None:
-        calls.append((names[module], given.detach(), output.detach()))
+        if isinstance(module, nn.Linear) and given.dim() == 2:
+            calls.append((module, given.detach()))
 
     with watch(names, see), evaluation_mode(model), torch.no_grad():
         logits = output_of(model, inputs, "the network", "labelled inputs")
     refused = "a calibrated head needs a network that ends with one linear layer with a bias: "
     if not isinstance(logits, Tensor):
         raise FusionError(f"{refused}this one returns {type(logits).__name__}")
-    last = [call for call in calls if call[2].shape == logits.shape and call[2].equal(logits)]
+    with torch.no_grad():  # Computed again: what follows a layer may have worked in place.
+        last = [
+            (module, given)
+            for module, given in calls
+            if logits.shape == (len(given), module.out_features)
+            and torch.allclose(module(given), logits, rtol=1e-3, atol=1e-5, equal_nan=True)
+        ]
     if len(last) != 1:
         raise FusionError(f"{refused}the output of {len(last)} linear layers is the network's")
-    name, features, _ = last[0]
-    keys = {key_of(name, "weight"), key_of(name, "bias")}
-    if features.dim() != 2 or not keys <= model.state_dict().keys():
-        raise FusionError(f"{refused}layer '{name}' has no bias, or many outputs for a sample")
+    (module, features), name = last[0], names[last[0][0]]
+    if module.bias is None or key_of(name, "weight") not in model.state_dict():
+        raise FusionError(f"{refused}layer '{name}' has no bias, or no weight of its own")
     return name, features
 
 
@@ -206,7 +214,9 @@ def with_absent(now: ClassMoments, before: ClassMoments) -> ClassMoments:
     Their samples are taken to vary about their means as the others do now.
     """
     absent = (now.counts == 0) & (before.counts > 0)
-    counts, sums = before.counts * absent, before.sums * absent.unsqueeze(1)
+    # As many samples as if the earlier round had had no more than this one.
+    share = min(1.0, now.samples / before.samples)
+    counts, sums = share * before.counts * absent, share * before.sums * absent.unsqueeze(1)
     means = sums / counts.clamp(min=1e-12).unsqueeze(1)
     covariance = now.within() / now.samples
     second = now.second + means.T @ sums + counts.sum() * covariance
@@ -280,9 +290,8 @@ def _parts(batch: Any) -> tuple[Any, Tensor]:
 def _sums_of(layer: str, features: Tensor, labels: Tensor, classes: int) -> ClassMoments:
     if len(labels) != len(features) or bool(((labels < 0) | (labels >= classes)).any()):
         raise FusionError(f"labels must be from 0 to {classes - 1}, one for each sample")
-    x = features.double()
-    chosen = nn.functional.one_hot(labels.to(x.device).long(), classes).to(x)
-    return ClassMoments(chosen.sum(0).cpu(), (chosen.T @ x).cpu(), (x.T @ x).cpu(), layer)
+    chosen = nn.functional.one_hot(labels.cpu().long(), classes).to(features)
+    return ClassMoments(chosen.sum(0), chosen.T @ features, features.T @ features, layer)
 
 
 def _released(
@@ -293,20 +302,22 @@ def _released(
     generator: torch.Generator | None,
 ) -> ClassMoments:
     """Return what a client tells: without rare classes, with noise where it is asked for."""
-    rare = moments.counts < least_count
-    means = moments.sums / moments.counts.clamp(min=1).unsqueeze(1)
-    # The samples of a rare class leave the second moments as its mean; their scatter cannot be
-    # told from the others'.
-    second = moments.second - means[rare].T @ moments.sums[rare]
-    counts, sums = moments.counts.masked_fill(rare, 0), moments.sums.masked_fill(rare[:, None], 0)
+    counts, sums, second = moments.counts, moments.sums, moments.second
     if noise and clip is not None:
-        counts = with_noise(counts, 2**0.5 * noise, generator).clamp(min=0) * ~rare
-        sums = with_noise(sums, 2 * noise * clip, generator) * (counts > 0).unsqueeze(1)
+        counts = with_noise(counts, 2**0.5 * noise, generator)
+        sums = with_noise(sums, 2 * noise * clip, generator)
         second = with_symmetric_noise(second[None], 2**0.5 * noise * clip**2, generator)[0]
-        drawn = ClassMoments(counts, sums, second, moments.layer)
+    rare = counts < max(least_count, 1)
+    if not noise:
+        # The samples of a rare class leave the second moments as its mean; their scatter cannot be
+        # told from the others'.
+        second = second - (sums[rare] / counts[rare].clamp(min=1).unsqueeze(1)).T @ sums[rare]
+    counts, sums = counts.masked_fill(rare, 0), sums.masked_fill(rare[:, None], 0)
+    if noise:
         # What noise has made impossible would be refused.
-        second = second - drawn.within() + nearest_positive(drawn.within()[None])[0]
+        within = ClassMoments(counts, sums, second, moments.layer).within()
+        second = second - within + nearest_positive(within[None])[0]
     released = ClassMoments(counts.float(), sums.float(), second.float(), moments.layer)
     if not released.samples > 0:
-        raise FusionError(f"no class has {least_count} samples: there are no class moments to tell")
+        raise FusionError(f"no class has {max(least_count, 1)} samples: there is nothing to tell")
     return released

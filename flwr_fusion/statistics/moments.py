@@ -16,7 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.errors import FusionError, check_number, check_option, check_positive
+from flwr_fusion.errors import (
+    FusionError,
+    check_count,
+    check_number,
+    check_option,
+    check_positive,
+)
 from flwr_fusion.networks import key_of
 from flwr_fusion.observe import batch_size, run, watch
 
@@ -154,7 +160,7 @@ def input_moments(
         layers[module].add(inputs.detach(), output.detach())
 
     with watch(layers, see):
-        seen = run(model, enough(batches, samples), "the network", "inputs to measure moments on")
+        seen = run(model, evenly(batches, samples), "the network", "inputs to measure moments on")
     measured = {
         names[module]: accumulator.finish(seen, noise, generator)
         for module, accumulator in layers.items()
@@ -425,19 +431,20 @@ def _spread(rows: Tensor, axis: int, most: int = _ROWS_PER_SAMPLE) -> Tensor:
     return rows.index_select(axis, index)
 
 
-def enough(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
+def evenly(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
     """Yield batches until there are enough samples, evenly from all of a sized iterable."""
     if isinstance(batches, Tensor):
         raise FusionError("batches must be an iterable of batches, not one tensor: give [tensor]")
     if samples is None:
         yield from batches
         return
-    stride, seen = 1, 0
+    check_count("samples", samples)
+    total, needed, seen = length_hint(batches), 0, 0
     for n, batch in enumerate(batches):
         size = batch_size(batch)
-        if n == 0:
-            stride = max(1, length_hint(batches) * size // max(samples, 1))
-        if n % stride:
+        needed = needed or -(-samples // max(size, 1))
+        # Of all batches the first in every one of as many equal parts as are needed.
+        if n and needed < total and n * needed // total == (n - 1) * needed // total:
             continue
         yield batch
         seen += size

@@ -157,11 +157,16 @@ def _checked(checkpoint: Checkpoint, name: str, model: nn.Module) -> ArrayRecord
             f"the checkpoint of round {checkpoint.server_round} holds {sorted(checkpoint.arrays)}, "
             f"not {name!r}: it is of another strategy or other architectures"
         )
-    arrays, template = checkpoint.arrays[name], model.state_dict()
+    return checked_arrays(checkpoint.arrays[name], model, checkpoint.server_round)
+
+
+def checked_arrays(arrays: ArrayRecord, model: nn.Module, server_round: int) -> ArrayRecord:
+    """Return arrays of a checkpoint in the order of their model; refuse another network's."""
+    template = model.state_dict()
     try:
         check_arrays(arrays, template)
     except RejectedReply as error:
         raise FusionError(
-            f"the checkpoint of round {checkpoint.server_round} is of another network: {error}"
+            f"the checkpoint of round {server_round} is of another network: {error}"
         ) from error
     return ArrayRecord({key: arrays[key] for key in template})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from statistics import median
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from flwr_fusion.statistics.classes import (
 )
 from flwr_fusion.strategy.array_checks import arrays_of, state_of
 from flwr_fusion.strategy.checkpoint import Checkpoint
-from flwr_fusion.strategy.global_models import GlobalModels, usable_arrays
+from flwr_fusion.strategy.global_models import GlobalModels, checked_arrays, usable_arrays
 from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection
 from flwr_fusion.strategy.replies import Answer, Update, read_class_moments
 
@@ -34,12 +34,14 @@ Head = Literal["serve", "send"]
 HEADS = ("serve", "send")
 SERVED = "served"
 CLASS_MOMENTS = "class-moments"
+NORMS = "head_norms"
 # Clients train best from a head that is near the fused one.
-RIDGES = {"serve": 0.01, "send": 0.1}
-# Of the median number of examples: a client counts as having at most so many ...
+RIDGES = {"serve": 0.03, "send": 0.3}
+# A client counts as having at most so many times the examples of the median client.
 _LARGEST_SHARE = 10
-# ... and one that claims so many is not believed, where there are three.
-_IMPLAUSIBLE_SHARE = 100
+# Where there are three clients, one is not believed whose number of examples or of samples is so
+# many times the median, or whose features are so many times as large: all ran the same network.
+_IMPLAUSIBLE = {"examples": 100.0, "samples": 100.0, "mean square of its features": 10.0}
 
 
 class CalibratedHeads:
@@ -74,12 +76,20 @@ class CalibratedHeads:
         self.use = use
         self._models = models
         self._layers = {
-            name: last_layer(model, example_inputs)[0]
+            name: _last_layer(name, model, example_inputs)
             for name, model in models.architectures.items()
         }
         self._moments: dict[str, ClassMoments] = {}
         self._norms: dict[str, float] = {}
         self.served: dict[str, ArrayRecord] = {}
+
+    def forget(self) -> None:
+        """Begin again: nothing is known of the features of other initial arrays."""
+        self.served, self._moments, self._norms = {}, {}, {}
+
+    def replaced(self, names: Iterable[str]) -> None:
+        """Serve no earlier head of models that have been fused anew."""
+        self.served = {n: arrays for n, arrays in self.served.items() if n not in set(names)}
 
     def note_norms(self, updates: Sequence[Update], name_of: Callable[[int], str]) -> None:
         """Remember the clients' mean norm of their last layers, which the next must not exceed."""
@@ -113,7 +123,6 @@ class CalibratedHeads:
             How many clients' class moments were used, and why others were not.
         """
         gathered, rejections = self._gathered(answers, weights, name_of)
-        self.served = {}
         if not gathered:
             text = "round %s: no class moments came, the fused head stays; see flwr_fusion.client"
             log(WARNING, text, server_round)
@@ -132,14 +141,30 @@ class CalibratedHeads:
         }
         return {SERVED: dict(self.served), CLASS_MOMENTS: moments}
 
+    def norms(self) -> dict[str, float]:
+        """Return the clients' mean norms of their last layers, by architecture."""
+        return dict(self._norms)
+
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from what `kept` has kept; from none, where the run had no calibrated head."""
-        self.served = dict(checkpoint.beside.get(SERVED, {}))
-        self._moments = {}
+        """Go on from what `kept` and `norms` have kept; from none, if there was no head before."""
+        self.forget()
+        for name, arrays in checkpoint.beside.get(SERVED, {}).items():
+            network = self._known(checkpoint, name)
+            self.served[name] = checked_arrays(arrays, network, checkpoint.server_round)
         for name, arrays in checkpoint.beside.get(CLASS_MOMENTS, {}).items():
+            network, layer = self._known(checkpoint, name), self._layers[name]
             packed = {key: torch.from_numpy(array.numpy()) for key, array in arrays.items()}
-            network = self._models.architectures[name]
-            self._moments[name] = unpack_classes(packed, network, self._layers[name])
+            self._moments[name] = unpack_classes(packed, network, layer)
+        norms = checkpoint.details.get(NORMS, {})
+        self._norms = {name: float(norms[name]) for name in norms if name in self._layers}
+
+    def _known(self, checkpoint: Checkpoint, name: str) -> nn.Module:
+        if name not in self._models.architectures:
+            raise FusionError(
+                f"the checkpoint of round {checkpoint.server_round} has a head of architecture "
+                f"{name!r}: it is of another strategy"
+            )
+        return self._models.architectures[name]
 
     def _gathered(
         self,
@@ -148,20 +173,25 @@ class CalibratedHeads:
         name_of: Callable[[int], str],
     ) -> tuple[dict[str, list[tuple[float, ClassMoments]]], list[Rejection]]:
         """Return weights and class moments by architecture, and why others are left out."""
-        usual = median(weights.values()) if weights else 0.0
-        gathered: dict[str, list[tuple[float, ClassMoments]]] = {}
+        read: dict[str, dict[int, ClassMoments]] = {}
         rejections = []
         for answer in answers:
-            name, weight = name_of(answer.node_id), weights[answer.node_id]
+            name = name_of(answer.node_id)
             network = self._models.architectures[name]
             try:
                 moments = read_class_moments(answer.content, network, self._layers[name])
-                if moments is not None:
-                    _check_weight(weight, usual, len(weights))
-                    limited = min(weight, _LARGEST_SHARE * usual)
-                    gathered.setdefault(name, []).append((limited, moments))
             except RejectedReply as reason:
                 rejections.append(Rejection(answer.node_id, reason.reason, str(reason)))
+                continue
+            if moments is not None:
+                read.setdefault(name, {})[answer.node_id] = moments
+        gathered = {}
+        for name, by_node in read.items():
+            odd = _implausible(by_node, weights)
+            rejections += [Rejection(n, Reason.CLASS_MOMENTS, text) for n, text in odd.items()]
+            believed = {node: m for node, m in by_node.items() if node not in odd}
+            most = _LARGEST_SHARE * median(weights[node] for node in believed)
+            gathered[name] = [(min(weights[node], most), m) for node, m in believed.items()]
         return gathered, rejections
 
     def _calibrate(self, name: str, parts: Sequence[tuple[float, ClassMoments]]) -> None:
@@ -189,10 +219,31 @@ class CalibratedHeads:
         log(INFO, "calibrated head of '%s' from %d clients", name, len(parts))
 
 
-def _check_weight(weight: float, usual: float, clients: int) -> None:
-    if clients > 2 and weight > _IMPLAUSIBLE_SHARE * usual:
-        raise RejectedReply(
-            Reason.CLASS_MOMENTS,
-            f"its class moments are left out: it claims {weight:g} examples, {weight / usual:.0f} "
-            "times as many as the median client",
-        )
+def _last_layer(name: str, model: nn.Module, example_inputs: Any) -> str:
+    try:
+        return last_layer(model, example_inputs)[0]
+    except FusionError as error:
+        raise FusionError(f"architecture {name!r}: {error}") from error
+
+
+def _implausible(
+    by_node: Mapping[int, ClassMoments], weights: Mapping[int, float]
+) -> dict[int, str]:
+    """Return why the class moments of some nodes are not believed, among three nodes or more."""
+    figures = {
+        "examples": {node: weights[node] for node in by_node},
+        "samples": {node: moments.samples for node, moments in by_node.items()},
+        "mean square of its features": {
+            node: float(m.second.diagonal().sum()) / m.samples for node, m in by_node.items()
+        },
+    }
+    odd: dict[int, str] = {}
+    for what, by_figure in figures.items() if len(by_node) > 2 else ():
+        usual = median(by_figure.values())
+        for node, figure in by_figure.items():
+            if figure > _IMPLAUSIBLE[what] * usual:
+                odd[node] = (
+                    f"its class moments are left out: {what} {figure:.3g}, the median client has "
+                    f"{usual:.3g}"
+                )
+    return odd

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from flwr_fusion.client import CLASS_MOMENTS_RECORD, SAFETENSORS_KEY, STATISTICS_RECORD
-from flwr_fusion.errors import check_number, check_positive
+from flwr_fusion.errors import FusionError, check_number, check_positive
 from flwr_fusion.statistics.classes import ClassMoments, unpack_classes
 from flwr_fusion.statistics.moments import LayerStatistics, Statistics
 from flwr_fusion.statistics.wire import unpack
@@ -292,7 +292,10 @@ def read_class_moments(content: RecordDict, model: nn.Module, layer: str) -> Cla
     if packed is None:
         return None
     with _rejecting(Reason.CLASS_MOMENTS, "class moments"):
-        return unpack_classes(packed, model, layer)
+        moments = unpack_classes(packed, model, layer)
+        if bool(((moments.counts > 0) & (moments.counts < 1 - 1e-6)).any()):
+            raise FusionError("a class has less than one sample")
+        return moments
 
 
 def _tensors(content: RecordDict, record: str, reason: Reason) -> dict[str, Tensor] | None:

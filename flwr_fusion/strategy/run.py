@@ -84,7 +84,8 @@ class Run(Strategy):
         """Aggregate, then write the checkpoint."""
         number = self._done + server_round
         arrays, metrics = self._strategy.aggregate_train(number, replies)
-        self._arrays = self._arrays if arrays is None else arrays
+        if arrays is not None:
+            self._arrays = self._strategy.arrays[self._strategy.architecture] = arrays
         self._keep(self._history.train_metrics_clientapp, number, metrics)
         if self._strategy.head is None:
             self._write(number)
@@ -93,8 +94,9 @@ class Run(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Configure the round of the true number."""
-        return self._strategy.configure_evaluate(self._done + server_round, arrays, config, grid)
+        """Configure the round of the true number, of the model that clients train from next."""
+        number = self._done + server_round
+        return self._strategy.configure_evaluate(number, self._arrays, config, grid)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

@@ -24,7 +24,7 @@ from flwr_fusion.strategy.arguments import StrategyArguments, fedavg_arguments
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
 from flwr_fusion.strategy.configured_method import ConfiguredMethod, FusionMethod, check_schedule
 from flwr_fusion.strategy.global_models import GlobalModels, load_arrays, named_architectures
-from flwr_fusion.strategy.heads import CalibratedHeads, Head
+from flwr_fusion.strategy.heads import NORMS, CalibratedHeads, Head
 from flwr_fusion.strategy.metrics import (
     aggregated_metrics,
     figures_of,
@@ -330,15 +330,22 @@ class FusionStrategy(FedAvg):
                     self._heads.restore(done)
             elif initial_arrays is not None:
                 self._models.start_from(initial_arrays)
+                if self._heads is not None:
+                    self._heads.forget()
                 self._aggregator.bring_up_to_date(self.method, self._models.architectures)
-            return run_of(self, self._checkpoints, done).rounds_of(
-                cast(Grid, PatientGrid(grid, Patience(timeout))),
-                self._models.arrays[self.architecture],
-                num_rounds,
-                evaluate_fn,
-                train_config=train_config,
-                evaluate_config=evaluate_config,
-            )
+            # Under a wrapper of Flower's, another strategy's start() runs the rounds.
+            self._runs_itself = True
+            try:
+                return run_of(self, self._checkpoints, done).rounds_of(
+                    cast(Grid, PatientGrid(grid, Patience(timeout))),
+                    self._models.arrays[self.architecture],
+                    num_rounds,
+                    evaluate_fn,
+                    train_config=train_config,
+                    evaluate_config=evaluate_config,
+                )
+            finally:
+                self._runs_itself = False
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -348,8 +355,7 @@ class FusionStrategy(FedAvg):
         From the second round on, a round for which too few nodes are connected in time is left
         out.
         """
-        # Under a wrapper of Flower's, another strategy's start() runs the rounds.
-        self._runs_itself = patience_of(grid) is not None
+        self._runs_itself = self._runs_itself or patience_of(grid) is not None
         if not self._runs_itself:
             check_own_start(self.method, self._aggregator, self._checkpoints, self.head)
         self._models.set_chosen(arrays, "the arrays to send")
@@ -412,6 +418,7 @@ class FusionStrategy(FedAvg):
             return None, round_metrics(counts)
         self._models.replace(fused)
         if self._heads is not None:
+            self._heads.replaced(fused)
             self._heads.note_norms(updates, self._nodes.name_of)
         report = reports[self.architecture]
         self.reports[server_round], self.architecture_reports[server_round] = report, reports
@@ -474,6 +481,7 @@ class FusionStrategy(FedAvg):
                 for r in self.rejections.get(server_round, [])
             ],
             "reports": {name: report.to_dict() for name, report in reports.items()},
+            NORMS: {} if self._heads is None else self._heads.norms(),
         }
 
     def _calibrated_heads(self, head: Head | None) -> CalibratedHeads | None:
