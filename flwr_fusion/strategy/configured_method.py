@@ -90,13 +90,16 @@ class ConfiguredMethod:
         kept = {name: value for name, value in self.options.items() if name not in names}
         return ConfiguredMethod(function, kept)
 
-    def by_the_mean_if_auto(self) -> ConfiguredMethod:
-        """Return the method with the mean in place of "auto".
+    @property
+    def is_auto(self) -> bool:
+        """Whether its rule is the one that takes what there is."""
+        return self.rule is RULES["auto"]
+
+    def by_the_mean(self) -> ConfiguredMethod:
+        """Return the method with the mean for a rule.
 
         Under a wrapper its noise covers what one client can do to a mean, and no other rule.
         """
-        if self.rule is not RULES["auto"]:
-            return self
         return ConfiguredMethod(self.function, {**self.options, "combine": "mean"})
 
     def to_try_out(self) -> ConfiguredMethod:

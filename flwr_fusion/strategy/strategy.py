@@ -392,7 +392,9 @@ class FusionStrategy(FedAvg):
             where clients attached statistics ``with-statistics``, the number of usable ones.
         """
         method = self.method_of_round(server_round)
-        method = method if self._runs_itself else method.by_the_mean_if_auto()
+        if not self._runs_itself and method.is_auto:
+            log(INFO, "rounds of another strategy's start(): combine='auto' is the mean")
+            method = method.by_the_mean()
         takes_statistics = method.takes("statistics")
         received = read_training(replies, self._expected(), with_statistics=takes_statistics)
         updates, rejections = received.updates, received.rejections

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, stdev
 
@@ -54,15 +54,12 @@ class Sweep:
     by_images : float
         Its weight by its number of images.
     accuracies : dict of str to tuple of float
-        For each method the accuracies; with several seeds their means.
-    deviations : dict of str to tuple of float
-        Their standard deviations, if there are several seeds.
+        For each method the accuracies.
     """
 
     weights: tuple[float, ...]
     by_images: float
     accuracies: dict[str, tuple[float, ...]]
-    deviations: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,12 +170,11 @@ class Comparison:
 
 
 def over_seeds(compared: Sequence[Compared]) -> Compared:
-    """Return means and standard deviations of comparisons with several seeds; one as it is."""
+    """Return means and deviations of the rows of several seeds, with the sweep of the first."""
     if len(compared) == 1:
         return compared[0]
-    sweeps = [one.sweep for one in compared if one.sweep is not None]
     rows = zip(*(one.rows for one in compared), strict=True)
-    return Compared([_mean_row(same) for same in rows], _mean_sweep(sweeps) if sweeps else None)
+    return Compared([_mean_row(same) for same in rows], compared[0].sweep)
 
 
 def _mean_row(rows: Sequence[Row]) -> Row:
@@ -186,15 +182,3 @@ def _mean_row(rows: Sequence[Row]) -> Row:
     of_label = [row.special_label_accuracy for row in rows]
     figures = fmean(accuracies), fmean(of_label), stdev(accuracies), stdev(of_label)
     return Row(rows[0].name, rows[0].weights, *figures)
-
-
-def _mean_sweep(sweeps: Sequence[Sweep]) -> Sweep:
-    def of_seeds(figure: Callable[[Sequence[float]], float], name: str) -> tuple[float, ...]:
-        return tuple(map(figure, zip(*(sweep.accuracies[name] for sweep in sweeps), strict=True)))
-
-    names = list(sweeps[0].accuracies)
-    return replace(
-        sweeps[0],
-        accuracies={name: of_seeds(fmean, name) for name in names},
-        deviations={name: of_seeds(stdev, name) for name in names},
-    )

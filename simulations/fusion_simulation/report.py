@@ -143,7 +143,7 @@ class Report:
         if len(self.seeds) > 1:
             text += (
                 f" Mean ± standard deviation of {len(self.seeds)} seeds, "
-                f"{self.seeds[0]} to {self.seeds[-1]}."
+                f"{self.seeds[0]} to {self.seeds[-1]}; the plot over weights is of the first."
             )
         return text
 
@@ -191,12 +191,6 @@ class Report:
             axes.plot(
                 sweep.weights, means, color=colour, marker=marker, linestyle=style, label=name
             )
-            if name in sweep.deviations:
-                spread = _percent(sweep.deviations[name])
-                low, high = (
-                    [m + s * d for m, d in zip(means, spread, strict=True)] for s in (-1, 1)
-                )
-                axes.fill_between(sweep.weights, low, high, color=colour, alpha=0.15, linewidth=0)
         for row, colour in zip(self.clients, (BLACK, GREY), strict=True):
             axes.axhline(100 * row.accuracy, color=colour, linestyle=":", label=f"{row.name} alone")
         axes.axvline(sweep.by_images, color=GREY, linewidth=1)
