@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -16,7 +17,7 @@ State = Mapping[str, Tensor]
 
 
 @dataclass
-class _ServerStep:
+class _ServerStep(ABC):
     """The mean of the clients, then a step from the model that was sent out."""
 
     needs_statistics: ClassVar[bool] = False
@@ -33,8 +34,9 @@ class _ServerStep:
         step = self._step(changes, fusion)
         return mean | {name: fusion.sent[name] + step[name] for name in step}
 
+    @abstractmethod
     def _step(self, changes: State, fusion: ff.Fusion) -> State:
-        raise NotImplementedError
+        """Return the step, given the mean's changes."""
 
 
 @dataclass

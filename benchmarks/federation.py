@@ -14,9 +14,11 @@ from fusion_simulation.task import Recipe, train
 from torch import nn
 
 from benchmarks.compared_methods import moments
+from flwr_fusion import calibrated_head
 from flwr_fusion.networks import key_of
 from flwr_fusion.statistics import ClassMoments, Statistics, class_moments
 from flwr_fusion.statistics.classes import scaled_to
+from flwr_fusion.strategy.heads import RIDGES
 
 SPECIAL_LABEL = 4
 HEAD_BATCH = 128
@@ -77,6 +79,12 @@ class Round:
         key = key_of(layer, "weight")
         norms = [float(model.state_dict()[key].norm()) for model in self.trained]
         return sum(w * n for w, n in zip(self.weights, norms, strict=True)) / sum(self.weights)
+
+    def with_sent_head(self, fused: nn.Module) -> nn.Module:
+        """Return a fused network with the head that ``head="send"`` gives it."""
+        moments = self.class_moments(fused)
+        largest = self.head_norm(moments.layer)
+        return calibrated_head(fused, moments, "soft", ridge=RIDGES["send"], largest_norm=largest)
 
 
 Train = Callable[[nn.Module, LabelledImages, Recipe, int], object]

@@ -61,14 +61,10 @@ def with_heads(bench: Bench, setting: HeadSetting) -> Scores:
 
     def fuse(ended: Round, name: str) -> nn.Module:
         fused = setting.method.fuse(ended, name, example_inputs)
-        class_moments = ended.class_moments(fused)
         if setting.head == "send":
-            largest = ended.head_norm(class_moments.layer)
-            sent = ff.calibrated_head(
-                fused, class_moments, "soft", ridge=RIDGES["send"], largest_norm=largest
-            )
-            heads["head sent"] = sent
-            return sent
+            heads["head sent"] = ended.with_sent_head(fused)
+            return heads["head sent"]
+        class_moments = ended.class_moments(fused)
         heads[""] = fused
         heads["head served"] = ff.calibrated_head(
             fused, class_moments, "soft", ridge=RIDGES["serve"]

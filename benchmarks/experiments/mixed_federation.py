@@ -14,7 +14,6 @@ from benchmarks.bench import SEED_STRIDE, Bench
 from benchmarks.declarations import GROUP, Experiment, Scores
 from benchmarks.experiments.rounds import OVER_ROUNDS
 from benchmarks.federation import Client, Round, divided, drawn, federate
-from flwr_fusion.strategy.heads import RIDGES
 
 # Names of the networks, and how many clients have each.
 CLIENTS = {"deep-wide": 4, "shallow": 4, "narrow": 2}
@@ -66,14 +65,7 @@ def _with_head(ended: Round, name: str, fused: nn.Module) -> nn.Module:
     pairs = zip(ended.clients, ended.trained, strict=True)
     own = [(client, model) for client, model in pairs if client.architecture == name]
     of_name = Round([client for client, _ in own], ended.sent, [model for _, model in own])
-    moments = of_name.class_moments(fused)
-    return ff.calibrated_head(
-        fused,
-        moments,
-        "soft",
-        ridge=RIDGES["send"],
-        largest_norm=of_name.head_norm(moments.layer),
-    )
+    return of_name.with_sent_head(fused)
 
 
 METHODS = (

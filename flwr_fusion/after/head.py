@@ -134,11 +134,10 @@ def _together(given: ClassMoments | Sequence[ClassMoments]) -> ClassMoments:
 
 
 def _distribution(moments: ClassMoments) -> tuple[Tensor, Tensor, Tensor]:
-    """Return shares and means of the classes, and the covariance within them."""
-    counts, sums = moments.counts.double(), moments.sums.double()
-    covariance = moments.within().double() / counts.sum()
+    """Return shares and means of the classes, and the covariance within them; of doubles."""
+    covariance = moments.within() / moments.samples
     covariance.diagonal().add_(_SHRINKAGE * covariance.diagonal().mean().clamp(min=1e-12))
-    return counts / counts.sum(), sums / counts.clamp(min=1e-12).unsqueeze(1), covariance
+    return moments.counts / moments.samples, moments.means(), covariance
 
 
 def _lda(moments: ClassMoments) -> tuple[Tensor, Tensor]:

@@ -24,12 +24,11 @@ from flwr_fusion.statistics.moments import (
     with_noise,
     with_symmetric_noise,
 )
-from flwr_fusion.statistics.wire import check_numbers, symmetric
+from flwr_fusion.statistics.wire import HUGE, check_numbers, symmetric, upper_triangles
 
 MOST_SAMPLES = 1e9
 # By how much sums in single precision may break what holds for all vectors.
 _ROUNDING = 1e-4
-_HUGE = 1e15
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +63,13 @@ class ClassMoments:
             factor * self.counts, factor * self.sums, factor * self.second, self.layer
         )
 
+    def means(self) -> Tensor:
+        """Return the means of the classes, shape (classes, d); of one without samples 0."""
+        return self.sums / self.counts.clamp(min=1e-12).unsqueeze(1)
+
     def within(self) -> Tensor:
         """Return the scatter within the classes, ``sum x x^T - sum_c s_c s_c^T / n_c``."""
-        means = self.sums / self.counts.clamp(min=1e-12).unsqueeze(1)
+        means = self.means()
         return self.second - means.T @ (self.counts.unsqueeze(1) * means)
 
 
@@ -225,11 +228,10 @@ def with_absent(now: ClassMoments, before: ClassMoments) -> ClassMoments:
 
 def pack_classes(moments: ClassMoments) -> dict[str, Tensor]:
     """Return class moments as named tensors to send: of the second moments the upper triangle."""
-    rows, columns = torch.triu_indices(*moments.second.shape)
     packed = {
         "counts": moments.counts,
         "sums": moments.sums,
-        "second": moments.second[rows, columns],
+        "second": upper_triangles(moments.second[None])[0],
     }
     return {key_of(moments.layer, kind): t.contiguous() for kind, t in packed.items()}
 
@@ -246,8 +248,7 @@ def unpack_classes(packed: Mapping[str, Tensor], model: nn.Module, layer: str) -
     assert isinstance(head, nn.Linear)
     d, classes = head.in_features, head.out_features
     shapes = {"counts": (classes,), "sums": (classes, d), "second": (d * (d + 1) // 2,)}
-    tensors = {kind: packed.get(key_of(layer, kind)) for kind in shapes}
-    if len(packed) != len(shapes) or any(tensor is None for tensor in tensors.values()):
+    if packed.keys() != {key_of(layer, kind) for kind in shapes}:
         raise FusionError(f"class moments of layer '{layer}' are needed, not {sorted(packed)[:5]}")
     counts, sums, triangle = (
         check_numbers(f"{layer}.{kind}", packed[key_of(layer, kind)], [shape])
@@ -261,7 +262,7 @@ def unpack_classes(packed: Mapping[str, Tensor], model: nn.Module, layer: str) -
 def check_class_moments(moments: ClassMoments) -> None:
     """Refuse class moments that cannot be sums over samples."""
     tensors = (moments.counts, moments.sums, moments.second)
-    if not all(bool((tensor.abs() < _HUGE).all()) for tensor in tensors):
+    if not all(bool((tensor.abs() < HUGE).all()) for tensor in tensors):
         raise FusionError("the class moments have values that are not finite or huge")
     if bool((moments.counts < 0).any()) or not 0 < moments.samples <= MOST_SAMPLES:
         raise FusionError(

@@ -20,6 +20,8 @@ from flwr_fusion.statistics.moments import (
 
 # By how much single precision may break |E[x y]|^2 <= E[x^2] E[y^2].
 _ROUNDING = 1.001
+# Far above any network's values, far below where single precision overflows.
+HUGE = 1e15
 
 
 def pack(statistics: Statistics) -> dict[str, Tensor]:
@@ -40,9 +42,7 @@ def pack(statistics: Statistics) -> dict[str, Tensor]:
     for name, layer in statistics.items():
         tensors = tensors_of(layer)
         if layer.second is not None:
-            n = layer.second.shape[1]
-            rows, columns = torch.triu_indices(n, n)
-            tensors["second"] = layer.second[:, rows, columns].contiguous()
+            tensors["second"] = upper_triangles(layer.second)
         packed |= {key_of(name, kind): tensor for kind, tensor in tensors.items()}
     return packed
 
@@ -167,6 +167,12 @@ def _unpacked(
     )
 
 
+def upper_triangles(blocks: Tensor) -> Tensor:
+    """Return the upper triangles of symmetric blocks, one in a row."""
+    rows, columns = torch.triu_indices(*blocks.shape[1:])
+    return blocks[:, rows, columns].contiguous()
+
+
 def symmetric(packed: Tensor, n: int) -> Tensor:
     """Return symmetric blocks from their upper triangles."""
     rows, columns = torch.triu_indices(n, n)
@@ -200,7 +206,6 @@ def check_numbers(name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]]) 
             f"statistics '{name}' are {tensor.dtype} of shape {tuple(tensor.shape)}, not float32 "
             f"of shape {' or '.join(map(str, shapes))}"
         )
-    # Far above any network's, far below where single precision overflows.
-    if not bool((tensor.abs() < 1e15).all()):
+    if not bool((tensor.abs() < HUGE).all()):
         raise FusionError(f"statistics '{name}' have values that are not finite or huge")
     return tensor
