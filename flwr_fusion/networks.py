@@ -9,12 +9,20 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.observe import call, evaluation_mode, moved_to
 
 _PART = 1_000_000
+# By the names of their classes, so that nothing must be imported for it.
+_WRAPPERS = {
+    "OptimizedModule": "model._orig_mod, and compile what comes out",
+    "DataParallel": "model.module",
+    "DistributedDataParallel": "model.module",
+    "FullyShardedDataParallel": "an unsharded model",
+}
 
 
 def key_of(layer: str, kind: str) -> str:
@@ -47,11 +55,31 @@ def check_networks(networks: Any, name: str) -> None:
 
 def check_network(name: str, network: Any) -> None:
     """Refuse what is no network."""
+    if isinstance(network, type):
+        raise FusionError(f"{name} must be a network, not the class {network.__name__}: call it")
     if not isinstance(network, nn.Module):
         raise FusionError(
             f"{name} must be a network, not {type(network).__name__}: load the values of a state "
             "dict into a network first"
         )
+    kind = type(network).__name__
+    if kind in _WRAPPERS:
+        raise FusionError(f"{name} is wrapped by {kind}: pass {_WRAPPERS[kind]}")
+    if isinstance(network, torch.jit.ScriptModule):
+        raise FusionError(
+            f"{name} is compiled by TorchScript: pass the module that it was made of, with the "
+            "compiled one's state dict loaded into it"
+        )
+    for key, tensor in network.state_dict().items():
+        if not isinstance(tensor, Tensor) or tensor.is_quantized:
+            raise FusionError(
+                f"{name}: its state dict holds '{key}', which is no tensor of numbers (a quantised "
+                "layer, or extra state): fuse the network before it is quantised"
+            )
+        if is_lazy(tensor):
+            raise FusionError(f"{name}: tensor '{key}' has no shape yet: run the network once")
+        if tensor.is_meta:
+            raise FusionError(f"{name}: tensor '{key}' has no values, being on the meta device")
 
 
 def check_networks_given(target: Any, reference: Any) -> None:
@@ -113,9 +141,42 @@ def check_same_tensors(
             )
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a network, also where its modules hold computed tensors (old weight norms).
+
+    Raises
+    ------
+    FusionError
+        If it cannot be copied.
+    """
+    return _copied(model, {})
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    # PyTorch copies leaves of the autograd graph only.
+    for module in model.modules():
+        for value in tree_leaves(vars(module)):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise FusionError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}"
+        ) from error
+
+
+def prepared_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode whose floating-point parameters take gradients."""
+    prepared = copied(model).eval()
+    for parameter in prepared.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return prepared
+
+
 def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy of a network with other values, given for keys of its state dict."""
-    loaded = copy.deepcopy(model)
+    loaded = copied(model)
     # The network's own state dict carries the versions that some layers ask for.
     full = loaded.state_dict()
     full.update(state)
@@ -132,7 +193,7 @@ def assemble_model(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             value = nn.Parameter(value, tensor.requires_grad)
         # Of tied tensors the first.
         tensors.setdefault(id(tensor), value)
-    return copy.deepcopy(model, tensors)
+    return _copied(model, tensors)
 
 
 class BuiltOnAccess(Sequence[nn.Module]):

@@ -128,6 +128,11 @@ def check_rereadable(calibration: Any) -> None:
         )
 
 
+def tensors_of(values: Any) -> list[Tensor]:
+    """Return all tensors in what a network takes or gives."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
 @contextmanager
 def watch(modules: Iterable[nn.Module], see: See, *, before: bool = False) -> Iterator[None]:
     """Watch some modules while they run.

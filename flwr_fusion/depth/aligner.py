@@ -194,7 +194,7 @@ class DepthAligner:
         generator = torch.Generator().manual_seed(0)
         drawn = with_state(network.model, random_state(network.model, generator)).eval()
         deeper = self._aligned(replace(network, model=drawn), n).model.eval()
-        inputs = random_inputs(drawn, self.example_inputs, generator)
+        inputs = random_inputs(moved_to(drawn, self.example_inputs), generator)
         try:
             if any(len(m.client_units) > len(m.target_units) for m in matches):
                 exact = self._added_units_do_nothing(deeper, inputs, matches)

@@ -230,7 +230,7 @@ class _Growth:
         # At weights drawn at random: a head that starts at zero would hide any change.
         generator = torch.Generator().manual_seed(0)
         drawn = with_state(core, random_state(core, generator)).eval()
-        inputs = random_inputs(core, example_inputs, generator)
+        inputs = random_inputs(moved_to(core, example_inputs), generator)
         expected = output_vector(drawn, drawn.state_dict(), inputs)
         evaluated = copy.deepcopy(member.model).eval()
         own_inputs = moved_to(evaluated, inputs)

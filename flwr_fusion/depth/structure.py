@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.graph.checking import prepared_copy
 from flwr_fusion.graph.groups import verified_graph
-from flwr_fusion.networks import module_of, owner_of
+from flwr_fusion.networks import module_of, owner_of, prepared_copy
 from flwr_fusion.observe import call, moved_to, named_failure, watch
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)

@@ -1,98 +1,292 @@
-"""Checking what a network computes: permuted groups, which layers run, outputs at any weights."""
+"""Checking what a network computes: permuted groups, outputs at any weights."""
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.observe import arguments, call, moved_to, output_of, watch
+from flwr_fusion.observe import arguments, moved_to, tensors_of
 
 if TYPE_CHECKING:
-    from flwr_fusion.graph.groups import ChannelGraph
+    from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup
 
 # Relative to the output's length; single precision through many layers.
 _ROUNDING = 1e-4
-# Change of the output, relative to its length, by which a wrong group is told from rounding.
-_CHANGED = 1e-3
+# A change of the output is rounding up to so many times the precision; beyond, where it is no
+# larger than so many times the change by weights that differ in their last digits; and a network
+# that enlarges these by more than that gives noise.
+_TIMES_PRECISION, _TIMES_ROUNDING, _NOISE = 1e4, 1e3, 1e-3
 # Of long lists in messages.
 _LISTED = 4
 
+FAILED = "permuting them changes the network's output"
+UNCHECKED = "the network's output does not show whether they can be permuted"
+
+
+class _Run:
+    """What a network gives at random weights for one kind of inputs, in one precision."""
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        drawn: Mapping[str, Tensor],
+        inputs: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._graph = graph
+        self.state = _in_precision(dict(drawn), dtype)
+        self.inputs = _in_precision(inputs, dtype)
+        self._expected = self.outputs(self.state)
+        precisions = {t.dtype for t in self._expected if t.is_floating_point()}
+        self._eps = max((torch.finfo(p).eps for p in precisions), default=0.0)
+
+    def outputs(self, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return what the network gives with other values, also where it takes training's way."""
+        model = self._graph.model
+        found = outputs(model, state, self.inputs)
+        if self._graph.trained_branches:
+            with written_for_training(model):
+                found += outputs(model, state, self.inputs)
+        return found
+
+    def changes(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether other values change the output by more than rounding."""
+        try:
+            change = _difference(self.outputs(state), self._expected)
+        except FusionError:
+            return True
+        return not (change <= _TIMES_PRECISION * self._eps or change <= self._rounding)
+
+    @cached_property
+    def _rounding(self) -> float:
+        """How much rounding may change the output."""
+        generator = torch.Generator().manual_seed(0)
+
+        def rounded(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+            # Of tensors in double precision, too, a part of the network may be computed in single.
+            return tensor * (1 + max(torch.finfo(tensor.dtype).eps, 1e-9) * noise)
+
+        state = {name: rounded(tensor) for name, tensor in self.state.items()}
+        change = _difference(self.outputs(state), self._expected)
+        if change > _NOISE:
+            raise FusionError(
+                f"rounding alone changes the output of {type(self._graph.model).__name__} at "
+                "random weights: what is done to its channels cannot be checked"
+            )
+        return _TIMES_ROUNDING * change
+
+
+class _Drawn:
+    """A network's random values, with random buffers and without; each drawn once."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._model, self._seed = model, seed
+        self._found: dict[bool, dict[str, Tensor]] = {}
+
+    def __getitem__(self, buffers: bool) -> dict[str, Tensor]:
+        if buffers not in self._found:
+            generator = torch.Generator().manual_seed(self._seed)
+            self._found[buffers] = random_state(self._model, generator, buffers=buffers)
+        return self._found[buffers]
+
+
+def _first_of(
+    graph: ChannelGraph, states: _Drawn, inputs: Sequence[Any], dtypes: Sequence[Any]
+) -> _Run:
+    """Return the first run that works."""
+    problem = FusionError("")
+    for given, dtype, buffers in product(inputs, dtypes, (True, False)):
+        try:
+            return _Run(graph, states[buffers], given, dtype)
+        except FusionError as error:
+            problem = error
+    raise problem
+
+
+class Check:
+    """Whether a network computes the same with permuted groups: at random weights, on several inputs.
+
+    Parameters
+    ----------
+    graph : ChannelGraph
+        The network and its example inputs.
+    seed : int
+        Of everything that is drawn.
+
+    Raises
+    ------
+    FusionError
+        If the network's output is not finite at random weights, in no precision.
+    """
+
+    def __init__(self, graph: ChannelGraph, seed: int) -> None:
+        self._graph = graph
+        generator = torch.Generator().manual_seed(seed)
+        drawn = random_inputs(graph.example_inputs, generator, scales=True)
+        given = graph.example_inputs
+        # Double precision tells a wrong group from rounding, and random inputs more than zeros do;
+        # but a network may make tensors in single precision by itself, not bear random buffers, or
+        # not take any number. What works is used.
+        states = _Drawn(graph.model, seed)
+        self._runs = [_first_of(graph, states, (drawn, given), (torch.float64, None))]
+        if self._runs[0].inputs is not given:
+            with suppress(FusionError):
+                self._runs.append(_first_of(graph, states, (given,), (None,)))
+
+    def changes(self, groups: Sequence[ChannelGroup], permutations: Mapping[str, Tensor]) -> bool:
+        """Whether permuting some groups changes the output."""
+        chosen = {group.name: permutations[group.name] for group in groups}
+        graph = replace(self._graph, groups=tuple(groups))
+        return any(run.changes(graph.permute(run.state, chosen)) for run in self._runs)
+
+    def seen(self, groups: Sequence[ChannelGroup]) -> set[str]:
+        """Return the groups that the output depends on, as its gradient tells."""
+        run = self._runs[-1] if len(self._runs) == 1 else self._runs[0]
+        # Of the smallest tensor of every group: gradients of large ones would need their memory.
+        places = {g.name: min(g.places, key=lambda p: run.state[p.tensor].numel()) for g in groups}
+        leaves = {
+            name: run.state[name].detach().clone().requires_grad_()
+            for name in {place.tensor for place in places.values()}
+            if run.state[name].is_floating_point()
+        }
+        with torch.enable_grad():
+            found = [t for t in run.outputs({**run.state, **leaves}) if t.requires_grad]
+            total = sum((t.double().square().sum().cpu() for t in found), torch.zeros(()))
+        if not found or not leaves:
+            return set()
+        values = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        gradients = dict(zip(leaves, values, strict=True))
+        return {
+            name
+            for name, place in places.items()
+            if (gradient := gradients.get(place.tensor)) is not None
+            and bool(gradient.movedim(place.axis, 0)[place.positions].any())
+        }
+
+    def shows(self, group: ChannelGroup, permutations: Mapping[str, Tensor]) -> bool:
+        """Whether the output depends on where the channels of a group stand."""
+        if group.size == 1:
+            return True
+        # Along one axis of one tensor alone: that must not go unnoticed.
+        alone = (replace(group, places=(place,)) for place in group.places)
+        return any(self.changes([one], permutations) for one in alone)
+
+
+def failing(
+    check: Check, groups: Sequence[ChannelGroup], permutations: Mapping[str, Tensor]
+) -> list[ChannelGroup]:
+    """Return the groups whose permutation changes the output, found by halving."""
+    if not groups or not check.changes(groups, permutations):
+        return []
+    if len(groups) == 1:
+        return list(groups)
+    half = len(groups) // 2
+    found = [
+        group
+        for part in (groups[:half], groups[half:])
+        for group in failing(check, part, permutations)
+    ]
+    # Each half by itself may pass.
+    return found or list(groups)
+
+
+def with_failing_fixed(graph: ChannelGraph, seed: int = 0) -> tuple[ChannelGroup, ...]:
+    """Return a graph's groups; those fixed, with the reason, that cannot be permuted or checked."""
+    free = [group for group in graph.groups if not group.fixed]
+    if not free:
+        return graph.groups
+    permutations = _permutations(free, seed)
+    try:
+        check = Check(graph, seed)
+    except FusionError as error:
+        return _fixed(graph.groups, {group.name: str(error) for group in free})
+    because = {group.name: FAILED for group in failing(check, free, permutations)}
+    free = [group for group in free if group.name not in because]
+    because |= {group.name: UNCHECKED for group in _not_shown(check, graph, free, permutations)}
+    return _fixed(graph.groups, because)
+
+
+def _fixed(groups: Sequence[ChannelGroup], because: Mapping[str, str]) -> tuple[ChannelGroup, ...]:
+    return tuple(
+        replace(group, fixed_because=because[group.name]) if group.name in because else group
+        for group in groups
+    )
+
+
+def _permutations(free: Sequence[ChannelGroup], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return {g.name: _derangement(g.size, generator) for g in free}
+
+
+def _derangement(size: int, generator: torch.Generator) -> Tensor:
+    """Return a random permutation that leaves nothing in its place."""
+    order = torch.randperm(size, generator=generator)
+    moved = torch.empty_like(order)
+    moved[order] = order.roll(1)
+    return moved
+
+
+def _not_shown(
+    check: Check,
+    graph: ChannelGraph,
+    free: Sequence[ChannelGroup],
+    permutations: Mapping[str, Tensor],
+) -> list[ChannelGroup]:
+    """Return the groups of which the output shows nothing."""
+    # A gradient is cheaper than one run for every group.
+    seen = check.seen(free)
+    return [g for g in free if g.name not in seen and not check.shows(g, permutations)]
+
 
 def check_groups(graph: ChannelGraph, seed: int) -> None:
-    """Check that permuting the free groups does not change the network."""
-    generator = torch.Generator().manual_seed(seed)
-    state = random_state(graph.model, generator)
+    """Refuse a graph of which free groups cannot be permuted, by their names."""
     free = [group for group in graph.groups if not group.fixed]
-    permutations = {g.name: torch.randperm(g.size, generator=generator) for g in free}
-    expected = output_vector(graph.model, state, graph.example_inputs)
-
-    def changes(chosen: Mapping[str, Tensor]) -> bool:
-        output = output_vector(graph.model, graph.permute(state, chosen), graph.example_inputs)
-        return not float((output - expected).norm()) <= _CHANGED * float(expected.norm())
-
-    if not changes(permutations):
-        _check_idle_layers(graph, state, permutations)
+    wrong = failing(Check(graph, seed), free, _permutations(free, seed))
+    if not wrong:
         return
-    wrong = [g for g in free if changes({g.name: permutations[g.name]})]
     listed = "; ".join(
         f"group '{g.name}' ({_shortened(sorted({p.tensor for p in g.places}))})"
-        for g in (wrong or free)[:_LISTED]
+        for g in wrong[:_LISTED]
     )
     more = f" and {len(wrong) - _LISTED} more groups" if len(wrong) > _LISTED else ""
     raise FusionError(
-        f"the traced channel groups of {type(graph.model).__name__} are wrong: permuting "
-        f"{listed}{more} changes its output. The network uses these channels in a way that "
-        "cannot be traced (for example a channel shuffle, a flatten after a transpose, or a "
-        "concatenation with the network's own inputs before them)."
+        f"the channel groups of {type(graph.model).__name__} are wrong: permuting "
+        f"{listed}{more} changes its output"
     )
 
 
-def _check_idle_layers(
-    graph: ChannelGraph, state: Mapping[str, Tensor], permutations: Mapping[str, Tensor]
-) -> None:
-    """Refuse layers that run in training only and read channels; warn of those that never run.
+def _shortened(names: list[str]) -> str:
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
-    The trace sees what runs in evaluation mode.
-    """
-    model, inputs = graph.model, graph.example_inputs
-    never = idle = idle_layers(model, inputs)
-    if not idle:
-        return
-    with _written_for_training(model):
-        try:
-            never = idle_layers(model, inputs)
-            same = never == idle or is_close(
-                output_vector(model, graph.permute(state, permutations), inputs),
-                output_vector(model, state, inputs),
-            )
-        except FusionError:  # It needs more than the inputs, such as labels.
-            never, same = idle, True
-    if not same:
-        trained = sorted(set(idle) - set(never))
-        raise FusionError(
-            f"layers of {type(model).__name__} run in training only ({_shortened(trained)}) "
-            "and read channels of the others: what they read cannot be traced. Take them out "
-            "of the networks that are fused, or let them run in evaluation as well"
-        )
-    if never:
+
+def warn_of_idle_layers(model: nn.Module, idle: Sequence[str]) -> None:
+    """Warn of layers that the example inputs do not reach."""
+    if idle:
         warnings.warn(
             f"layers of {type(model).__name__} do not run on the example inputs "
-            f"({_shortened(never)}): they are averaged by index, which is wrong if they read "
+            f"({_shortened(list(idle))}): they are averaged by index, which is wrong if they read "
             "channels of the others",
             stacklevel=2,
         )
 
 
 @contextmanager
-def _written_for_training(model: nn.Module) -> Iterator[None]:
+def written_for_training(model: nn.Module) -> Iterator[None]:
     """Let a network in evaluation mode take its own branches for training.
 
     PyTorch's modules stay in evaluation: dropout draws other masks for permuted channels.
@@ -107,122 +301,175 @@ def _written_for_training(model: nn.Module) -> Iterator[None]:
             module.training = False
 
 
-def _shortened(names: list[str]) -> str:
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+class WithoutNoise(TorchDispatchMode):
+    """Gives every position the same draw: noise that is alike for all channels tells none apart."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation; replace what it draws."""
+        name = func._schema.name.partition("::")[2].rstrip("_")
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        output = func(*args, **(kwargs or {}))
+        if name in _DRAWS:
+            for tensor in tensors_of(output):
+                tensor.fill_(_DRAWS[name])
+        return output
 
 
-def prepared_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode and at least float32 whose parameters take gradients."""
-    traced = copy.deepcopy(model).eval()
-    if not any(p.dtype == torch.float64 for p in traced.parameters()):
-        traced = traced.float()
-    for parameter in traced.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    return traced
+_DRAWS = {
+    "rand": 0.5,
+    "rand_like": 0.5,
+    "uniform": 0.5,
+    "randn": 0.5,
+    "randn_like": 0.5,
+    "normal": 0.5,
+    "exponential": 1.0,
+    "bernoulli": 1.0,
+}
 
 
-def call_order(model: nn.Module, inputs: Any) -> dict[str, int]:
-    """Return for every module that is called the number of its first call."""
-    order: dict[str, int] = {}
-    names = {module: name for name, module in model.named_modules()}
+def random_state(
+    model: nn.Module, generator: torch.Generator, *, buffers: bool = False
+) -> dict[str, Tensor]:
+    """Return a state dict with generic values of a sensible scale everywhere.
 
-    def note(module: nn.Module, _inputs: Any, _output: Any) -> None:
-        order.setdefault(names[module], len(order))
-
-    with watch(names, note, before=True), torch.no_grad():
-        output_of(model, inputs, type(model).__name__, "the example inputs")
-    return order
-
-
-def idle_layers(model: nn.Module, inputs: Any) -> list[str]:
-    """Return the layers whose parameters play no part in what a network computes on inputs."""
-    called = call_order(model, inputs)
-    silent = {
-        name: parameters
-        for name, module in model.named_modules()
-        if name not in called and (parameters := list(module.parameters(recurse=False)))
-    }
-    if not silent:
-        return []
-    with torch.enable_grad():
-        leaves = [t for t in tree_leaves(call(model, inputs)) if isinstance(t, Tensor)]
-        total = sum((t.abs().sum() for t in leaves if t.requires_grad), torch.zeros(()))
-    owned = [p for parameters in silent.values() for p in parameters if p.requires_grad]
-    if not total.requires_grad or not owned:
-        return list(silent)
-    gradients = torch.autograd.grad(total, owned, allow_unused=True)
-    read = {id(p) for p, g in zip(owned, gradients, strict=True) if g is not None}
-    return [n for n, parameters in silent.items() if not any(id(p) in read for p in parameters)]
-
-
-def random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return a state dict with generic values of a sensible scale everywhere."""
-
-    def normal(tensor: Tensor) -> Tensor:
-        return torch.randn(tensor.shape, generator=generator)
-
-    def around_one(tensor: Tensor) -> Tensor:
-        return 0.5 + torch.rand(tensor.shape, generator=generator)
-
-    state = model.state_dict(keep_vars=True)
-    drawn: dict[int, Tensor] = {}
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+    generator : torch.Generator
+        What draws.
+    buffers : bool
+        Whether to draw floating-point buffers as well, beside running statistics.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    drawn: dict[int, Tensor] = {}
     result = {}
-    for name, tensor in state.items():
-        scale = name in parameters and name.endswith("weight") and tensor.dim() <= 1
-        draw: Callable[[Tensor], Tensor] | None = None
-        if scale or name.endswith("running_var"):
-            draw = around_one
-        elif name in parameters or name.endswith("running_mean"):
-            draw = normal
-        if id(tensor) in drawn:  # Tied tensors stay equal.
-            result[name] = drawn[id(tensor)]
-            continue
-        value = tensor.detach().clone()
-        if draw is not None and tensor.is_floating_point():
-            value = draw(tensor).to(tensor)
-            if tensor.dim() > 1:
-                # He et al. 2015: variance 2 / fan-in keeps activations of one size through layers.
-                value *= (2 / max(1, tensor[0].numel())) ** 0.5
-        result[name] = drawn[id(tensor)] = value
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in drawn:  # Tied tensors stay equal.
+            is_parameter = name in parameters
+            drawn[id(tensor)] = _drawn(name, tensor.detach(), is_parameter, buffers, generator)
+        result[name] = drawn[id(tensor)]
     return result
+
+
+def _drawn(
+    name: str, tensor: Tensor, is_parameter: bool, buffers: bool, generator: torch.Generator
+) -> Tensor:
+    running = name.endswith(("running_mean", "running_var"))
+    drawn = is_parameter or running or buffers
+    if not drawn or not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor.clone()
+    around_one = name.endswith("running_var")
+    if is_parameter:
+        around_one = name.endswith("weight") and tensor.dim() <= 1
+    elif not running:
+        # What is nowhere negative may be a variance or a scale.
+        around_one = not bool((tensor < 0).any()) if tensor.is_floating_point() else False
+    if around_one:
+        return (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
+    value = torch.randn(tensor.shape, generator=generator).to(tensor)
+    if tensor.dim() > 1:
+        # He et al. 2015: variance 2 / fan-in keeps activations of one size through layers.
+        value *= (2 / max(1, tensor[0].numel())) ** 0.5
+    return value
+
+
+def _in_precision(values: Any, dtype: torch.dtype | None) -> Any:
+    """Return all floating-point tensors in another type; complex ones in as many digits."""
+
+    def cast(x: Any) -> Any:
+        if dtype is None or not isinstance(x, Tensor):
+            return x
+        if x.is_complex():
+            return x.to(torch.complex128)
+        return x.to(dtype) if x.is_floating_point() else x
+
+    return tree_map(cast, values)
+
+
+def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> list[Tensor]:
+    """Return what a network gives with other values: its floating-point tensors, or else all.
+
+    Raises
+    ------
+    FusionError
+        If it cannot be run with them, or gives values that are not finite.
+    """
+    args, kwargs = arguments(inputs)
+    try:
+        with torch.random.fork_rng(devices=[]), WithoutNoise():
+            torch.manual_seed(0)
+            output = torch.func.functional_call(
+                model, dict(state), args, kwargs, tie_weights=False
+            )
+    except Exception as error:
+        raise FusionError(f"{type(model).__name__} cannot be run at random weights: {error}") from error
+    tensors = tensors_of(output)
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    floating = [t for t in real if t.is_floating_point()]
+    for tensor in floating:
+        if not bool(torch.isfinite(tensor).all()):
+            raise FusionError(
+                f"{type(model).__name__} gives non-finite outputs at random weights: "
+                "what is done to its channels and layers cannot be checked"
+            )
+    if not real:
+        raise FusionError(f"the output of {type(model).__name__} has no tensors")
+    return floating or [t.double() for t in real]
+
+
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest change of an output, relative to its length."""
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        return float("inf")
+    changes = [
+        float((a - b).double().norm()) / max(float(b.double().norm()), 1e-30)
+        for a, b in zip(found, expected, strict=True)
+    ]
+    return max(changes, default=0.0)
 
 
 def output_vector(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
     """Return all floating-point outputs of a network with other values, in one vector.
 
-    Computed in double precision: deep networks at random weights enlarge rounding errors.
+    Computed in double precision where the network bears it: deep networks at random weights
+    enlarge rounding errors.
     """
-    double = copy.deepcopy(model).double()
-    values = {k: t.double() if t.is_floating_point() else t for k, t in state.items()}
-    args, kwargs = arguments(moved_to(double, inputs))
     try:
-        with torch.no_grad():
-            output = torch.func.functional_call(double, values, args, kwargs, tie_weights=False)
-    except Exception as error:
-        raise FusionError(
-            f"{type(model).__name__} cannot be run with tensors of other sizes: {error}"
-        ) from error
-    tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    vector = torch.cat([t.flatten().double().cpu() for t in tensors])
-    if not torch.isfinite(vector).all():
-        raise FusionError(
-            f"{type(model).__name__} gives non-finite outputs at random weights: "
-            "what is done to its channels and layers cannot be checked"
-        )
-    return vector
+        precise = _in_precision(dict(state), torch.float64)
+        found = outputs(model, precise, _in_precision(moved_to(model, inputs), torch.float64))
+    except FusionError:
+        found = outputs(model, state, moved_to(model, inputs))
+    return torch.cat([t.detach().flatten().double().cpu() for t in found])
 
 
-def random_inputs(model: nn.Module, example_inputs: Any, generator: torch.Generator) -> Any:
-    """Return normal variables in the shape of the example inputs; integers stay as they are."""
+def random_inputs(
+    example_inputs: Any, generator: torch.Generator, *, scales: bool = False
+) -> Any:
+    """Return normal variables in the shape of example inputs; integers stay as they are.
+
+    Parameters
+    ----------
+    example_inputs : Any
+        What a network is called with.
+    generator : torch.Generator
+        What draws.
+    scales : bool
+        Whether values differ in size, by a factor of fifty or so.
+    """
 
     def draw(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
-        return torch.randn(x.shape, generator=generator).to(x)
+        value = torch.randn(x.shape, generator=generator)
+        if scales:
+            value *= torch.exp(4 * torch.rand(x.shape, generator=generator) - 2)
+        return value.to(x)
 
-    return tree_map(draw, moved_to(model, example_inputs))
+    return tree_map(draw, example_inputs)
 
 
 def is_close(ours: Tensor, expected: Tensor) -> bool:

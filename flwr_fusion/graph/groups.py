@@ -9,7 +9,7 @@ scales, running statistics, all branches of a residual sum. Groups are found by 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flwr_fusion.graph.checking import check_groups, prepared_copy
-from flwr_fusion.networks import owner_of
+from flwr_fusion.graph.checking import check_groups, warn_of_idle_layers, with_failing_fixed
+from flwr_fusion.networks import check_network, owner_of, prepared_copy
 from flwr_fusion.observe import moved_to
 
 
@@ -112,6 +112,7 @@ class ChannelGraph:
     called_layers: frozenset[str]
     model: nn.Module = field(repr=False)
     example_inputs: Any = field(repr=False)
+    trained_branches: bool = False
 
     @classmethod
     def trace(cls, model: nn.Module, example_inputs: Any) -> ChannelGraph:
@@ -135,14 +136,19 @@ class ChannelGraph:
         FusionError
             If the network cannot be run on the example inputs or not be traced.
         """
-        # Imported where it is used: tracing makes groups, and torch-pruning takes its time to load.
-        from flwr_fusion.graph.tracing import trace_groups
+        # Imported where it is used: tracing makes groups.
+        from flwr_fusion.graph.tracing import traced
 
-        traced = prepared_copy(model)
-        inputs = moved_to(traced, example_inputs)
-        groups, called_layers = trace_groups(traced, inputs)
-        shapes = {name: tensor.shape for name, tensor in traced.state_dict().items()}
-        return cls(tuple(groups), shapes, called_layers, traced, inputs)
+        check_network("the network", model)
+        prepared = prepared_copy(model)
+        inputs = moved_to(prepared, example_inputs)
+        found = traced(prepared, inputs)
+        warn_of_idle_layers(model, found.idle_layers)
+        shapes = {name: tensor.shape for name, tensor in prepared.state_dict().items()}
+        graph = cls(
+            found.groups, shapes, found.called_layers, prepared, inputs, found.trained_branches
+        )
+        return replace(graph, groups=with_failing_fixed(graph))
 
     def verify(self, seed: int = 0) -> None:
         """Check that permuting the free groups does not change the network.
@@ -168,11 +174,11 @@ class ChannelGraph:
         Returns
         -------
         list of (str, Tensor)
-            Name of a layer that is called in the forward pass, and the positions (channels,) of
-            the group's channels along the channel axis of its output.
+            Name of a layer that is called in the forward pass, and the positions (channels, block)
+            of the group's channels along the channel axis of its output.
         """
         return [
-            (owner_of(place.tensor), place.positions[:, 0])
+            (owner_of(place.tensor), place.positions)
             for place in group.places
             if place.writes
             and place.tensor.endswith("weight")
@@ -218,9 +224,7 @@ def verified_graph(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     key = (shapes, tuple(getattr(x, "shape", x) for x in tree_leaves(example_inputs)))
     remembered = _VERIFIED.get(model)
     if remembered is None or remembered[0] != key:
-        graph = ChannelGraph.trace(model, example_inputs)
-        graph.verify()
-        remembered = (key, graph)
+        remembered = (key, ChannelGraph.trace(model, example_inputs))
         _VERIFIED[model] = remembered
     return remembered[1]
 

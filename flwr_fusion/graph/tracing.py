@@ -1,408 +1,387 @@
-"""Tracing: from torch-pruning's dependency graph to channel groups of state-dict tensors."""
+"""Tracing: a network runs once on its inputs, and every operation says what it does to channels."""
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-import torch_pruning as tp
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from flwr_fusion.errors import FusionError
-from flwr_fusion.graph.checking import call_order
+from flwr_fusion.graph.checking import written_for_training
 from flwr_fusion.graph.groups import ChannelGroup, Place
-from flwr_fusion.networks import owner_of
-from flwr_fusion.observe import call
+from flwr_fusion.graph.labels import CONSTANT, Channels, Factor, Labels, Resolved
+from flwr_fusion.graph.operations import (
+    OPERATIONS,
+    Operations,
+    constant,
+    pointwise,
+    tensors_in,
+    unknown,
+)
+from flwr_fusion.networks import key_of, owner_of
+from flwr_fusion.observe import call, named_failure, tensors_of, watch
 
-# Operations that mix channels with other axes; torch-pruning takes them for element-wise ones.
-_MIXING_OPERATIONS = ("bmm", "scaleddotproduct", "attention")
-_ROOT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
-_VECTOR_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
-_NORMALISED_ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm)
+INPUT, OUTPUT = "input of the network", "output of the network"
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+# What PyTorch does not tag as computed position by position.
+_POINTWISE = frozenset(("where", "masked_fill", "rsub", "prelu", "_prelu_kernel", "fake_quantize"))
 
 
-def trace_groups(model: nn.Module, inputs: Any) -> tuple[list[ChannelGroup], frozenset[str]]:
-    """Return a network's channel groups in forward order, and the layers that are called.
+@dataclass(frozen=True)
+class Traced:
+    """What a run of a network tells.
 
-    The network is in evaluation mode, and all of its parameters take gradients.
+    Parameters
+    ----------
+    groups : tuple of ChannelGroup
+        Its channel groups in forward order, not yet checked.
+    called_layers : frozenset of str
+        The layers that are called.
+    idle_layers : tuple of str
+        The layers whose parameters nothing reads.
+    trained_branches : bool
+        Whether there are layers that run in training only.
     """
-    order = call_order(model, inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # What torch-pruning gives up is found out below.
-        graph, output_layers = _dependency_graph(model, inputs)
-        groups = _without_conflicts(_GroupBuilder(model, graph, output_layers, order).groups())
-    groups += _input_groups(model, groups, order)
-    groups.sort(key=lambda group: _position_in_forward(group, order))
-    layers = {name for name, m in model.named_modules() if isinstance(m, _ROOT_LAYERS)}
-    return groups, frozenset(layers & order.keys())
+
+    groups: tuple[ChannelGroup, ...]
+    called_layers: frozenset[str]
+    idle_layers: tuple[str, ...]
+    trained_branches: bool
 
 
-def _dependency_graph(model: nn.Module, inputs: Any) -> tuple[tp.DependencyGraph, set[Any]]:
-    """Return torch-pruning's graph and the layers whose output is the network's."""
-    roots: set[Any] = set()
+def traced(model: nn.Module, inputs: Any) -> Traced:
+    """Return what a run of a network, in evaluation mode, tells of its channels.
 
-    def remember_roots(output: Any) -> list[Tensor]:
-        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn]
-        roots.update(t.grad_fn for t in tensors)
-        return tensors
+    Raises
+    ------
+    FusionError
+        If it cannot be run.
+    """
+    order = _Order(model)
+    trace = _Trace(model, order)
+    trace.mark_inputs(inputs)
+    with named_failure(type(model).__name__, "the example inputs"):
+        trace.run(inputs)
+    called = frozenset(order.numbers)
+    idle = trace.idle_layers()
+    if idle:
+        # Heads that only training needs read channels as well.
+        with suppress(Exception), written_for_training(model):
+            trace.run(inputs)
+    never = trace.idle_layers()
+    layers = {name for name, m in model.named_modules() if isinstance(m, _LAYERS)}
+    groups = _groups(trace, model, order.numbers)
+    return Traced(tuple(groups), called & layers, never, len(never) < len(idle))
 
-    graph = tp.DependencyGraph()
-    # Its LSTM pruner fails; without it the parameters are bare ones and their groups are fixed.
-    graph.REGISTERED_PRUNERS.pop(tp.ops.OPTYPE.LSTM)
+
+@contextmanager
+def _without_fast_paths(model: nn.Module) -> Iterator[None]:
+    """Run layers as the operations that they consist of."""
+    fast, one_dnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    # oneDNN runs a whole recurrent layer as one operation.
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch._C._set_mkldnn_enabled(False)
     try:
-        with torch.enable_grad():
-            graph.build_dependency(
-                model,
-                example_inputs=inputs,
-                forward_fn=call,
-                output_transform=remember_roots,
-                verbose=False,
-            )
-    except Exception as error:
-        raise FusionError(
-            f"the channels of {type(model).__name__} cannot be traced: torch-pruning fails on one "
-            f"of its operations, perhaps a channel shuffle ({type(error).__name__}: {error})"
-        ) from error
-    longest = max(max(p.shape, default=1) for p in model.parameters())
-    for node in graph.module2node.values():
-        for dependency in node.dependencies:
-            dependency.index_mapping = _BoundedMappings(dependency.index_mapping, longest)
-    return graph, {module for module, node in graph.module2node.items() if node.grad_fn in roots}
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._set_mkldnn_enabled(one_dnn)
 
 
-class _BoundedMappings(list[Any]):
-    """Torch-pruning's mappings of positions, which refuse to make more than any tensor has.
+class _Order:
+    """Which modules are called, in which order, and which one is running."""
 
-    Where a reshape does something else than it takes it for, as the shifted windows of Swin, every
-    turn of a residual stream multiplies the positions, without an end.
-    """
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.numbers: dict[str, int] = {}
+        self.running: list[str] = []
 
-    def __init__(self, mappings: Iterable[Any], longest: int) -> None:
-        super().__init__(mappings)
-        self._longest = longest
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch the modules while they run."""
+        with (
+            watch(self.names, self._enter, before=True),
+            watch(self.names, self._leave),
+        ):
+            yield
 
-    def __iter__(self) -> Iterator[Any]:
-        return (mapping and partial(self._bounded, mapping) for mapping in super().__iter__())
+    def _enter(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+        self.numbers.setdefault(self.names[module], len(self.numbers))
+        self.running.append(self.names[module])
 
-    def _bounded(self, mapping: Callable[[Any], list[Any]], positions: Any) -> list[Any]:
-        mapped = mapping(positions)
-        if len(mapped) > self._longest:
-            raise IndexError(f"{len(mapped)} positions on an axis of at most {self._longest}")
-        return mapped
-
-
-@dataclass
-class _Traced:
-    """One item of a torch-pruning group: a module's axis with (channel, position) pairs."""
-
-    module: Any
-    is_output: bool
-    channels: list[int]
-    positions: list[int]
+    def _leave(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+        self.running.pop()
 
 
-class _GroupBuilder:
-    """Turns torch-pruning's groups into channel groups of state-dict tensors."""
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of one tensor of the state dict, and the number of its first channel."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: tp.DependencyGraph,
-        output_layers: set[Any],
-        order: Mapping[str, int],
-    ) -> None:
-        self.graph = graph
-        self.output_layers = output_layers
-        self.order = order
-        self.modules = dict(model.named_modules())
-        self.names = {module: name for name, module in self.modules.items()}
-        self.state = model.state_dict(keep_vars=True)
-        self.parameter_names = {p: name for name, p in model.named_parameters()}
+    tensors: tuple[str, ...]
+    axis: int
+    first: int
+    size: int
 
-    def groups(self) -> list[ChannelGroup]:
-        """Return all groups, split where torch-pruning joins channels that cannot be swapped."""
-        result: list[ChannelGroup] = []
-        written: set[Any] = set()
-        for layer in self.graph.module2node:
-            if layer in written or not isinstance(layer, _ROOT_LAYERS):
-                continue
-            pruner = self.graph.get_pruner_of_module(layer)
-            channels = list(range(pruner.get_out_channels(layer)))
-            try:
-                traced = self.graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
-            except (IndexError, TypeError, ZeroDivisionError):
-                result += self._untraceable(layer, channels)
-                continue
-            items = [self._item(item) for item in traced]
-            written.update(item.module for item in items if item.is_output)
-            result += self._split(items)
-        for name in self.order:
-            layer = self.modules[name]
-            if isinstance(layer, _ROOT_LAYERS) and layer not in self.graph.module2node:
-                result += self._untraceable(
-                    layer, list(range(layer.weight.shape[_out_axis(layer)]))
-                )
-        return result
 
-    def _untraceable(self, layer: nn.Module, channels: list[int]) -> list[ChannelGroup]:
-        """Return a fixed group for a layer whose output torch-pruning cannot follow."""
-        alone = _Traced(layer, is_output=True, channels=channels, positions=channels)
-        reason = "the output of this layer cannot be traced"
-        return [replace(group, fixed_because=reason) for group in self._split([alone])]
+class _Trace(TorchDispatchMode):
+    """Follows the channels through every operation."""
 
-    def _split(self, items: list[_Traced]) -> list[ChannelGroup]:
-        """Return one group for every class of channels that stand at the same places."""
-        # The products inside nn.MultiheadAttention belong to its heads, not to the stream.
-        whole_attention = any(isinstance(i.module, nn.MultiheadAttention) for i in items)
-        reasons = (self._reason_to_fix(item, whole_attention) for item in items)
-        fixed_because = next(filter(None, reasons), "")
-        normalised = any(isinstance(i.module, _NORMALISED_ACROSS_CHANNELS) for i in items)
-        places = [place for item in items for place in self._places(item)]
-        occurrences: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for number, (place, positions_of) in enumerate(places):
-            norm_block = self._norm_block_size(place)
-            for channel, positions in positions_of.items():
-                block = positions[0] // norm_block
-                occurrences[channel].append((number, len(positions), block))
-        classes: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
-        for channel in sorted(occurrences):
-            classes[tuple(occurrences[channel])].append(channel)
-        return [
-            self._group(channels, kind, places, fixed_because, normalised)
-            for kind, channels in classes.items()
+    def __init__(self, model: nn.Module, order: _Order) -> None:
+        super().__init__()
+        self.channels = Channels()
+        self.operations = Operations(self.channels, self.labels_of)
+        self.axes: list[_Axis] = []
+        self._model, self._order = model, order
+        self._read: set[int] = set()
+        # What has been written into in place: views of it from before carry other channels now.
+        self._writes, self._written = 0, dict[int, int]()
+        self._labels = WeakTensorKeyDictionary()
+        self.embeds = {
+            key_of(name, "weight")
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        }
+        keys: dict[int, list[str]] = defaultdict(list)
+        tensors: dict[int, Tensor] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            keys[id(tensor)].append(name)
+            tensors[id(tensor)] = tensor
+        for number, tensor in tensors.items():
+            self._set(tensor, self._own(tensor, tuple(keys[number])))
+
+    def _own(self, tensor: Tensor, names: tuple[str, ...]) -> Labels:
+        """Return the labels of a parameter or buffer: channels of its own along every axis."""
+        factors = []
+        for axis, size in enumerate(tensor.shape):
+            if size > 1:
+                self.axes.append(_Axis(names, axis, self.channels.count, size))
+                factors.append(Factor((axis,), self.channels.new(size)))
+        return Labels(tuple(tensor.shape), tuple(factors), weight=True)
+
+    def _set(self, tensor: Tensor, labels: Labels) -> None:
+        self._labels[tensor] = (self._writes, labels)
+
+    def labels_of(self, tensor: Tensor) -> Labels:
+        """Return a tensor's labels."""
+        since, labels = self._labels.get(tensor, (0, None))
+        if labels is None:
+            return self._by_value(tensor)
+        if self._written and self._written.get(_memory(tensor), 0) > since:
+            return Labels(tuple(tensor.shape), (), labels.weight, "it is written into in place")
+        return labels
+
+    def _by_value(self, tensor: Tensor) -> Labels:
+        """Return the labels of a tensor made in the forward pass: where it is constant, or not."""
+        factors = [
+            Factor((axis,), np.full(size, CONSTANT))
+            for axis, size in enumerate(tensor.shape)
+            if size > 1 and bool((tensor == tensor.narrow(axis, 0, 1)).all())
         ]
+        return Labels(tuple(tensor.shape), tuple(factors), False, "it is a constant of the network")
 
-    def _group(
-        self,
-        channels: list[int],
-        kind: tuple[tuple[int, ...], ...],
-        places: list[tuple[Place, dict[int, list[int]]]],
-        fixed_because: str,
-        normalised: bool,
-    ) -> ChannelGroup:
-        placed = []
-        for number, *_ in kind:
-            place, positions_of = places[number]
-            positions = torch.tensor([sorted(positions_of[c]) for c in channels])
-            placed.append(replace(place, positions=positions))
-        named = [p for p in placed if p.writes] or placed
-        first = min(named, key=lambda p: self.order.get(owner_of(p.tensor), len(self.order)))
-        name = owner_of(first.tensor)
-        return ChannelGroup(name, len(channels), tuple(placed), fixed_because, normalised)
+    def run(self, inputs: Any) -> None:
+        """Run the network, and fix the channels of its output."""
+        with self._order.watched(), _without_fast_paths(self._model):
+            with self:
+                output = call(self._model, inputs)
+            self.operations.fix_all([self.labels_of(t) for t in tensors_of(output)], OUTPUT)
 
-    def _item(self, item: Any) -> _Traced:
-        return _Traced(
-            module=item.dep.target.module,
-            is_output=self.graph.is_out_channel_pruning_fn(item.dep.handler),
-            channels=list(item.root_idxs),
-            positions=list(item.idxs),
+    def idle_layers(self) -> tuple[str, ...]:
+        """Return the layers whose own parameters no operation has read."""
+        return tuple(
+            name
+            for name, module in self._model.named_modules()
+            if (own := list(module.parameters(recurse=False)))
+            and not any(id(parameter) in self._read for parameter in own)
         )
 
-    def _reason_to_fix(self, item: _Traced, whole_attention: bool) -> str:
-        """Say why the channels of a group with this item cannot be permuted, or nothing."""
-        module = item.module
-        name = self.names.get(module, "")
-        if isinstance(module, tp.ops._OutputOp) or (
-            item.is_output and module in self.output_layers
-        ):
-            return "output of the network"
-        if isinstance(module, tp.ops._ElementWiseOp) and not whole_attention:
-            operation = str(module._grad_fn).lower()
-            if any(mixing in operation for mixing in _MIXING_OPERATIONS):
-                return "inside an attention or matrix product"
-        if isinstance(module, nn.modules.conv._ConvNd) and not _is_depthwise(module):
-            if module.groups > 1:
-                return f"'{name}' is a grouped convolution"
-        elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
-            return f"'{name}' normalises over more than the channels"
-        elif isinstance(module, nn.RNNBase):
-            return f"'{name}' is recurrent"
-        elif isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
-            return f"'{name}' has keys or values of another size"
-        elif isinstance(module, nn.Parameter):
-            owner = self.parameter_names.get(module, "")
-            if isinstance(self.modules.get(owner_of(owner)), nn.RNNBase):
-                return f"'{owner_of(owner)}' is recurrent"
-            if self._parameter_axis(item) is None:
-                return f"parameter '{owner}' has no axis of the channels' size"
-        return ""
+    def mark_inputs(self, inputs: Any) -> None:
+        """Label a network's inputs: their positions must not move."""
+        for tensor in tensors_of(inputs):
+            self._set(tensor, Labels(tuple(tensor.shape), (), False, INPUT))
 
-    def _parameter_axis(self, item: _Traced) -> int | None:
-        """Return the axis of a bare parameter that carries the channels (torch-pruning guesses)."""
-        shape = item.module.shape
-        if all(size == 1 for size in shape):
-            return 0
-        traced: int = self.graph.module2node[item.module].pruning_dim
-        needed = max(item.positions) + 1
-        if shape[traced] == needed:
-            return traced
-        matching = [axis for axis, size in enumerate(shape) if size == needed]
-        return matching[0] if len(matching) == 1 else None
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, and label what it returns."""
+        kwargs = kwargs or {}
+        names = (argument.name for argument in func._schema.arguments)
+        named = dict(zip(names, args, strict=False)) | kwargs
+        # Of what is written into in place, the labels before that.
+        given = {id(tensor): self.labels_of(tensor) for tensor in tensors_in(named)}
+        self._read.update(given)
+        self.operations.labels_of = lambda tensor: given[id(tensor)]
+        output = func(*args, **kwargs)
+        outputs = tensors_of(output)
+        found = self._labelled(func, named, [tuple(tensor.shape) for tensor in outputs])
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in tensors_of(named.get(argument.name)):
+                    self._note_written(tensor, given[id(tensor)], found)
+        for tensor, labels in zip(outputs, found, strict=bool(found)):
+            self._set(tensor, labels)
+        return output
 
-    def _places(self, item: _Traced) -> list[tuple[Place, dict[int, list[int]]]]:
-        """Return the tensor axes of an item with the positions of each channel."""
-        positions_of: dict[int, list[int]] = defaultdict(list)
-        for channel, position in zip(item.channels, item.positions, strict=True):
-            positions_of[channel].append(position)
-        nothing = torch.empty(0, 1, dtype=torch.long)
-        places = []
-        for tensor, axis, writes in self._axes(item):
-            if tensor not in self.state:
-                continue
-            length = self.state[tensor].shape[axis]
-            blocks = (
-                positions_of
-                if writes
-                else _blocks(positions_of, length, self._channels_flattened(item.module))
-            )
-            places.append((Place(tensor, axis, nothing, writes), blocks))
-        return places
+    def _note_written(self, tensor: Tensor, before: Labels, after: Sequence[Labels]) -> None:
+        """Remember what has been written into, unless its positions carry what they carried."""
+        axes = {axis for f in before.factors if (f.codes >= 0).any() for axis in f.axes}
+        if any({axis for f in labels.factors for axis in f.axes} - axes for labels in after):
+            self._writes += 1
+            self._written[_memory(tensor)] = self._writes
 
-    def _channels_flattened(self, layer: Any) -> int:
-        """Return the width of the activation that is reshaped before a layer reads it.
+    def _labelled(
+        self, func: Any, named: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]
+    ) -> Sequence[Labels]:
+        namespace, _, name = func._schema.name.partition("::")
+        operations = self.operations
+        operations.name = name if namespace == "aten" else func._schema.name
+        operations.where = self._order.running[-1] if self._order.running else ""
+        given = [operations.labels_of(tensor) for tensor in tensors_in(named)]
+        if not given:  # Made of nothing: noise is alike for all channels, the rest shows itself.
+            alike = torch.Tag.nondeterministic_seeded in func.tags or name.startswith("empty")
+            return [constant(shape) for shape in shapes] if alike else []
+        operation = OPERATIONS.get(operations.name)
+        plain = operations.name.rstrip("_")
+        if operation is None and operations.name.endswith("_"):
+            operation = OPERATIONS.get(plain)
+        if operation is not None:
+            found = operation(operations, named, shapes)
+            return [found] if isinstance(found, Labels) else list(found)
+        if torch.Tag.pointwise in func.tags or plain in _POINTWISE:
+            return pointwise(operations, named, shapes)
+        return unknown(operations, named, shapes)
 
-        Concatenated channels count together; 0 where nothing is reshaped.
-        """
-        pending = [(node, False) for node in self.graph.module2node[layer].inputs]
-        seen: set[tuple[Any, bool]] = set()
-        while pending:
-            node, reshaped = pending.pop()
-            if (node, reshaped) in seen:
-                continue
-            seen.add((node, reshaped))
-            if node.type == tp.ops.OPTYPE.CONCAT:
-                if reshaped:
-                    return sum(size or 0 for size in node.module.concat_sizes or ())
-            elif node.module in self.names:
-                if reshaped:
-                    return self.graph.get_out_channels(node.module) or 0
-            else:
-                reshaped = reshaped or node.type == tp.ops.OPTYPE.RESHAPE
-                pending += [(before, reshaped) for before in node.inputs]
-        return 0
 
-    def _axes(self, item: _Traced) -> list[tuple[str, int, bool]]:
-        """Return (tensor, axis, writes) for the axes of the item's module that are meant."""
-        module, name = item.module, self.names.get(item.module, "")
-        dot = f"{name}." if name else ""
-        if isinstance(module, nn.Parameter):
-            axis = self._parameter_axis(item)
-            if axis is None or module.numel() == 1:
-                return []
-            return [(self.parameter_names[module], axis, True)]
-        if isinstance(module, nn.modules.conv._ConvNd):
-            out = _out_axis(module)
-            if item.is_output or _is_depthwise(module):
-                return [(f"{dot}weight", out, True), (f"{dot}bias", 0, True)]
-            return [(f"{dot}weight", 1 - out, False)]
-        if isinstance(module, nn.Linear):
-            if item.is_output:
-                return [(f"{dot}weight", 0, True), (f"{dot}bias", 0, True)]
-            return [(f"{dot}weight", 1, False)]
-        if isinstance(module, nn.Embedding):
-            return [(f"{dot}weight", 1, True)]
-        if isinstance(module, nn.MultiheadAttention):
-            # The inside of the heads (rows of in_proj, columns of out_proj) keeps its order.
-            return [
-                (f"{dot}in_proj_weight", 1, False),
-                (f"{dot}out_proj.weight", 0, True),
-                (f"{dot}out_proj.bias", 0, True),
-            ]
-        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-            return []
-        if isinstance(module, _VECTOR_LAYERS):
-            vectors = ("weight", "bias", "running_mean", "running_var")
-            return [(f"{dot}{vector}", 0, True) for vector in vectors]
+def _memory(tensor: Tensor) -> int:
+    return 0 if tensor.is_sparse else tensor.untyped_storage().data_ptr()
+
+
+def _groups(trace: _Trace, model: nn.Module, order: Mapping[str, int]) -> list[ChannelGroup]:
+    """Return the groups that a trace has found, in forward order."""
+    resolved = trace.channels.resolved()
+    axes = [a for a in trace.axes if resolved.touched[a.first : a.first + a.size].any()]
+    if not axes:
         return []
-
-    def _norm_block_size(self, place: Place) -> int:
-        """Return how many channels GroupNorm takes together: only those can be swapped."""
-        module = self.modules.get(owner_of(place.tensor))
-        length: int = self.state[place.tensor].shape[place.axis]
-        if isinstance(module, nn.GroupNorm) and module.num_groups < length:
-            return length // int(module.num_groups)
-        return length
-
-
-def _out_axis(layer: nn.Module) -> int:
-    """Return the axis of a layer's weight that indexes its outputs."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        return int(layer.transposed and not _is_depthwise(layer))
-    return int(isinstance(layer, nn.Embedding))
+    reads = _roles(trace, axes)
+    normalised = _roots_of(trace.operations.normalised, resolved)
+    layers = {name for name, module in model.named_modules() if isinstance(module, _LAYERS)}
+    groups = []
+    for roots, rows in _classes(axes, resolved):
+        group = replace(
+            _group(roots, rows, trace, axes, reads, order),
+            fixed_because=resolved.because.get(roots[0], ""),
+            normalised=not normalised.isdisjoint(roots),
+        )
+        groups += [] if _is_of_no_interest(group, layers) else [group]
+    groups.sort(key=lambda group: _position_in_forward(group, order))
+    return _with_own_names(groups)
 
 
-def _is_depthwise(module: nn.modules.conv._ConvNd) -> bool:
-    return module.groups == module.in_channels == module.out_channels > 1
+def _roots_of(codes: Sequence[Codes], resolved: Resolved) -> set[int]:
+    whole = np.concatenate([np.zeros(0, dtype=np.int64), *(c.ravel() for c in codes)])
+    return set(np.unique(resolved.root[whole[whole >= 0]]).tolist())
 
 
-def _blocks(
-    positions_of: dict[int, list[int]], length: int, flattened: int
-) -> dict[int, list[int]]:
-    """Widen single positions to blocks of columns where a flatten was not traced.
-
-    torch-pruning knows the flatten of four-dimensional activations only; after a Conv1d or Conv3d
-    it leaves one position per channel although each of the ``flattened`` channels became
-    ``length / flattened`` columns.
-    """
-    single = all(len(positions) == 1 for positions in positions_of.values())
-    if not single or not flattened or length % flattened:
-        return positions_of
-    block = length // flattened
-    return {c: list(range(p * block, (p + 1) * block)) for c, (p,) in positions_of.items()}
+def _roles(trace: _Trace, axes: Sequence[_Axis]) -> list[bool]:
+    """Return whether each axis of a tensor reads channels."""
+    read = np.zeros(trace.channels.count + 1, dtype=bool)
+    for codes in trace.operations.reads:
+        read[codes[codes >= 0]] = True
+    return [bool(read[a.first : a.first + a.size].any()) for a in axes]
 
 
-def _without_conflicts(groups: list[ChannelGroup]) -> list[ChannelGroup]:
-    """Fix groups of which two claim the same position of one tensor."""
-    claims: dict[tuple[str, int, int], list[int]] = defaultdict(list)
-    for number, group in enumerate(groups):
-        for place in group.places:
-            for position in place.positions.flatten().tolist():
-                claims[place.tensor, place.axis, position].append(number)
-    disputed = {n for numbers in claims.values() if len(set(numbers)) > 1 for n in numbers}
+def _classes(
+    axes: Sequence[_Axis], resolved: Resolved
+) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
+    """Yield channels that stand at the same places, and their rows (axis, position)."""
+    columns = [
+        (np.full(a.size, n), np.arange(a.size), np.arange(a.first, a.first + a.size))
+        for n, a in enumerate(axes)
+    ]
+    number, position, channel = (np.concatenate(c) for c in zip(*columns, strict=True))
+    root = resolved.root[channel]
+    marked, marks = resolved.marks
+    # Marks stand among the places, as axes of their own.
+    number = np.concatenate([number, -1 - marks])
+    position = np.concatenate([position, np.zeros_like(marks)])
+    root = np.concatenate([root, marked])
+    order = np.lexsort((position, number, root))
+    rows = np.stack([number, position], axis=1)[order]
+    root = root[order]
+    starts = np.flatnonzero(np.diff(root, prepend=-1))
+    ends = np.append(starts[1:], len(root))
+    alike: dict[bytes, list[tuple[int, int, int]]] = defaultdict(list)
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        key = rows[start:end, 0].tobytes() + resolved.because.get(int(root[start]), "").encode()
+        alike[key].append((int(root[start]), start, end))
+    for members in alike.values():
+        yield [r for r, _, _ in members], np.stack([rows[s:e] for _, s, e in members])
+
+
+def _group(
+    roots: Sequence[int],
+    rows: NDArray[np.int64],
+    trace: _Trace,
+    axes: Sequence[_Axis],
+    reads: Sequence[bool],
+    order: Mapping[str, int],
+) -> ChannelGroup:
+    """Return the group of channels that stand at the same places; it has still no reason."""
+    places = []
+    for number in np.unique(rows[0, :, 0]):
+        if number >= 0:
+            positions = torch.from_numpy(rows[:, rows[0, :, 0] == number, 1].copy())
+            places += [
+                Place(name, axes[number].axis, positions, not reads[number] or name in trace.embeds)
+                for name in axes[number].tensors
+            ]
+    named = [p for p in places if p.writes] or places
+    first = min(named, key=lambda p: _number_of(p, order))
+    chosen = first.positions[:, 0].argsort()
+    ordered = tuple(replace(p, positions=p.positions[chosen]) for p in places)
+    name = layer_of(first.tensor)
+    return ChannelGroup(name if first.writes else f"input of {name}", len(roots), ordered)
+
+
+def layer_of(tensor: str) -> str:
+    """Return the layer that a tensor belongs to, also where it is parametrised."""
+    return owner_of(tensor).partition(".parametrizations.")[0]
+
+
+def _number_of(place: Place, order: Mapping[str, int]) -> int:
+    return order.get(layer_of(place.tensor), len(order))
+
+
+def _is_of_no_interest(group: ChannelGroup, layers: Collection[str]) -> bool:
+    """Whether a fixed group is but the positions of a table, such as a positional encoding's."""
+    return (
+        group.fixed_because not in ("", OUTPUT)
+        and all(p.writes for p in group.places)
+        and not any(layer_of(p.tensor) in layers for p in group.places)
+    )
+
+
+def _with_own_names(groups: Iterable[ChannelGroup]) -> list[ChannelGroup]:
     names: dict[str, int] = defaultdict(int)
     result = []
-    for number, group in enumerate(groups):
-        if number in disputed and not group.fixed:
-            group = replace(group, fixed_because="another group claims the same channels")
-        names[group.name] += 1
-        if names[group.name] > 1:
-            group = replace(group, name=f"{group.name}#{names[group.name]}")
-        result.append(group)
-    return result
-
-
-def _input_groups(
-    model: nn.Module, groups: Iterable[ChannelGroup], order: Mapping[str, int]
-) -> list[ChannelGroup]:
-    """Return fixed groups for the columns that no group covers: the network's inputs."""
-    covered: dict[str, set[int]] = defaultdict(set)
     for group in groups:
-        for place in group.places:
-            if not place.writes:
-                covered[place.tensor].update(place.positions.flatten().tolist())
-    result = []
-    for name, module in model.named_modules():
-        readable = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-        if not readable or name not in order or module.weight.dim() < 2:
-            continue
-        tensor = f"{name}.weight" if name else "weight"
-        axis = 0 if getattr(module, "transposed", False) else 1
-        length = module.weight.shape[axis]
-        missing = sorted(set(range(length)) - covered[tensor])
-        if missing and not (isinstance(module, nn.modules.conv._ConvNd) and _is_depthwise(module)):
-            place = Place(tensor, axis, torch.tensor(missing).unsqueeze(1), writes=False)
-            group_name = f"input of {name}" if name else "input"
-            result.append(ChannelGroup(group_name, len(missing), (place,), "input of the network"))
+        names[group.name] += 1
+        number = names[group.name]
+        result.append(replace(group, name=f"{group.name}#{number}") if number > 1 else group)
     return result
 
 
 def _position_in_forward(group: ChannelGroup, order: Mapping[str, int]) -> tuple[int, int]:
     places = [p for p in group.places if p.writes] or list(group.places)
     reads_only = not any(p.writes for p in group.places)
-    return min(order.get(owner_of(p.tensor), len(order)) for p in places), int(not reads_only)
+    return min(_number_of(p, order) for p in places), int(not reads_only)

@@ -194,8 +194,9 @@ def activation_costs(
         )
         for group, layer, fused_positions, client_positions in layers:
             x, y = torch.cat(ours[layer], 1), torch.cat(theirs[layer], 1)
-            x = x.index_select(0, fused_positions.to(x.device))
-            y = y.index_select(0, client_positions.to(y.device))
+            # All positions of a channel are samples of it.
+            x = x[fused_positions.to(x.device)].flatten(1)
+            y = y[client_positions.to(y.device)].flatten(1)
             moments[group, layer].add(x, y.to(x.device))
     costs: dict[str, list[Tensor]] = defaultdict(list)
     for (group, _), moment in moments.items():
