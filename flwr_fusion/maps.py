@@ -229,9 +229,12 @@ def _matching_groups(
     pairs = list(zip(fused.groups, client.groups, strict=True))
     for fused_group, client_group in pairs:
         if fused_group.signature != client_group.signature:
+            ours, theirs = ({*g.signature[-1]} for g in (fused_group, client_group))
+            different = sorted({tensor for tensor, *_ in ours ^ theirs})
             raise FusionError(
                 f"channel group '{client_group.name}' does not correspond to the target's group "
-                f"'{fused_group.name}': they are written and read by different layers"
+                f"'{fused_group.name}': it stands elsewhere, or in blocks of another size, in "
+                f"{different[:4]}; layers, attention heads and the like must be of one kind"
             )
     resized = [f.name for f, c in pairs if f.size != c.size and f.normalised]
     if resized:

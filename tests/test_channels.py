@@ -12,7 +12,6 @@ import torchvision.models as tv
 from torch import Tensor, nn
 
 from flwr_fusion import ChannelGraph, ChannelGroup, FusionError, Place
-from flwr_fusion.graph.checking import idle_layers
 from flwr_fusion.graph.groups import verified_graph
 from tests.support.architectures import (
     LARGE,
@@ -165,12 +164,16 @@ def test_concatenation_with_the_input_is_no_flatten() -> None:
     assert torch.equal(place_of(hidden, "head.weight", 1).positions.flatten(), torch.arange(6))
 
 
-def test_shifted_windows_end_and_only_what_they_hide_is_fixed() -> None:
-    # torch-pruning by itself never ends here.
+def test_shifted_windows_are_followed() -> None:
     swin = tv.SwinTransformer([4, 4], 8, [2, 2], [1, 2], [4, 4], num_classes=5)
     graph = verified_graph(swin, torch.randn(1, 3, 64, 64))
-    free = {group.name for group in graph.groups if not group.fixed}
-    assert free == {f"features.{stage}.{block}.mlp.0" for stage in (1, 3) for block in (0, 1)}
+    free = {group.name: group for group in graph.groups if not group.fixed}
+    # The second stage has two heads, which the table of relative positions follows.
+    table = "features.3.0.attn.relative_position_bias_table"
+    assert (table, 1, 1, True) in axes(free["features.3.0.attn"])
+    # Four neighbouring patches are concatenated between the stages.
+    assert ("features.2.reduction.weight", 1, 4, False) in axes(free["features.0.0"])
+    assert {g.fixed_because for g in graph.groups} == {"", INPUT, OUTPUT}
 
 
 class TwoHeads(nn.Module):
@@ -190,9 +193,11 @@ class TwoHeads(nn.Module):
         return self.head(hidden)
 
 
-def test_layers_that_run_in_training_only_are_refused() -> None:
-    with pytest.raises(FusionError, match=r"TwoHeads run in training only \(other\)"):
-        verified_graph(TwoHeads("in training"), torch.randn(2, 6))
+@pytest.mark.filterwarnings("error")
+def test_layers_that_run_in_training_only_belong_to_what_they_read() -> None:
+    graph = verified_graph(TwoHeads("in training"), torch.randn(2, 6))
+    (body,) = [group for group in graph.groups if not group.fixed]
+    assert ("other.weight", 1, 1, False) in axes(body)
 
 
 def test_layers_that_do_not_run_are_told() -> None:
@@ -204,44 +209,61 @@ def test_layers_that_do_not_run_are_told() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_layers_that_are_read_without_a_call_run() -> None:
-    assert not idle_layers(TwoHeads("without a call"), torch.randn(2, 6))
+    verified_graph(TwoHeads("without a call"), torch.randn(2, 6))
     attention = named("multihead-block")
     verified_graph(attention.model(), attention.inputs(2))
 
 
-def test_inside_of_hand_written_heads_is_fixed() -> None:
+def test_hand_written_heads_move_as_wholes() -> None:
     groups = traced("linear-attention")
     assert summary(groups) == {
         "input of embed": (5, INPUT),
         "embed": (12, ""),
-        "q": (12, "inside an attention or matrix product"),
+        "q": (2, ""),
         "fc": (16, ""),
         "head": (10, OUTPUT),
     }
-    inside = {(f"{layer}.{vector}", 0, 1, True) for layer in "qkv" for vector in ("weight", "bias")}
-    assert axes(groups["q"]) == inside | {("out.weight", 1, 1, False)}
+    inside = {(f"{layer}.{vector}", 0, 6, True) for layer in "qkv" for vector in ("weight", "bias")}
+    assert axes(groups["q"]) == inside | {("out.weight", 1, 6, False)}
 
 
-def test_multihead_attention_keeps_its_inside() -> None:
+def test_heads_of_multihead_attention_move_as_wholes() -> None:
     groups = traced("multihead-block")
     assert summary(groups) == {
         "input of embed": (5, INPUT),
         "embed": (12, ""),
+        "attention": (3, ""),
         "fc": (16, ""),
         "head": (10, OUTPUT),
     }
     assert groups["embed"].normalised
     assert ("attention.in_proj_weight", 1, 1, False) in axes(groups["embed"])
-    touched = {(tensor, axis) for group in groups.values() for tensor, axis, *_ in axes(group)}
-    assert ("attention.in_proj_weight", 0) not in touched
-    assert ("attention.out_proj.weight", 1) not in touched
+    assert axes(groups["attention"]) == {
+        ("attention.in_proj_weight", 0, 12, True),
+        ("attention.in_proj_bias", 0, 12, True),
+        ("attention.out_proj.weight", 1, 4, False),
+    }
+    # Queries, keys and values of a head.
+    first = place_of(groups["attention"], "attention.in_proj_bias", 0).positions[0]
+    assert torch.equal(first, torch.cat([torch.arange(4) + 12 * part for part in range(3)]))
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru"])
-def test_recurrent_layers_are_fixed(name: str) -> None:
+@pytest.mark.parametrize(("name", "gates"), [("lstm", 4), ("gru", 3)])
+def test_units_of_recurrent_layers_move_with_all_their_gates(name: str, gates: int) -> None:
     groups = traced(name)
-    assert [g.name for g in groups.values() if not g.fixed] == ["fc"]
-    assert all(g.fixed_because for g in groups.values() if g.name.startswith("embed"))
+    assert summary(groups) == {
+        "input of embed": (5, INPUT),
+        "embed": (7, ""),
+        "rnn": (6, ""),
+        "fc": (8, ""),
+        "head": (10, OUTPUT),
+    }
+    assert {
+        ("rnn.weight_ih_l0", 0, gates, True),
+        ("rnn.weight_hh_l0", 0, gates, True),
+        ("rnn.weight_hh_l0", 1, 1, False),
+        ("fc.weight", 1, 1, False),
+    } <= axes(groups["rnn"])
 
 
 def test_embedding_channels_are_free() -> None:
@@ -258,7 +280,7 @@ def test_tied_weights_are_one_group_under_both_names() -> None:
     assert {("embedding.weight", 1, 1, True), ("head.weight", 1, 1, False)} <= axes(
         groups["embedding"]
     )
-    assert groups["head"].fixed_because == OUTPUT
+    assert groups["embedding#2"].fixed_because == OUTPUT
 
 
 def test_prelu_transposed_and_depthwise_convolutions() -> None:
@@ -296,12 +318,13 @@ class GroupedConvolution(nn.Module):
         return out
 
 
-def test_grouped_convolution_is_fixed() -> None:
+def test_groups_of_a_convolution_move_as_wholes() -> None:
     graph = ChannelGraph.trace(randomised(GroupedConvolution()), torch.randn(2, 3, 4, 4))
-    inner = [g for g in graph.groups if g.fixed_because not in (INPUT, OUTPUT)]
-    assert inner
-    assert {g.fixed_because for g in inner} == {"'b' is a grouped convolution"}
-    graph.verify()
+    (inner,) = [g for g in graph.groups if not g.fixed]
+    assert inner.size == 2
+    assert {("a.weight", 0, 4, True), ("b.weight", 0, 4, True), ("head.weight", 1, 4, False)} <= (
+        axes(inner)
+    )
 
 
 # Every architecture: nothing overlaps, nothing is lost, permuting keeps the function.
@@ -338,9 +361,7 @@ def test_permuting_keeps_the_function(architecture: Architecture) -> None:
     assert moved > len(orders)
 
 
-@pytest.mark.parametrize(
-    "architecture", [a for a in SMALL if a.name not in ("lstm", "gru")], ids=lambda a: a.name
-)
+@pytest.mark.parametrize("architecture", SMALL, ids=lambda a: a.name)
 def test_groups_cover_every_axis_once(architecture: Architecture) -> None:
     assert_partition(ChannelGraph.trace(architecture.model(), architecture.inputs(2)))
 
@@ -382,10 +403,12 @@ def test_verify_does_not_trust_a_head_that_starts_at_zero() -> None:
         broken(graph, "4", "6.weight").verify()
 
 
-def test_channel_shuffle_is_refused_by_group() -> None:
+def test_channel_shuffle_is_followed() -> None:
     graph = ChannelGraph.trace(ChannelShuffle(), torch.randn(2, 3, 6, 6))
-    with pytest.raises(FusionError, match=r"ChannelShuffle.*group 'conv1.*conv1\.weight"):
-        graph.verify()
+    (first,) = [g for g in graph.groups if g.name == "conv1"]
+    read = place_of(first, "conv2.weight", 1).positions.flatten()
+    assert torch.equal(read, torch.arange(8).view(4, 2).T.flatten())
+    assert not first.fixed
 
 
 class FlattenAfterTranspose(nn.Module):
@@ -399,10 +422,12 @@ class FlattenAfterTranspose(nn.Module):
         return out
 
 
-def test_flatten_after_transpose_is_refused() -> None:
+def test_flatten_after_transpose_is_followed() -> None:
     graph = ChannelGraph.trace(FlattenAfterTranspose(), torch.randn(2, 1, 4, 4))
-    with pytest.raises(FusionError, match=r"group 'conv'.*head\.weight"):
-        graph.verify()
+    (conv,) = [g for g in graph.groups if not g.fixed]
+    assert torch.equal(
+        place_of(conv, "head.weight", 1).positions, torch.arange(16).view(4, 4).T
+    )
 
 
 # What a network may be like.
@@ -491,9 +516,8 @@ def test_unused_layers_do_not_matter() -> None:
     assert isinstance(model, nn.Sequential)
     used = nn.ModuleDict({"net": model[:-1], "unused": nn.Linear(3, 7)})
     used.forward = used["net"].forward
-    graph = ChannelGraph.trace(used, torch.randn(2, 20))
     with pytest.warns(UserWarning, match=r"\(unused\)"):
-        graph.verify()
+        graph = ChannelGraph.trace(used, torch.randn(2, 20))
     assert [g.name for g in graph.groups if not g.fixed] == ["net.0", "net.2", "net.4"]
 
 
@@ -528,14 +552,8 @@ def test_deep_networks_are_checked_in_double_precision() -> None:
 
 
 def test_refusal_lists_a_few_groups_only() -> None:
-    class Shuffled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts = nn.ModuleList(ChannelShuffle() for _ in range(6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([part(x) for part in self.parts])
-
+    graph = ChannelGraph.trace(sequential_mlp(depth=6), torch.randn(2, 20))
+    groups = tuple(replace(g, places=g.places[:1]) for g in graph.groups)
     with pytest.raises(FusionError, match="more groups") as refusal:
-        ChannelGraph.trace(Shuffled(), torch.randn(2, 3, 12, 12)).verify()
+        replace(graph, groups=groups).verify()
     assert len(str(refusal.value)) < 1000

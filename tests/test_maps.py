@@ -29,6 +29,9 @@ from tests.support.architectures import (
     LeNet,
     SmallVGG,
     named,
+    output,
+    randomised,
+    relative_error,
     sequential_mlp,
 )
 
@@ -315,13 +318,17 @@ def test_layernorm_of_other_width_is_said_to_be_rough() -> None:
         Correspondence(*graphs)
 
 
-def test_recurrent_layer_of_other_width_is_refused() -> None:
+def test_recurrent_layers_of_other_width_correspond_gate_by_gate() -> None:
     class Narrow(type(named("lstm").build())):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(nn.LSTM)
             self.rnn = nn.LSTM(7, 5, batch_first=True)
             self.fc = nn.Linear(5, 8)
 
-    graphs = [graph_of(model, 4, 5) for model in (named("lstm").build(), Narrow())]
-    with pytest.raises(FusionError, match=r"rnn|embed"):
-        Correspondence(*graphs)
+    wide, narrow = named("lstm").model(), randomised(Narrow())
+    correspondence = Correspondence(*(graph_of(model, 4, 5) for model in (wide, narrow)))
+    maps, state = correspondence.identity(), narrow.state_dict()
+    mapped = {name: map_tensor(state[name], name, correspondence, maps) for name in state}
+    wide.load_state_dict(mapped)
+    inputs = torch.randn(3, 4, 5)
+    assert relative_error(output(wide, inputs), output(narrow, inputs)) < 1e-5

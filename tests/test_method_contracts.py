@@ -23,7 +23,6 @@ from tests.support.architectures import (
     LARGE,
     SMALL,
     Architecture,
-    ChannelShuffle,
     Conv1dGroupNorm,
     LayerNormMLP,
     LeNet,
@@ -808,19 +807,6 @@ def test_norms_across_channels_of_other_widths_are_said_to_be_rough(
     with pytest.warns(UserWarning, match=rf"'{group}.*LayerNorm or GroupNorm.*only roughly"):
         fused = method(models, inputs=inputs, target=models[0])
     assert bool(output(fused, inputs).isfinite().all())
-
-
-@matching_method
-def test_channel_shuffle_is_refused(method: Method) -> None:
-    models = [randomised(ChannelShuffle(), seed) for seed in range(2)]
-    with pytest.raises(ff.FusionError, match=r"conv1.*ChannelShuffle|ChannelShuffle.*conv1"):
-        method(models, inputs=torch.randn(SAMPLES, 3, 6, 6))
-
-
-def test_shufflenet_is_refused() -> None:
-    model = randomised(tv.shufflenet_v2_x0_5(num_classes=10))
-    with pytest.raises(ff.FusionError, match="ShuffleNetV2"):
-        ff.ot_fusion([model, model], example_inputs=torch.randn(2, 3, 32, 32))
 
 
 @matching_method

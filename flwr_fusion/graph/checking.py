@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -45,6 +46,7 @@ class _Run:
         dtype: torch.dtype | None,
     ) -> None:
         self._graph = graph
+        self.is_noise = False
         self.state = _in_precision(dict(drawn), dtype)
         self.inputs = _in_precision(inputs, dtype)
         self._expected = self.outputs(self.state)
@@ -82,12 +84,8 @@ class _Run:
 
         state = {name: rounded(tensor) for name, tensor in self.state.items()}
         change = _difference(self.outputs(state), self._expected)
-        if change > _NOISE:
-            raise FusionError(
-                f"rounding alone changes the output of {type(self._graph.model).__name__} at "
-                "random weights: what is done to its channels cannot be checked"
-            )
-        return _TIMES_ROUNDING * change
+        self.is_noise = change > _NOISE
+        return math.inf if self.is_noise else _TIMES_ROUNDING * change
 
 
 class _Drawn:
@@ -151,7 +149,13 @@ class Check:
         """Whether permuting some groups changes the output."""
         chosen = {group.name: permutations[group.name] for group in groups}
         graph = replace(self._graph, groups=tuple(groups))
-        return any(run.changes(graph.permute(run.state, chosen)) for run in self._runs)
+        changes = any(run.changes(graph.permute(run.state, chosen)) for run in self._runs)
+        if self._runs[0].is_noise:
+            raise FusionError(
+                f"rounding alone changes the output of {type(self._graph.model).__name__} at "
+                "random weights: what is done to its channels cannot be checked"
+            )
+        return changes
 
     def seen(self, groups: Sequence[ChannelGroup]) -> set[str]:
         """Return the groups that the output depends on, as its gradient tells."""
@@ -212,18 +216,14 @@ def with_failing_fixed(graph: ChannelGraph, seed: int = 0) -> tuple[ChannelGroup
     permutations = _permutations(free, seed)
     try:
         check = Check(graph, seed)
+        because = {group.name: FAILED for group in failing(check, free, permutations)}
+        right = [group for group in free if group.name not in because]
+        because |= {group.name: UNCHECKED for group in _not_shown(check, right, permutations)}
     except FusionError as error:
-        return _fixed(graph.groups, {group.name: str(error) for group in free})
-    because = {group.name: FAILED for group in failing(check, free, permutations)}
-    free = [group for group in free if group.name not in because]
-    because |= {group.name: UNCHECKED for group in _not_shown(check, graph, free, permutations)}
-    return _fixed(graph.groups, because)
-
-
-def _fixed(groups: Sequence[ChannelGroup], because: Mapping[str, str]) -> tuple[ChannelGroup, ...]:
+        because = {group.name: str(error) for group in free}
     return tuple(
         replace(group, fixed_because=because[group.name]) if group.name in because else group
-        for group in groups
+        for group in graph.groups
     )
 
 
@@ -241,10 +241,7 @@ def _derangement(size: int, generator: torch.Generator) -> Tensor:
 
 
 def _not_shown(
-    check: Check,
-    graph: ChannelGraph,
-    free: Sequence[ChannelGroup],
-    permutations: Mapping[str, Tensor],
+    check: Check, free: Sequence[ChannelGroup], permutations: Mapping[str, Tensor]
 ) -> list[ChannelGroup]:
     """Return the groups of which the output shows nothing."""
     # A gradient is cheaper than one run for every group.

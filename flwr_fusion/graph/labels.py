@@ -215,8 +215,7 @@ def _with_block(
     for other in varying[1:]:
         channels.fix(other.codes.ravel(), "it is merged with other channels")
     if varying:
-        found = _merged(varying[0], labels.shape, inside, outside, sizes)
-        factors += [found] if found is not None else []
+        factors.append(_merged(varying[0], labels.shape, inside, outside, sizes))
     elif {a for f in touched for a in f.axes} >= {a for a in inside if labels.shape[a] > 1}:
         factors += [
             Factor((axis,), np.full(size, CONSTANT))
@@ -229,7 +228,7 @@ def _with_block(
 
 def _merged(
     factor: Factor, shape: tuple[int, ...], inside: range, outside: range, sizes: tuple[int, ...]
-) -> Factor | None:
+) -> Factor:
     """Return a factor whose axes inside have become axes outside."""
     before = [a for a in factor.axes if a < inside.start]
     after = [a for a in factor.axes if a >= inside.stop]
@@ -246,13 +245,15 @@ def _spread(factor: Factor, shape: tuple[int, ...], inside: range) -> Codes:
     return np.broadcast_to(codes, [shape[a] for a in axes])
 
 
-def _simplified(axes: Sequence[int], codes: Codes, new: range) -> Factor | None:
+def _simplified(axes: Sequence[int], codes: Codes, new: range) -> Factor:
     """Take out new axes along which the channels do not change."""
     alike = [
         n
         for n in new
         if codes.shape[n] == 1 or bool((codes == codes.take([0], axis=n)).all())
     ]
+    if len(alike) == codes.ndim:  # One channel alone.
+        alike.remove(max(new, key=lambda n: codes.shape[n]))
     kept = codes[tuple(0 if n in alike else slice(None) for n in range(codes.ndim))]
     remaining = tuple(axis for n, axis in enumerate(axes) if n not in alike)
-    return Factor(remaining, kept) if remaining else None
+    return Factor(remaining, kept)

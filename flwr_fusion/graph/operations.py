@@ -138,6 +138,8 @@ class Operations:
         the same on both sides.
         """
         sides = ((one, over[0], [a for a, _ in batch]), (other, over[1], [b for _, b in batch]))
+        if one.shape[over[0]] == 1:  # Where it is alone, broadcasting would hide it.
+            self._fix_alone(one.factor_of(over[0]), other.factor_of(over[1]), one, other)
         self._note_reads(one, over[0], other, over[1])
         ends = [self._end(*side) for side in sides]
         sizes = np.broadcast_shapes(ends[0].shape, ends[1].shape)
@@ -153,6 +155,13 @@ class Operations:
             free.append((own, k, batch_axes, position_of))
         padded = replace(summed, shape=(*summed.shape, *[1] * (len(shape) - len(batch))))
         return self.join(shape, [padded, *(self._free(*side, len(shape)) for side in free)])
+
+    def _fix_alone(
+        self, end: Factor | None, other_end: Factor | None, one: Labels, other: Labels
+    ) -> None:
+        for factor, opposite, labels in ((end, other_end, other), (other_end, end, one)):
+            if factor is not None and opposite is None:
+                self.channels.fix(factor.codes.ravel(), labels.because or _PLACES)
 
     def _end(self, own: Labels, k: int, batch_axes: Sequence[int]) -> Labels:
         """Return the labels of a factor's batch axes and of the axis that is summed over."""
@@ -231,10 +240,16 @@ _PRODUCT = "it is inside a product"
 def _aligned(labels: Labels, shape: tuple[int, ...]) -> Labels:
     """Return labels with the axes that broadcasting gives a tensor."""
     new = len(shape) - len(labels.shape)
-    if not new:
-        return labels
     position_of = {axis: axis + new for axis in range(len(labels.shape))}
-    return labels.at((*(1,) * new, *labels.shape), position_of)
+    placed = labels.at((*(1,) * new, *labels.shape), position_of)
+    factors = []
+    for factor in placed.factors:
+        repeated = [n for n, a in enumerate(factor.axes) if placed.shape[a] != shape[a]]
+        if len(repeated) < len(factor.axes):
+            codes = factor.codes.squeeze(tuple(repeated))
+            axes = tuple(a for n, a in enumerate(factor.axes) if n not in repeated)
+            factors.append(Factor(axes, codes))
+    return replace(placed, factors=tuple(factors))
 
 
 OPERATIONS: dict[str, Operation] = {}

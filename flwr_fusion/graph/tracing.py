@@ -163,9 +163,8 @@ class _Trace(TorchDispatchMode):
         """Return the labels of a parameter or buffer: channels of its own along every axis."""
         factors = []
         for axis, size in enumerate(tensor.shape):
-            if size > 1:
-                self.axes.append(_Axis(names, axis, self.channels.count, size))
-                factors.append(Factor((axis,), self.channels.new(size)))
+            self.axes.append(_Axis(names, axis, self.channels.count, size))
+            factors.append(Factor((axis,), self.channels.new(size)))
         return Labels(tuple(tensor.shape), tuple(factors), weight=True)
 
     def _set(self, tensor: Tensor, labels: Labels) -> None:
@@ -359,13 +358,17 @@ def layer_of(tensor: str) -> str:
 
 
 def _number_of(place: Place, order: Mapping[str, int]) -> int:
-    return order.get(layer_of(place.tensor), len(order))
+    """Return when a place's layer is called, or what contains it."""
+    layer = layer_of(place.tensor)
+    while layer and layer not in order:
+        layer = layer.rpartition(".")[0]
+    return order[layer] if layer else len(order)
 
 
 def _is_of_no_interest(group: ChannelGroup, layers: Collection[str]) -> bool:
-    """Whether a fixed group is but the positions of a table, such as a positional encoding's."""
+    """Whether a group is but the positions of a table, such as a positional encoding's."""
     return (
-        group.fixed_because not in ("", OUTPUT)
+        (group.size == 1 or group.fixed_because not in ("", OUTPUT))
         and all(p.writes for p in group.places)
         and not any(layer_of(p.tensor) in layers for p in group.places)
     )
@@ -381,7 +384,9 @@ def _with_own_names(groups: Iterable[ChannelGroup]) -> list[ChannelGroup]:
     return result
 
 
-def _position_in_forward(group: ChannelGroup, order: Mapping[str, int]) -> tuple[int, int]:
+def _position_in_forward(
+    group: ChannelGroup, order: Mapping[str, int]
+) -> tuple[int, bool, bool]:
     places = [p for p in group.places if p.writes] or list(group.places)
-    reads_only = not any(p.writes for p in group.places)
-    return min(_number_of(p, order) for p in places), int(not reads_only)
+    reads = not any(p.writes for p in group.places)
+    return min(_number_of(p, order) for p in places), not reads, group.fixed

@@ -86,15 +86,35 @@ def align_by_weights(
 
 
 def align_by_activations(
-    costs: Mapping[str, Tensor], correspondence: Correspondence, matching: Matching
+    reference: Mapping[str, Tensor],
+    client: Mapping[str, Tensor],
+    correspondence: Correspondence,
+    matching: Matching,
+    activations: Mapping[str, Tensor],
 ) -> Alignment:
-    """Choose the map of every group from its own ground cost."""
-    maps = correspondence.identity()
-    matched = {
-        name: _solved(name, cost, solver_of(matching.solver)) for name, cost in costs.items()
-    }
-    matched_costs = {name: _relative_cost(cost, matched[name]) for name, cost in costs.items()}
-    return Alignment(maps | matched, matched_costs)
+    """Choose the map of every group from its own ground cost.
+
+    Groups without activations of their own, the inside of recurrent layers and of attention, are
+    then matched by their weights.
+
+    Parameters
+    ----------
+    reference, client, correspondence, matching
+        As for `align_by_weights`.
+    activations : mapping of str to Tensor
+        From `flwr_fusion.matching.costs.activation_costs`.
+
+    Returns
+    -------
+    Alignment
+        A map for every free group and what it costs.
+    """
+    solver = solver_of(matching.solver)
+    known = {name: _solved(name, cost, solver) for name, cost in activations.items()}
+    costs = {name: _relative_cost(cost, known[name]) for name, cost in activations.items()}
+    aligner = _WeightAligner(reference, client, correspondence, matching, {})
+    rest, _ = aligner.forward_pass(incoming_only=False, known=known)
+    return Alignment(rest.maps, rest.costs | costs)
 
 
 class _WeightAligner:
@@ -127,18 +147,29 @@ class _WeightAligner:
             for name, cost in activations.items()
         }
 
-    def forward_pass(self, incoming_only: bool) -> tuple[Alignment, set[str]]:
+    def forward_pass(
+        self, incoming_only: bool, known: Mapping[str, ChannelMap] | None = None
+    ) -> tuple[Alignment, set[str]]:
         """Match the groups in forward order by the weights whose other axes are matched already.
+
+        Parameters
+        ----------
+        incoming_only : bool
+            Whether to leave out weights that read the group.
+        known : mapping of str to ChannelMap, optional
+            Groups that are matched already.
 
         Returns
         -------
         tuple of (Alignment, set of str)
             The maps, and the groups that were matched without all of their weights.
         """
-        maps: dict[str, ChannelMap] = {}
+        maps: dict[str, ChannelMap] = dict(known or {})
         costs: dict[str, float] = {}
         unsettled: set[str] = set()
         for group in self.correspondence.free_groups:
+            if known and group.name in known:
+                continue
             reads = self.reads[group.name]
             comparable = [
                 tensor

@@ -214,9 +214,8 @@ def _alignments(
             matching.activation_cost,
             client.name,
         )
-        if matching.sweep == "greedy":
-            return align_by_activations(costs, client.correspondence, matching)
-        return align_by_weights(
+        align = align_by_activations if matching.sweep == "greedy" else align_by_weights
+        return align(
             reference.state, client.state(), client.correspondence, matching, activations=costs
         )
 

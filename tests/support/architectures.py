@@ -265,7 +265,7 @@ class BareParameter(nn.Module):
 
 
 class ChannelShuffle(nn.Module):
-    """The shuffle of ShuffleNet: where a channel goes cannot be traced."""
+    """The shuffle of ShuffleNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -401,6 +401,7 @@ SMALL = [
         images(3, 4),
         lambda: ActivationsWithWeights(9),
     ),
+    Architecture("channel-shuffle", ChannelShuffle, images(3, 6)),
     Architecture("bare-parameter", BareParameter, flat(5), lambda: BareParameter(11)),
 ]
 
