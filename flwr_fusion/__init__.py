@@ -17,6 +17,7 @@ from flwr_fusion.methods.average import average
 from flwr_fusion.methods.cla import cla_fusion
 from flwr_fusion.methods.ot import ot_fusion
 from flwr_fusion.methods.transplant import neuron_transplantation
+from flwr_fusion.observe import Inputs
 from flwr_fusion.report import (
     FusionReport,
     FusionResult,
@@ -39,6 +40,7 @@ __all__ = [
     "FusionReport",
     "FusionResult",
     "GroupReport",
+    "Inputs",
     "Krum",
     "LayerMatching",
     "LayerReport",

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.observe import call, evaluation_mode, moved_to
+from flwr_fusion.observe import call, evaluation_mode, moved_to, tensors_of
 
 _PART = 1_000_000
 # By the names of their classes, so that nothing must be imported for it.
@@ -98,6 +98,8 @@ def squared_norm(state: Mapping[str, Tensor], who: str) -> float:
     """Return the sum of squares of all floating-point values; refuse non-finite ones by name."""
     total = 0.0
     for name, tensor in state.items():
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.detach().resolve_conj())
         if tensor.is_floating_point():
             # In parts: the norm in double precision makes a copy of what it is given.
             parts = torch.split(tensor.detach().flatten(), _PART)
@@ -224,11 +226,16 @@ class BuiltOnAccess(Sequence[nn.Module]):
         return self._build(range(self._count)[index])
 
 
+def type_name(module: nn.Module) -> str:
+    """Return the name of a module's class: parametrised and traced ones have a class each."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def check_same_modules(model: nn.Module, target: nn.Module) -> None:
     """Refuse networks whose layers of one name are of different types."""
-    types = {name: type(module) for name, module in target.named_modules()}
+    types = {name: type_name(module) for name, module in target.named_modules()}
     for name, module in model.named_modules():
-        if types.get(name) is not type(module):
+        if types.get(name) != type_name(module):
             raise FusionError(f"its layer '{name}' is not of the target's type")
 
 
@@ -238,9 +245,11 @@ def check_same_function(model: nn.Module, target: nn.Module, example_inputs: Any
         return
     outputs = []
     for network in (model, assemble_model(target, detached_state(model))):
-        with evaluation_mode(network), torch.no_grad():
+        # What is drawn in the forward pass is drawn alike.
+        with evaluation_mode(network), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             output = call(network, moved_to(network, example_inputs))
-        leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        leaves = [torch.view_as_real(x) if x.is_complex() else x for x in tensors_of(output)]
         outputs.append(torch.cat([x.double().cpu().flatten() for x in leaves]))
     same = outputs[0].shape == outputs[1].shape
     if not same or float((outputs[0] - outputs[1]).norm()) > 1e-2 * float(outputs[0].norm()):
@@ -253,4 +262,4 @@ def check_same_function(model: nn.Module, target: nn.Module, example_inputs: Any
 def architecture_of(model: nn.Module) -> tuple[Any, ...]:
     """Return a key that networks of one type and of equal shapes share."""
     shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
-    return (type(model), shapes)
+    return (type_name(model), shapes)

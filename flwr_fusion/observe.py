@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 from flwr_fusion.errors import FusionError
 
@@ -18,21 +19,57 @@ Kept = TypeVar("Kept")
 See = Callable[[nn.Module, Any, Any], Any]
 
 
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a tensor, a tuple of arguments or a dict of keyword arguments as both kinds, copied.
+class Inputs:
+    """What a network is called with: ``model(*args, **kwargs)``.
 
-    A network whose first operation works in place must not change what belongs to the caller.
+    A tensor, a tuple of arguments or a mapping of keyword arguments need no `Inputs`; positional
+    and keyword arguments together do, and so does a single argument that is a tuple or a mapping.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import flwr_fusion as ff
+    >>> model = nn.MultiheadAttention(4, 2)
+    >>> x = torch.zeros(3, 1, 4)
+    >>> graph = ff.ChannelGraph.trace(model, ff.Inputs(x, x, x, need_weights=False))
     """
-    copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
-    if isinstance(copied, dict):
-        return (), copied
-    return (tuple(copied), {}) if isinstance(copied, (tuple, list)) else ((copied,), {})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    @classmethod
+    def of(cls, inputs: Any) -> Inputs:
+        """Return a tensor, a tuple of arguments or a mapping of keyword arguments as `Inputs`."""
+        if isinstance(inputs, cls):
+            return inputs
+        if isinstance(inputs, Mapping):
+            return cls(**dict(inputs))
+        return cls(*inputs) if isinstance(inputs, (tuple, list)) else cls(inputs)
+
+
+register_pytree_node(
+    Inputs,
+    lambda inputs: ([inputs.args, inputs.kwargs], None),
+    lambda parts, _: Inputs(*next(parts := iter(parts)), **next(parts)),
+)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Call a network on a tensor, a tuple of arguments or a dict of keyword arguments."""
-    args, kwargs = arguments(inputs)
-    return model(*args, **kwargs)
+    """Call a network on inputs; these are copied.
+
+    A network whose first operation works in place must not change what belongs to the caller.
+    """
+    copied = copied_inputs(inputs)
+    return model(*copied.args, **copied.kwargs)
+
+
+def copied_inputs(inputs: Any) -> Inputs:
+    """Return inputs with their tensors copied."""
+    found: Inputs = tree_map(
+        lambda x: x.clone() if isinstance(x, Tensor) else x, Inputs.of(inputs)
+    )
+    return found
 
 
 def first_of(batch: Any) -> Any:
@@ -47,8 +84,8 @@ def first_of(batch: Any) -> Any:
 
 def batch_size(inputs: Any) -> int:
     """Return the number of samples in a batch of inputs."""
-    for leaf in tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.dim():
+    for leaf in tensors_of(Inputs.of(inputs)):
+        if leaf.dim():
             return len(leaf)
     raise FusionError("a batch of inputs holds no tensor")
 
@@ -74,19 +111,24 @@ def _in_mode(model: nn.Module, training_now: bool) -> Iterator[None]:
             module.training = mode
 
 
-def moved_to(model: nn.Module, inputs: Any) -> Any:
-    """Bring inputs to the device and the floating-point type of a network."""
+def moved_to(model: nn.Module, inputs: Any) -> Inputs:
+    """Bring inputs to the device and, where it has but one, the floating-point type of a network."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise FusionError(f"{type(model).__name__} has no parameters: there is nothing to fuse")
+    device = parameter.device
+    types = {p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()}
+    # A network of several types says itself what it wants.
+    dtype = types.pop() if len(types) == 1 else torch.complex64
 
     def move(x: Any) -> Any:
         if not isinstance(x, Tensor):
-            return x
-        x = x.detach().to(parameter.device)
-        return x.to(parameter.dtype) if x.is_floating_point() else x
+            return x.to(device) if callable(getattr(x, "to", None)) else x
+        x = x.detach().to(device)
+        return x.to(dtype) if x.is_floating_point() and dtype.is_floating_point else x
 
-    return tree_map(move, inputs)
+    moved: Inputs = tree_map(move, Inputs.of(inputs))
+    return moved
 
 
 def output_of(model: nn.Module, inputs: Any, who: str, what: str) -> Any:
@@ -94,17 +136,31 @@ def output_of(model: nn.Module, inputs: Any, who: str, what: str) -> Any:
 
     ``who`` and ``what`` name the network and the inputs where it cannot be run.
     """
-    with named_failure(who, what):
-        return call(model, moved_to(model, inputs))
+    moved = moved_to(model, inputs)
+    with named_failure(who, what, inputs):
+        return call(model, moved)
 
 
 @contextmanager
-def named_failure(who: str, what: str) -> Iterator[None]:
+def named_failure(who: str, what: str, inputs: Any = None) -> Iterator[None]:
     """Turn whatever a network raises into one error that names the network and the inputs."""
     try:
         yield
     except Exception as error:
-        raise FusionError(f"{who} cannot be run on {what}: {error}") from error
+        raise FusionError(f"{who} cannot be run on {what}: {error}{_hint(inputs)}") from error
+
+
+def _hint(inputs: Any) -> str:
+    """Return what may be wrong with inputs."""
+    if isinstance(inputs, (tuple, list)) and inputs and all(isinstance(x, int) for x in inputs):
+        return f". Is {tuple(inputs)} a shape? Give a tensor of that shape"
+    if isinstance(inputs, (tuple, list, Mapping)):
+        kind = "keyword arguments" if isinstance(inputs, Mapping) else "several arguments"
+        return (
+            f". A {type(inputs).__name__} is taken for {kind}: if the network takes it as one "
+            "argument, give (x,) or flwr_fusion.Inputs(x)"
+        )
+    return ""
 
 
 def batches_of(inputs: Any, what: str = CALIBRATION) -> Iterator[Any]:
@@ -129,8 +185,16 @@ def check_rereadable(calibration: Any) -> None:
 
 
 def tensors_of(values: Any) -> list[Tensor]:
-    """Return all tensors in what a network takes or gives."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    """Return all tensors in what a network takes or gives, also in dataclasses and the like."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += tensors_of(dict(leaf))
+        elif is_dataclass(leaf) or isinstance(leaf, torch.distributions.Distribution):
+            found += tensors_of(dict(vars(leaf)))
+    return found
 
 
 @contextmanager

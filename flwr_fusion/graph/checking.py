@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.observe import arguments, moved_to, tensors_of
+from flwr_fusion.observe import copied_inputs, moved_to, tensors_of
 
 if TYPE_CHECKING:
     from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup
@@ -395,12 +395,12 @@ def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> list[
     FusionError
         If it cannot be run with them, or gives values that are not finite.
     """
-    args, kwargs = arguments(inputs)
+    copied = copied_inputs(inputs)
     try:
         with torch.random.fork_rng(devices=[]), WithoutNoise():
             torch.manual_seed(0)
             output = torch.func.functional_call(
-                model, dict(state), args, kwargs, tie_weights=False
+                model, dict(state), copied.args, copied.kwargs, tie_weights=False
             )
     except Exception as error:
         raise FusionError(f"{type(model).__name__} cannot be run at random weights: {error}") from error

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.graph.checking import check_groups, warn_of_idle_layers, with_failing_fixed
 from flwr_fusion.networks import check_network, owner_of, prepared_copy
-from flwr_fusion.observe import moved_to
+from flwr_fusion.observe import Inputs, moved_to, named_failure
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,13 +142,27 @@ class ChannelGraph:
         check_network("the network", model)
         prepared = prepared_copy(model)
         inputs = moved_to(prepared, example_inputs)
-        found = traced(prepared, inputs)
+        with named_failure(type(model).__name__, "the example inputs", example_inputs):
+            found = traced(prepared, inputs)
         warn_of_idle_layers(model, found.idle_layers)
         shapes = {name: tensor.shape for name, tensor in prepared.state_dict().items()}
         graph = cls(
             found.groups, shapes, found.called_layers, prepared, inputs, found.trained_branches
         )
         return replace(graph, groups=with_failing_fixed(graph))
+
+    def summary(self) -> str:
+        """Return a table of the groups: name, channels, and why those are fixed that are."""
+        rows = [(g.name, str(g.size), g.fixed_because or "free") for g in self.groups]
+        rows = [("group", "channels", "free or fixed because"), *rows]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        free = sum(g.size for g in self.groups if not g.fixed)
+        total = sum(g.size for g in self.groups)
+        lines = [f"{n:{widths[0]}}  {size:>{widths[1]}}  {why}".rstrip() for n, size, why in rows]
+        return "\n".join([*lines, f"{free} of {total} channels are free"])
+
+    def __str__(self) -> str:
+        return self.summary()
 
     def verify(self, seed: int = 0) -> None:
         """Check that permuting the free groups does not change the network.
@@ -221,7 +235,8 @@ def verified_graph(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     It is traced again if the shapes of parameters or inputs have changed.
     """
     shapes = tuple((n, t.shape) for n, t in model.state_dict().items())
-    key = (shapes, tuple(getattr(x, "shape", x) for x in tree_leaves(example_inputs)))
+    leaves = tree_leaves(Inputs.of(example_inputs))
+    key = (shapes, tuple(getattr(x, "shape", repr(x)) for x in leaves))
     remembered = _VERIFIED.get(model)
     if remembered is None or remembered[0] != key:
         remembered = (key, ChannelGraph.trace(model, example_inputs))

@@ -41,6 +41,7 @@ class Operations:
         self.where = ""
         self.normalised: list[Codes] = []
         self.reads: list[Codes] = []
+        self.writes: list[Codes] = []
 
     # What several operations have in common.
 
@@ -140,7 +141,7 @@ class Operations:
         sides = ((one, over[0], [a for a, _ in batch]), (other, over[1], [b for _, b in batch]))
         if one.shape[over[0]] == 1:  # Where it is alone, broadcasting would hide it.
             self._fix_alone(one.factor_of(over[0]), other.factor_of(over[1]), one, other)
-        self._note_reads(one, over[0], other, over[1])
+        self._note_roles(one, over[0], other, over[1])
         ends = [self._end(*side) for side in sides]
         sizes = np.broadcast_shapes(ends[0].shape, ends[1].shape)
         summed = self._without_last(self.join(sizes, ends))
@@ -154,7 +155,9 @@ class Operations:
                     shape.append(own.shape[axis])
             free.append((own, k, batch_axes, position_of))
         padded = replace(summed, shape=(*summed.shape, *[1] * (len(shape) - len(batch))))
-        return self.join(shape, [padded, *(self._free(*side, len(shape)) for side in free)])
+        joined = self.join(shape, [padded, *(self._free(*side, len(shape)) for side in free)])
+        # What a product of weights gives is no weight: the queries of learnt tokens.
+        return replace(joined, weight=False)
 
     def _fix_alone(
         self, end: Factor | None, other_end: Factor | None, one: Labels, other: Labels
@@ -205,12 +208,12 @@ class Operations:
             factors += [found] if found is not None else []
         return replace(labels, shape=labels.shape[:-1], factors=tuple(factors))
 
-    def _note_reads(self, one: Labels, k: int, other: Labels, j: int) -> None:
-        """Remember the axes of weights that read channels."""
+    def _note_roles(self, one: Labels, k: int, other: Labels, j: int) -> None:
+        """Remember which axes of weights read channels, and which write them."""
         if one.weight != other.weight:
-            factor = one.factor_of(k) if one.weight else other.factor_of(j)
-            if factor is not None:
-                self.reads.append(factor.codes.ravel())
+            weight, axis = (one, k) if one.weight else (other, j)
+            for factor in weight.factors:
+                (self.reads if axis in factor.axes else self.writes).append(factor.codes.ravel())
 
     def apart(self, labels: Labels, axis: int) -> Labels:
         """Return labels in which an axis has a factor of its own."""
@@ -237,11 +240,16 @@ _PLACES = "it meets positions that must not move"
 _PRODUCT = "it is inside a product"
 
 
+def _with_axes(labels: Labels, count: int) -> Labels:
+    """Return labels of a tensor with so many axes, new ones of size one before the others."""
+    new = count - len(labels.shape)
+    position_of = {axis: axis + new for axis in range(len(labels.shape))}
+    return labels.at((*(1,) * new, *labels.shape), position_of)
+
+
 def _aligned(labels: Labels, shape: tuple[int, ...]) -> Labels:
     """Return labels with the axes that broadcasting gives a tensor."""
-    new = len(shape) - len(labels.shape)
-    position_of = {axis: axis + new for axis in range(len(labels.shape))}
-    placed = labels.at((*(1,) * new, *labels.shape), position_of)
+    placed = _with_axes(labels, len(shape))
     factors = []
     for factor in placed.factors:
         repeated = [n for n, a in enumerate(factor.axes) if placed.shape[a] != shape[a]]
@@ -339,7 +347,7 @@ def _expand(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> A
 @_register("repeat", "tile")
 def _repeat(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     shape = tuple(shapes[0])
-    labels = _aligned(op.labels_of(args["self"]), shape)
+    labels = _with_axes(op.labels_of(args["self"]), len(shape))
     for axis, size in enumerate(shape):
         if size != labels.shape[axis]:
             index = np.arange(size) % labels.shape[axis]
@@ -435,8 +443,9 @@ def op_cat(op: Operations, parts: Sequence[Labels], dim: int, shape: tuple[int, 
     """Return the labels of tensors that stand behind one another along an axis."""
     axis = dim % len(shape)
     alone = [op.apart(own, axis) for own in parts]
+    whole: tuple[Factor, ...] = ()
     if all(own.factor_of(axis) is None for own in alone):
-        whole: tuple[Factor, ...] = ()
+        pass
     else:
         codes = [
             np.full(own.shape[axis], PLACED) if (f := own.factor_of(axis)) is None else f.codes
@@ -444,17 +453,43 @@ def op_cat(op: Operations, parts: Sequence[Labels], dim: int, shape: tuple[int, 
         ]
         whole = (Factor((axis,), np.concatenate(codes)),)
     others = [
-        replace(
-            own,
-            shape=tuple(1 if a == axis else s for a, s in enumerate(own.shape)),
-            factors=tuple(f for f in own.factors if axis not in f.axes),
-        )
-        for own in alone
+        replace(own, factors=tuple(f for f in own.factors if axis not in f.axes)) for own in alone
     ]
-    flat = tuple(1 if a == axis else size for a, size in enumerate(shape))
-    joined = op.join(flat, others)
-    factors = tuple(sorted((*joined.factors, *whole), key=lambda f: f.axes))
-    return replace(joined, shape=shape, factors=factors)
+    stacked = _stacked(others, axis)
+    if stacked is None:
+        flat = tuple(1 if a == axis else size for a, size in enumerate(shape))
+        joined = [replace(own, shape=(*own.shape[:axis], 1, *own.shape[axis + 1 :])) for own in others]
+        stacked = op.join(flat, joined).factors
+    weight = all(own.weight for own in parts)
+    because = next((own.because for own in parts if own.because), "")
+    factors = tuple(sorted((*stacked, *whole), key=lambda f: f.axes))
+    return Labels(shape, factors, weight, because)
+
+
+def _stacked(parts: Sequence[Labels], axis: int) -> tuple[Factor, ...] | None:
+    """Return the factors of tensors that stand behind one another along an axis without channels.
+
+    Their channels need not be the same; whatever reads them together says so. None where they are
+    labelled along different axes.
+    """
+    spans = {tuple(sorted(f.axes for f in own.factors)) for own in parts}
+    if len(spans) > 1:
+        return None
+    result = []
+    for axes in spans.pop():
+        found = [next(f for f in own.factors if f.axes == axes) for own in parts]
+        if all(np.array_equal(f.codes, found[0].codes) for f in found):
+            result.append(found[0])
+            continue
+        place = sum(a < axis for a in axes)
+        repeated = [
+            np.repeat(np.expand_dims(f.codes, place), own.shape[axis], axis=place)
+            for f, own in zip(found, parts, strict=True)
+        ]
+        spanned = (*axes[:place], axis, *axes[place:])
+        result.append(Factor(spanned, np.concatenate(repeated, axis=place)))
+    used = [a for f in result for a in f.axes]
+    return tuple(result) if len(used) == len(set(used)) else None
 
 
 @_register("stack")
@@ -680,7 +715,7 @@ def _glu(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
 
 @_register(
     "sum", "mean", "amax", "amin", "var", "std", "prod", "logsumexp", "norm", "linalg_vector_norm",
-    "var_mean", "std_mean", "nanmean", "nansum", "any", "all", "max", "min", "aminmax", "median",
+    "var_mean", "std_mean", "_is_all_true", "_is_any_true", "count_nonzero", "nanmean", "nansum", "any", "all", "max", "min", "aminmax", "median",
 )
 def _reduction(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     labels = op.labels_of(tensors_in(args)[0])
@@ -696,6 +731,7 @@ def _reduction(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -
 def _embedding(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     weight, shape = op.labels_of(args["weight"]), tuple(shapes[0])
     kept = op.apart(weight, 1)
+    op.writes += [factor.codes.ravel() for factor in kept.factors if factor.axes == (1,)]
     found = kept.at((*[1] * (len(shape) - 1), weight.shape[1]), {1: len(shape) - 1})
     return replace(found, shape=shape, weight=False)
 
@@ -846,6 +882,28 @@ def _attention(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -
     scores = op.product(query, key, (last, last), batch)
     found = op.product(scores, value, (last, last - 1), batch)
     return [replace(found, shape=tuple(s)) if len(s) == len(found.shape) and n == 0 else Labels(tuple(s)) for n, s in enumerate(shapes)]
+
+
+@_register(
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "fake_quantize_per_tensor_affine_cachemask", "_fused_moving_avg_obs_fq_helper",
+    "_fake_quantize_learnable_per_tensor_affine",
+)
+def _fake_quantize(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
+    labels = op.labels_of(args["self"])
+    return [replace(labels, shape=tuple(shape)) for shape in shapes]
+
+
+@_register(
+    "fake_quantize_per_channel_affine_cachemask", "_fused_moving_avg_obs_fq_helper_per_channel"
+)
+def _fake_quantize_channels(
+    op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]
+) -> Any:
+    first = op.labels_of(args["self"])
+    scales = (op.along(op.labels_of(args[n]), args["axis"], len(first.shape)) for n in ("scale", "zero_point"))
+    joined = op.join(first.shape, [first, *scales])
+    return [replace(joined, shape=tuple(shape)) for shape in shapes]
 
 
 @_register("_weight_norm_interface", "_weight_norm")

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flwr_fusion.graph.checking import written_for_training
 from flwr_fusion.graph.groups import ChannelGroup, Place
-from flwr_fusion.graph.labels import CONSTANT, Channels, Factor, Labels, Resolved
+from flwr_fusion.graph.labels import CONSTANT, PLACED, Channels, Factor, Labels, Resolved
 from flwr_fusion.graph.operations import (
     OPERATIONS,
     Operations,
@@ -27,9 +27,10 @@ from flwr_fusion.graph.operations import (
     unknown,
 )
 from flwr_fusion.networks import key_of, owner_of
-from flwr_fusion.observe import call, named_failure, tensors_of, watch
+from flwr_fusion.observe import call, tensors_of, watch
 
 INPUT, OUTPUT = "input of the network", "output of the network"
+UNREACHED = "the example inputs do not reach them"
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 # What PyTorch does not tag as computed position by position.
 _POINTWISE = frozenset(("where", "masked_fill", "rsub", "prelu", "_prelu_kernel", "fake_quantize"))
@@ -60,16 +61,12 @@ class Traced:
 def traced(model: nn.Module, inputs: Any) -> Traced:
     """Return what a run of a network, in evaluation mode, tells of its channels.
 
-    Raises
-    ------
-    FusionError
-        If it cannot be run.
+    Whatever the network raises is not caught.
     """
     order = _Order(model)
     trace = _Trace(model, order)
     trace.mark_inputs(inputs)
-    with named_failure(type(model).__name__, "the example inputs"):
-        trace.run(inputs)
+    trace.run(inputs)
     called = frozenset(order.numbers)
     idle = trace.idle_layers()
     if idle:
@@ -145,6 +142,7 @@ class _Trace(TorchDispatchMode):
         self._read: set[int] = set()
         # What has been written into in place: views of it from before carry other channels now.
         self._writes, self._written = 0, dict[int, int]()
+        self._elements: dict[int, NDArray[np.int64]] = {}
         self._labels = WeakTensorKeyDictionary()
         self.embeds = {
             key_of(name, "weight")
@@ -161,6 +159,8 @@ class _Trace(TorchDispatchMode):
 
     def _own(self, tensor: Tensor, names: tuple[str, ...]) -> Labels:
         """Return the labels of a parameter or buffer: channels of its own along every axis."""
+        if tensor.is_complex():
+            return Labels(tuple(tensor.shape), (), True, "it meets complex weights")
         factors = []
         for axis, size in enumerate(tensor.shape):
             self.axes.append(_Axis(names, axis, self.channels.count, size))
@@ -172,10 +172,14 @@ class _Trace(TorchDispatchMode):
 
     def labels_of(self, tensor: Tensor) -> Labels:
         """Return a tensor's labels."""
-        since, labels = self._labels.get(tensor, (0, None))
-        if labels is None:
+        since, labels = self._labels.get(tensor, (-1, Labels(tuple(tensor.shape))))
+        if since < 0 and _memory(tensor) not in self._elements:
             return self._by_value(tensor)
         if self._written and self._written.get(_memory(tensor), 0) > since:
+            elements = self._elements.get(_memory(tensor))
+            seen = None if elements is None else _seen_by(tensor, elements)
+            if seen is not None:
+                return _labels_of_elements(seen, labels.because)
             return Labels(tuple(tensor.shape), (), labels.weight, "it is written into in place")
         return labels
 
@@ -220,23 +224,52 @@ class _Trace(TorchDispatchMode):
         given = {id(tensor): self.labels_of(tensor) for tensor in tensors_in(named)}
         self._read.update(given)
         self.operations.labels_of = lambda tensor: given[id(tensor)]
+        written = [
+            (tensor, self._elements_of(tensor))
+            for argument in func._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in tensors_of(named.get(argument.name))
+        ]
         output = func(*args, **kwargs)
         outputs = tensors_of(output)
         found = self._labelled(func, named, [tuple(tensor.shape) for tensor in outputs])
-        for argument in func._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in tensors_of(named.get(argument.name)):
-                    self._note_written(tensor, given[id(tensor)], found)
+        for (tensor, elements), labels in zip(written, found, strict=False):
+            self._note_written(tensor, elements, given[id(tensor)], labels)
         for tensor, labels in zip(outputs, found, strict=bool(found)):
             self._set(tensor, labels)
         return output
 
-    def _note_written(self, tensor: Tensor, before: Labels, after: Sequence[Labels]) -> None:
-        """Remember what has been written into, unless its positions carry what they carried."""
+    def _elements_of(self, tensor: Tensor) -> NDArray[np.int64] | None:
+        """Return the channel of every element of the memory that a tensor lies in, if it is known."""
+        known = self._elements.get(_memory(tensor))
+        if known is not None:
+            return known
+        base = tensor if tensor._base is None else tensor._base
+        if not base.is_contiguous():
+            return None
+        return _element_codes(self.labels_of(base)).reshape(-1).copy()
+
+    def _note_written(
+        self,
+        tensor: Tensor,
+        elements: NDArray[np.int64] | None,
+        before: Labels,
+        after: Labels,
+    ) -> None:
+        """Remember what has been written into a tensor, unless it carries what it carried.
+
+        Other tensors in the same memory carry it now as well.
+        """
         axes = {axis for f in before.factors if (f.codes >= 0).any() for axis in f.axes}
-        if any({axis for f in labels.factors for axis in f.axes} - axes for labels in after):
-            self._writes += 1
-            self._written[_memory(tensor)] = self._writes
+        if not {axis for f in after.factors for axis in f.axes} - axes and before.factors:
+            return
+        self._writes += 1
+        self._written[_memory(tensor)] = self._writes
+        if elements is not None:
+            view = _seen_by(tensor, elements)
+            if view is not None:
+                view[...] = _element_codes(after)
+                self._elements[_memory(tensor)] = elements
 
     def _labelled(
         self, func: Any, named: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]
@@ -258,6 +291,8 @@ class _Trace(TorchDispatchMode):
             return [found] if isinstance(found, Labels) else list(found)
         if torch.Tag.pointwise in func.tags or plain in _POINTWISE:
             return pointwise(operations, named, shapes)
+        if not shapes:  # Asks for a number.
+            return []
         return unknown(operations, named, shapes)
 
 
@@ -265,19 +300,56 @@ def _memory(tensor: Tensor) -> int:
     return 0 if tensor.is_sparse else tensor.untyped_storage().data_ptr()
 
 
+def _element_codes(labels: Labels) -> NDArray[np.int64]:
+    """Return the channel of every element of a tensor."""
+    varying = [f for f in labels.factors if (f.codes != CONSTANT).any()]
+    if len(varying) != 1:
+        alike = not varying and len(labels.factors) == sum(size > 1 for size in labels.shape)
+        return np.full(labels.shape, CONSTANT if alike else PLACED)
+    (factor,) = varying
+    shape = [size if a in factor.axes else 1 for a, size in enumerate(labels.shape)]
+    return np.broadcast_to(factor.codes.reshape(shape), labels.shape)
+
+
+def _seen_by(tensor: Tensor, elements: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """Return the elements of a memory that a tensor consists of: a view."""
+    last = tensor.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    if last >= len(elements):
+        return None
+    strides = [stride * elements.itemsize for stride in tensor.stride()]
+    return np.lib.stride_tricks.as_strided(
+        elements[tensor.storage_offset() :], tuple(tensor.shape), strides
+    )
+
+
+def _labels_of_elements(codes: NDArray[np.int64], because: str) -> Labels:
+    """Return the labels of a tensor of whose elements the channels are known."""
+    if (codes == CONSTANT).all():
+        return constant(codes.shape)
+    axes = [a for a in range(codes.ndim) if not (codes == codes.take([0], axis=a)).all()]
+    chosen = tuple(slice(None) if a in axes else 0 for a in range(codes.ndim))
+    kept = codes[chosen].copy()
+    factors = (Factor(tuple(axes), kept),) if axes and (kept >= 0).any() else ()
+    return Labels(codes.shape, factors, False, because or "it is written into in place")
+
+
 def _groups(trace: _Trace, model: nn.Module, order: Mapping[str, int]) -> list[ChannelGroup]:
     """Return the groups that a trace has found, in forward order."""
     resolved = trace.channels.resolved()
+    for number in np.flatnonzero(~resolved.touched).tolist():
+        resolved.because.setdefault(int(resolved.root[number]), UNREACHED)
     axes = [a for a in trace.axes if resolved.touched[a.first : a.first + a.size].any()]
     if not axes:
         return []
-    reads = _roles(trace, axes)
+    writers = _writers(trace, axes)
     normalised = _roots_of(trace.operations.normalised, resolved)
     layers = {name for name, module in model.named_modules() if isinstance(module, _LAYERS)}
     groups = []
     for roots, rows in _classes(axes, resolved):
         group = replace(
-            _group(roots, rows, trace, axes, reads, order),
+            _group(roots, rows, axes, writers, order),
             fixed_because=resolved.because.get(roots[0], ""),
             normalised=not normalised.isdisjoint(roots),
         )
@@ -291,12 +363,23 @@ def _roots_of(codes: Sequence[Codes], resolved: Resolved) -> set[int]:
     return set(np.unique(resolved.root[whole[whole >= 0]]).tolist())
 
 
-def _roles(trace: _Trace, axes: Sequence[_Axis]) -> list[bool]:
-    """Return whether each axis of a tensor reads channels."""
-    read = np.zeros(trace.channels.count + 1, dtype=bool)
-    for codes in trace.operations.reads:
-        read[codes[codes >= 0]] = True
-    return [bool(read[a.first : a.first + a.size].any()) for a in axes]
+def _writers(trace: _Trace, axes: Sequence[_Axis]) -> list[frozenset[str]]:
+    """Return for each axis the names under which its tensor writes the channels."""
+    reads, writes = np.zeros((2, trace.channels.count), dtype=bool)
+    for roles, noted in ((reads, trace.operations.reads), (writes, trace.operations.writes)):
+        for codes in noted:
+            roles[codes[codes >= 0]] = True
+    result = []
+    for axis in axes:
+        here = slice(axis.first, axis.first + axis.size)
+        names = frozenset(axis.tensors)
+        if not reads[here].any():
+            result.append(names)
+        elif len(names) == 1:  # A matrix that is read transposed as well writes first.
+            result.append(names if writes[here].any() else frozenset())
+        else:
+            result.append(names & trace.embeds)
+    return result
 
 
 def _classes(
@@ -330,9 +413,8 @@ def _classes(
 def _group(
     roots: Sequence[int],
     rows: NDArray[np.int64],
-    trace: _Trace,
     axes: Sequence[_Axis],
-    reads: Sequence[bool],
+    writers: Sequence[frozenset[str]],
     order: Mapping[str, int],
 ) -> ChannelGroup:
     """Return the group of channels that stand at the same places; it has still no reason."""
@@ -341,7 +423,7 @@ def _group(
         if number >= 0:
             positions = torch.from_numpy(rows[:, rows[0, :, 0] == number, 1].copy())
             places += [
-                Place(name, axes[number].axis, positions, not reads[number] or name in trace.embeds)
+                Place(name, axes[number].axis, positions, name in writers[number])
                 for name in axes[number].tensors
             ]
     named = [p for p in places if p.writes] or places

@@ -36,6 +36,8 @@ _POINTS = 512
 
 # The mean over all channels of a group scatters little: unrelated networks stay near 1.
 _COMMON_START = 0.8
+# Of the mean squared length of a signature: closer ones are equal.
+_ROUNDING = 1e-9
 
 Importance = Callable[[nn.Module, ChannelGroup], Tensor]
 
@@ -291,16 +293,22 @@ def _pool(signatures: Sequence[Tensor], duplicates: float) -> Pool:
     squares = sum(float(rows.norm()) ** 2 for rows in signatures) / count
     # Twice the mean squared distance from the mean: E|x - y|^2 of unrelated x and y.
     spread = 2 * (squares - float(mean.square().sum()))
+    rounding = _ROUNDING * squares
     distinct = signatures[0]
     members = [torch.arange(len(distinct))]
     for rows in signatures[1:]:
         nearest, back = _nearest(rows, distinct)
         smallest = (rows - distinct[nearest]).square().sum(1)
         index = torch.arange(len(rows))
+        if len(rows) == len(signatures[0]):
+            # Of equally near ones, such as all-zero channels, that of the same index.
+            tied = (rows - signatures[0]).square().sum(1) <= smallest + rounding
+            nearest[tied] = back[index[tied]] = index[tied]
         if _common_start(rows, signatures[0], spread, smallest):
             members.append(index)
             continue
-        same = (back[nearest] == index) & (smallest <= duplicates * spread)
+        # A layer of one channel, or of equal ones, has no spread.
+        same = (back[nearest] == index) & (smallest <= max(duplicates * spread, rounding))
         new = torch.cumsum(~same, 0) - 1 + len(distinct)
         members.append(torch.where(same, nearest, new))
         distinct = torch.cat([distinct, rows[~same]])
@@ -345,26 +353,45 @@ def _signatures(
     channels: Tensor,
 ) -> Tensor:
     """Return random projections of some channels' incoming weights: (channels, projections)."""
+    incoming = [
+        (name, axis, segment)
+        for name in matched_tensors(client.correspondence, state)
+        for axis, segment in segments_of(group, name, client.correspondence)
+        if segment.writes
+    ]
+    known = [(n_, a, s) for n_, a, s in incoming if _is_pooled(client, n_, a, pools)]
     total: Tensor | None = None
-    for name in matched_tensors(client.correspondence, state):
-        for axis, segment in segments_of(group, name, client.correspondence):
-            others = [
-                (a, segments)
-                for a, segments in client.correspondence.segments[name].items()
-                if a != axis
-            ]
-            pooled = all(s.group in pools for _, segments in others for s in segments)
-            if not segment.writes or not pooled:
-                continue
-            rows = channel_rows(state[name], axis, segment.client_positions[channels])
-            projection = _projection(
-                name, axis, segment.client_positions, state[name], n, client, pools
-            )
-            projected = rows @ projection.to(rows)
-            total = projected if total is None else total + projected
+    for name, axis, segment in known or incoming:
+        # What the group itself or a later one writes cannot be compared yet.
+        comparable = _without_unknown(state[name], name, axis, client, pools)
+        rows = channel_rows(comparable, axis, segment.client_positions[channels])
+        projection = _projection(name, axis, segment.client_positions, comparable, n, client, pools)
+        projected = rows @ projection.to(rows)
+        total = projected if total is None else total + projected
     if total is None:
         raise FusionError(f"no weights write the channels of group '{group}'")
     return total.float().cpu()
+
+
+def _other_segments(client: Client, name: str, axis: int) -> list[tuple[int, Segment]]:
+    """Return the groups along the other axes of a tensor."""
+    segments = client.correspondence.segments[name]
+    return [(other, s) for other in segments if other != axis for s in segments[other]]
+
+
+def _is_pooled(client: Client, name: str, axis: int, pools: Mapping[str, Pool]) -> bool:
+    return all(s.group in pools for _, s in _other_segments(client, name, axis))
+
+
+def _without_unknown(
+    tensor: Tensor, name: str, axis: int, client: Client, pools: Mapping[str, Pool]
+) -> Tensor:
+    """Return a tensor with zeros where it reads groups that are not pooled yet."""
+    for other, segment in _other_segments(client, name, axis):
+        if segment.group not in pools:
+            positions = segment.client_positions.flatten().to(tensor.device)
+            tensor = tensor.index_fill(other, positions, 0.0)
+    return tensor
 
 
 def _projection(
@@ -401,6 +428,8 @@ def _pool_positions(
     index = torch.full((length,), -1)
     total = 0
     for segment in segments:
+        if segment.group not in pools:
+            continue
         pool, block = pools[segment.group], segment.client_positions.shape[1]
         blocks = pool.members[n].unsqueeze(1) * block + torch.arange(block)
         index[segment.client_positions] = total + blocks

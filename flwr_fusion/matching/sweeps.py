@@ -244,13 +244,13 @@ class _WeightAligner:
     def _solve(self, cost: Tensor, group: GroupPair) -> ChannelMap:
         if self.matching.masses == "uniform":
             return _solved(group.name, cost, self.solver)
-        return _solved(
-            group.name,
-            cost,
-            self.solver,
+        norms = (
             channel_norms(group.name, self.reference, self.correspondence, fused=True),
             channel_norms(group.name, self.client, self.correspondence, fused=False),
         )
+        # Channels that nothing writes are equally important.
+        masses = (n if bool(n.any()) else torch.ones_like(n) for n in norms)
+        return _solved(group.name, cost, self.solver, *masses)
 
     def _cost(
         self, group: GroupPair, maps: Mapping[str, ChannelMap], tensors: Iterable[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,9 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flwr_fusion.errors import FusionError
 from flwr_fusion.fusion import Client, Fusion
-from flwr_fusion.maps import Maps, along, coverage_along, row_blocks, row_mapping
+from flwr_fusion.maps import Maps, along, coverage_along, map_tensor, row_blocks, row_mapping
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class RunningMean:
         self._template = template
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
+        self._tables: dict[str, list[tuple[Tensor, float]]] = {}
 
     def add(
         self,
@@ -67,12 +68,14 @@ class RunningMean:
             if name in client.absent:
                 continue
             value = values[name].detach().to(like.device)
+            if is_table(like):
+                mapped = map_tensor(value, name, client.correspondence, maps)
+                self._vote(name, mapped.to(like.dtype), sign * client.weight)
+                continue
             share = sign * _share(name, like, client, maps)
             if name not in self._sums:
                 self._sums[name] = torch.zeros(like.shape, dtype=share.dtype, device=like.device)
                 self._weights[name] = torch.zeros_like(share)
-            elif not value.is_floating_point() and value.dim():
-                self._check_equal(name, value)
             take = row_mapping(value, name, client.correspondence, maps)
             for rows in row_blocks(name, like, client.correspondence, maps):
                 self._accumulate(name, take(rows).to(share.dtype), share, rows)
@@ -85,14 +88,25 @@ class RunningMean:
             share = share[rows] if share.dim() and len(share) > 1 else share
         total.addcmul_(part, share)
 
-    def _check_equal(self, name: str, value: Tensor) -> None:
-        """Refuse to average integer tables (indices, masks) that differ between clients."""
-        mean = self._sums[name] / self._weights[name]
-        if not torch.equal(mean.round().to(value.dtype), value):
-            raise FusionError(
-                f"tensor '{name}' holds {value.dtype} values that differ between the clients: "
-                "they cannot be averaged"
+    def _vote(self, name: str, table: Tensor, weight: float) -> None:
+        """Count a client's table of integers, which has no mean."""
+        tables = self._tables.setdefault(name, [])
+        for n, (other, sum_of_weights) in enumerate(tables):
+            if torch.equal(other, table):
+                tables[n] = (other, sum_of_weights + weight)
+                return
+        tables.append((table, weight))
+
+    def _elected(self, name: str) -> Tensor:
+        """Return the table that most of the weight has; among equals that of the first client."""
+        tables = self._tables[name]
+        if len(tables) > 1:
+            warnings.warn(
+                f"tensor '{name}' holds {tables[0][0].dtype} values that differ between the "
+                "clients: they cannot be averaged, and those of most of the weight are kept",
+                stacklevel=2,
             )
+        return max(tables, key=lambda pair: pair[1])[0].clone()
 
     def mean(self, uncovered: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean in the template's dtypes; ``uncovered`` fills what no client has."""
@@ -105,12 +119,15 @@ class RunningMean:
     def _divided(
         self, take: Callable[[str], Tensor], uncovered: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        return {
-            name: self._quotient(name, take(name), uncovered)
-            if name in self._sums
-            else uncovered[name].to(like.device, like.dtype, copy=True)
-            for name, like in self._template.items()
-        }
+        found = {}
+        for name, like in self._template.items():
+            if name in self._tables:
+                found[name] = self._elected(name)
+            elif name in self._sums:
+                found[name] = self._quotient(name, take(name), uncovered)
+            else:
+                found[name] = uncovered[name].to(like.device, like.dtype, copy=True)
+        return found
 
     def _quotient(self, name: str, total: Tensor, uncovered: Mapping[str, Tensor]) -> Tensor:
         weight, like = self._weights[name], self._template[name]
@@ -118,7 +135,7 @@ class RunningMean:
         empty = weight.abs() < 1e-12
         if bool(empty.any()):
             total = torch.where(empty, uncovered[name].to(total), total)
-        return (total if like.is_floating_point() else total.round()).to(like.dtype)
+        return (total if _is_number(like) else total.round()).to(like.dtype)
 
 
 def _share(name: str, like: Tensor, client: Client, maps: Maps) -> Tensor:
@@ -130,6 +147,15 @@ def _share(name: str, like: Tensor, client: Client, maps: Maps) -> Tensor:
 
 def _accumulator(value: Tensor) -> torch.dtype:
     """Sum half precision in single, integers in double."""
-    if value.is_floating_point():
+    if _is_number(value):
         return torch.promote_types(value.dtype, torch.float32)
     return torch.float64
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def is_table(tensor: Tensor) -> bool:
+    """Whether a tensor holds several integers or truth values: indices, a mask; no counter."""
+    return not _is_number(tensor) and tensor.numel() > 1

@@ -154,7 +154,7 @@ def _middle_counters(
     clients: Sequence[Client], template: Mapping[str, Tensor], share: float
 ) -> dict[str, Tensor]:
     """Return the trimmed mean of single integers, such as numbers of batches."""
-    counters = {n: t for n, t in template.items() if not t.is_floating_point() and not t.dim()}
+    counters = {n: t for n, t in template.items() if not t.is_floating_point() and t.numel() == 1}
     if not counters:  # Most networks have none, and to read all clients again takes time.
         return {}
     states = [client.state() for client in clients]

@@ -38,8 +38,6 @@ class Reason(StrEnum):
     """NaN or infinite values."""
     MAGNITUDE = "magnitude"
     """Values, or an update, far larger than any that make sense; negative variances."""
-    TABLE = "table"
-    """An integer table (indices, a mask) that differs from the model's."""
     EXAMPLES = "examples"
     """A number of examples that is missing, not positive or no number."""
     STATISTICS = "statistics"
