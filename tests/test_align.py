@@ -225,7 +225,7 @@ def test_activations_recover_a_permutation(seed: int) -> None:
     other = copy.deepcopy(model)
     other.load_state_dict(state)
     costs = activation_costs(model, other, pair, torch.randn(40, 3))
-    alignment = align_by_activations(costs, pair, JOINT)
+    alignment = align_by_activations(model.state_dict(), state, pair, JOINT, costs)
     for name, order in orders.items():
         chosen = alignment.maps[name]
         assert isinstance(chosen, Selection)
@@ -398,7 +398,7 @@ def test_fusion_by_activations_uses_both_costs_or_activations_alone() -> None:
     costs = activation_costs(reference, client, pair, inputs)
     expected = {
         "joint": align_by_weights(*states, pair, JOINT, activations=costs).maps,
-        "greedy": align_by_activations(costs, pair, GREEDY).maps,
+        "greedy": align_by_activations(*states, pair, GREEDY, costs).maps,
     }
     for sweep, maps in expected.items():
         fused = ff.ot_fusion(

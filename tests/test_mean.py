@@ -96,16 +96,26 @@ def test_clients_are_not_modified_and_not_aliased() -> None:
         assert all(torch.equal(client[n], t) for n, t in state.items())
 
 
-def test_integer_tables_that_differ_are_refused() -> None:
-    clients = [{"index": torch.tensor([0, 1, k])} for k in (2, 3)]
-    with pytest.raises(FusionError, match="'index'"):
-        mean_of(clients, [1.0, 1.0])
+@pytest.mark.parametrize(
+    ("tables", "weights", "kept"),
+    [
+        ([[0, 1, 2], [0, 1, 3]], [2.0, 1.0], 0),
+        ([[0, 1, 2], [0, 1, 3], [0, 1, 3]], [2.0, 1.5, 1.5], 1),
+        ([[True, True], [True, False]], [1.0, 1.0], 0),
+    ],
+)
+def test_of_tables_that_differ_that_of_most_of_the_weight_is_kept(
+    tables: list[list[int]], weights: list[float], kept: int
+) -> None:
+    clients = [{"index": torch.tensor(table)} for table in tables]
+    with pytest.warns(UserWarning, match="'index'.*differ between the clients"):
+        fused = mean_of(clients, weights)
+    assert torch.equal(fused["index"], clients[kept]["index"])
 
 
-def test_boolean_tables_that_differ_are_refused() -> None:
-    clients = [{"mask": torch.tensor([True, k])} for k in (True, False)]
-    with pytest.raises(FusionError, match="'mask'"):
-        mean_of(clients, [1.0, 1.0])
+def test_a_flag_in_a_vector_of_one_is_a_counter() -> None:
+    clients = [{"n": torch.tensor([k])} for k in (1, 4)]
+    assert mean_of(clients, [1.0, 1.0])["n"].tolist() == [2]
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.3, 0.1], [1e-3, 1e3]])

@@ -8,6 +8,8 @@ scales, running statistics, all branches of a residual sum. Groups are found by 
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -176,6 +178,17 @@ class ChannelGraph:
             Naming each group whose permutation changes the output, and its layers.
         """
         check_groups(self, seed)
+
+    def warn_if_fixed(self) -> None:
+        """Warn where no channel is free: then fusion is averaging by index."""
+        if all(group.fixed for group in self.groups):
+            inner = [g.fixed_because for g in self.groups if not g.fixed_because.endswith("network")]
+            reason, _ = Counter(inner or ["there is no hidden layer"]).most_common(1)[0]
+            warnings.warn(
+                f"no channels of {type(self.model).__name__} can be matched, fusion is plain "
+                f"averaging: {reason}",
+                stacklevel=2,
+            )
 
     def activation_places(self, group: ChannelGroup) -> list[tuple[str, Tensor]]:
         """Return the layers whose outputs are pre-activations of a group, with its positions.

@@ -173,6 +173,7 @@ def fuse_clients(
 ) -> FusionResult:
     """Match, combine and repair clients in the target's layers."""
     graph = verified_graph(target, example_inputs)
+    graph.warn_if_fixed()
     clients = with_correspondence(clients, target, graph, example_inputs)
     central_by = steps.matching if steps.rule.few_cannot_decide else None
     base = choose_reference(clients, target, reference, central_by)

@@ -123,6 +123,7 @@ class _Step:
         self._target = target
         self._example_inputs = example_inputs
         self._graph: ChannelGraph = verified_graph(target, example_inputs)
+        self._graph.warn_if_fixed()
         self._transplantation = transplantation
         self._calibration = calibration
         self._repair: Repair = repair

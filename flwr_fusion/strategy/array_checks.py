@@ -22,6 +22,17 @@ _LARGEST_COUNT = 1e15
 _KINDS = {"f": "floating-point", "i": "integer", "u": "integer", "b": "boolean"}
 
 
+def named_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return arrays under a model's names, also where they came as a plain list.
+
+    ``ArrayRecord([array, ...])`` numbers its arrays: these stand in the order of the state dict.
+    """
+    numbered = [str(n) for n in range(len(arrays))]
+    if len(arrays) != len(template) or list(arrays) != numbered or set(numbered) == set(template):
+        return arrays
+    return ArrayRecord(dict(zip(template, arrays.values(), strict=True)))
+
+
 def check_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None:
     """Reject arrays that are not a model's: names, shapes, kinds, not finite, huge."""
     missing, extra = template.keys() - arrays.keys(), arrays.keys() - template.keys()
@@ -29,10 +40,32 @@ def check_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None:
         raise RejectedReply(
             Reason.NAMES,
             f"the arrays are not the model's: missing {sorted(missing)[:5]}, "
-            f"unknown {sorted(extra)[:5]}",
+            f"unknown {sorted(extra)[:5]}{_remedy(arrays, template)}",
         )
     for name, like in template.items():
         _check_array(name, arrays[name], like)
+
+
+def _remedy(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> str:
+    """Return what may mend arrays of other names."""
+    for prefix, source in _PREFIXES.items():
+        if {name.removeprefix(prefix) for name in arrays} == set(template):
+            return f"; all names begin with {prefix!r}: send the state dict of {source}"
+        if {name.removeprefix(prefix) for name in template} == set(arrays):
+            return f"; the strategy's model is wrapped: give it {source}"
+    if all(name.isdigit() for name in arrays):
+        return (
+            f"; {len(arrays)} arrays came as a list, and the model has {len(template)}: send all "
+            "of its state dict, buffers included, in its order, or ArrayRecord(model.state_dict())"
+        )
+    return ""
+
+
+_PREFIXES = {
+    "module.": "model.module",
+    "_module.": "model._module",
+    "_orig_mod.": "model._orig_mod",
+}
 
 
 def check_plausible(arrays: ArrayRecord) -> None:

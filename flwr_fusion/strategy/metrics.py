@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from logging import INFO, WARNING
+from logging import ERROR, INFO, WARNING
 
 from flwr.app import MetricRecord, RecordDict
 from flwr.common import log
@@ -71,3 +72,18 @@ def log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:
                 rejection.reason,
                 rejection.text,
             )
+
+
+def log_nothing_fused(
+    first: int, last: int, rejections: Mapping[int, Sequence[Rejection]]
+) -> None:
+    """Log that no round of a run was fused, and the commonest reasons."""
+    found = [rejection for own in rejections.values() for rejection in own]
+    counts = Counter(str(r.reason) for r in found if not r.keeps_update)
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
+    text = (
+        "None of the rounds %d to %d was fused: the result is the model that the run began with. "
+        "Replies were rejected for: %s%s"
+    )
+    example = f"; for example: {found[0].text}" if found else ""
+    log(ERROR, text, first, last, reasons or "nothing, too few came", example)

@@ -20,7 +20,12 @@ from flwr_fusion.errors import FusionError, check_number, check_positive
 from flwr_fusion.statistics.classes import ClassMoments, unpack_classes
 from flwr_fusion.statistics.moments import LayerStatistics, Statistics
 from flwr_fusion.statistics.wire import unpack
-from flwr_fusion.strategy.array_checks import check_arrays, check_plausible, decode_array
+from flwr_fusion.strategy.array_checks import (
+    check_arrays,
+    check_plausible,
+    decode_array,
+    named_arrays,
+)
 from flwr_fusion.strategy.reasons import LONGEST_TEXT, Reason, RejectedReply, Rejection
 
 RecordT = TypeVar("RecordT", ArrayRecord, MetricRecord)
@@ -267,7 +272,8 @@ def read_update(
 ) -> Update:
     """Return a checked answer to a training message; raise `RejectedReply` where it is bad."""
     content = answer.content
-    arrays = _one_record(dict(content.array_records), arrays_key, "ArrayRecord")
+    received = _one_record(dict(content.array_records), arrays_key, "ArrayRecord")
+    arrays = named_arrays(received, template)
     weight = read_weight(content, weight_key)
     check_arrays(arrays, template)
     check_plausible(arrays)

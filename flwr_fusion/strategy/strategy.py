@@ -28,6 +28,7 @@ from flwr_fusion.strategy.heads import NORMS, CalibratedHeads, Head
 from flwr_fusion.strategy.metrics import (
     aggregated_metrics,
     figures_of,
+    log_nothing_fused,
     log_replies,
     round_metrics,
 )
@@ -335,8 +336,10 @@ class FusionStrategy(FedAvg):
                 self._aggregator.bring_up_to_date(self.method, self._models.architectures)
             # Under a wrapper of Flower's, another strategy's start() runs the rounds.
             self._runs_itself = True
+            self.fused_nodes.clear()
+            self.rejections.clear()
             try:
-                return run_of(self, self._checkpoints, done).rounds_of(
+                result = run_of(self, self._checkpoints, done).rounds_of(
                     cast(Grid, PatientGrid(grid, Patience(timeout))),
                     self._models.arrays[self.architecture],
                     num_rounds,
@@ -346,6 +349,10 @@ class FusionStrategy(FedAvg):
                 )
             finally:
                 self._runs_itself = False
+            first = 1 if done is None else done.server_round + 1
+            if first <= num_rounds and not self.fused_nodes:
+                log_nothing_fused(first, num_rounds, self.rejections)
+            return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
