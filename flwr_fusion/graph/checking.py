@@ -27,7 +27,9 @@ _ROUNDING = 1e-4
 # A change of the output is rounding up to so many times the precision; beyond, where it is no
 # larger than so many times the change by weights that differ in their last digits; and a network
 # that enlarges these by more than that gives noise.
-_TIMES_PRECISION, _TIMES_ROUNDING, _NOISE = 1e4, 1e3, 1e-3
+_TIMES_PRECISION, _TIMES_ROUNDING, _NOISE, _LARGEST_ROUNDING = 1e4, 1e3, 1e-3, 1e-4
+# Runs of a network that the search for wrong groups may take: of small ones more.
+_FEWEST_RUNS, _MOST_RUNS, _MOST_NUMBERS = 16, 200, 2_000_000_000
 # Of long lists in messages.
 _LISTED = 4
 
@@ -68,48 +70,78 @@ class _Run:
             change = _difference(self.outputs(state), self._expected)
         except FusionError:
             return True
-        return not (change <= _TIMES_PRECISION * self._eps or change <= self._rounding)
+        small = change <= _TIMES_PRECISION * self._eps or change <= _TIMES_ROUNDING * self._rounding
+        # Of tensors in double precision, too, a part of the network may be computed in single.
+        return not (small or (change <= _LARGEST_ROUNDING and change <= _TIMES_ROUNDING * self._half))
 
     @cached_property
     def _rounding(self) -> float:
-        """How much rounding may change the output."""
+        """How much values change the output that differ in their last digit."""
+        change = self._changed_by(4 * self._eps)
+        self.is_noise = change > _NOISE
+        return math.inf if self.is_noise else change
+
+    @cached_property
+    def _half(self) -> float:
+        """How much values change the output that differ in the digits that single precision lacks."""
+        return self._changed_by(1e-9)
+
+    def _changed_by(self, size: float) -> float:
         generator = torch.Generator().manual_seed(0)
 
         def rounded(tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
                 return tensor
             noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-            # Of tensors in double precision, too, a part of the network may be computed in single.
-            return tensor * (1 + max(torch.finfo(tensor.dtype).eps, 1e-9) * noise)
+            return tensor * (1 + size * noise)
 
         state = {name: rounded(tensor) for name, tensor in self.state.items()}
-        change = _difference(self.outputs(state), self._expected)
-        self.is_noise = change > _NOISE
-        return math.inf if self.is_noise else _TIMES_ROUNDING * change
+        return _difference(self.outputs(state), self._expected)
 
 
 class _Drawn:
-    """A network's random values, with random buffers and without; each drawn once."""
+    """A network's values to check it at, by how far they are drawn at random; each drawn once."""
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         self._model, self._seed = model, seed
-        self._found: dict[bool, dict[str, Tensor]] = {}
+        self._found: dict[str, dict[str, Tensor]] = {}
 
-    def __getitem__(self, buffers: bool) -> dict[str, Tensor]:
-        if buffers not in self._found:
+    def __getitem__(self, how: str) -> dict[str, Tensor]:
+        if how not in self._found:
             generator = torch.Generator().manual_seed(self._seed)
-            self._found[buffers] = random_state(self._model, generator, buffers=buffers)
-        return self._found[buffers]
+            drawn = random_state(self._model, generator, buffers=how == "with buffers")
+            self._found[how] = _nearby(self._model, drawn) if how == "nearby" else drawn
+        return self._found[how]
+
+
+_VALUES = ("with buffers", "parameters", "nearby")
+
+
+def _nearby(model: nn.Module, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a network's own values with some noise: at others its output may be noise."""
+
+    def between(own: Tensor, other: Tensor) -> Tensor:
+        if not own.is_floating_point() or torch.equal(own, other):
+            return own
+        spread = own.std() if own.numel() > 1 else own.abs()
+        return own + 0.3 * (spread + 1e-3) * other / other.std().clamp(min=1e-3)
+
+    state = model.state_dict()
+    return {name: between(own.detach(), drawn[name]).to(own) for name, own in state.items()}
 
 
 def _first_of(
-    graph: ChannelGraph, states: _Drawn, inputs: Sequence[Any], dtypes: Sequence[Any]
+    graph: ChannelGraph,
+    states: _Drawn,
+    values: Sequence[str],
+    inputs: Sequence[Any],
+    dtypes: Sequence[Any],
 ) -> _Run:
     """Return the first run that works."""
     problem = FusionError("")
-    for given, dtype, buffers in product(inputs, dtypes, (True, False)):
+    for how, given, dtype in product(values, inputs, dtypes):
         try:
-            return _Run(graph, states[buffers], given, dtype)
+            return _Run(graph, states[how], given, dtype)
         except FusionError as error:
             problem = error
     raise problem
@@ -124,29 +156,35 @@ class Check:
         The network and its example inputs.
     seed : int
         Of everything that is drawn.
+    values : sequence of str
+        At which values of the network, the first that work: all drawn at random with floating-point
+        buffers, without these, or its own with some noise.
 
     Raises
     ------
     FusionError
-        If the network's output is not finite at random weights, in no precision.
+        If the network's output is not finite, in no precision.
     """
 
-    def __init__(self, graph: ChannelGraph, seed: int) -> None:
+    def __init__(self, graph: ChannelGraph, seed: int, values: Sequence[str] = _VALUES) -> None:
         self._graph = graph
         generator = torch.Generator().manual_seed(seed)
         drawn = random_inputs(graph.example_inputs, generator, scales=True)
         given = graph.example_inputs
+        size = sum(parameter.numel() for parameter in graph.model.parameters())
+        self.runs_left = max(_FEWEST_RUNS, min(_MOST_RUNS, _MOST_NUMBERS // max(size, 1)))
         # Double precision tells a wrong group from rounding, and random inputs more than zeros do;
         # but a network may make tensors in single precision by itself, not bear random buffers, or
         # not take any number. What works is used.
         states = _Drawn(graph.model, seed)
-        self._runs = [_first_of(graph, states, (drawn, given), (torch.float64, None))]
+        self._runs = [_first_of(graph, states, values, (drawn, given), (torch.float64, None))]
         if self._runs[0].inputs is not given:
             with suppress(FusionError):
-                self._runs.append(_first_of(graph, states, (given,), (None,)))
+                self._runs.append(_first_of(graph, states, values, (given,), (None,)))
 
     def changes(self, groups: Sequence[ChannelGroup], permutations: Mapping[str, Tensor]) -> bool:
         """Whether permuting some groups changes the output."""
+        self.runs_left -= 1
         chosen = {group.name: permutations[group.name] for group in groups}
         graph = replace(self._graph, groups=tuple(groups))
         changes = any(run.changes(graph.permute(run.state, chosen)) for run in self._runs)
@@ -193,10 +231,13 @@ class Check:
 def failing(
     check: Check, groups: Sequence[ChannelGroup], permutations: Mapping[str, Tensor]
 ) -> list[ChannelGroup]:
-    """Return the groups whose permutation changes the output, found by halving."""
+    """Return the groups whose permutation changes the output, found by halving.
+
+    Where that takes too many runs of the network, all groups that are not known to be right.
+    """
     if not groups or not check.changes(groups, permutations):
         return []
-    if len(groups) == 1:
+    if len(groups) == 1 or check.runs_left <= 0:
         return list(groups)
     half = len(groups) // 2
     found = [
@@ -213,18 +254,28 @@ def with_failing_fixed(graph: ChannelGraph, seed: int = 0) -> tuple[ChannelGroup
     free = [group for group in graph.groups if not group.fixed]
     if not free:
         return graph.groups
-    permutations = _permutations(free, seed)
     try:
-        check = Check(graph, seed)
-        because = {group.name: FAILED for group in failing(check, free, permutations)}
-        right = [group for group in free if group.name not in because]
-        because |= {group.name: UNCHECKED for group in _not_shown(check, right, permutations)}
-    except FusionError as error:
-        because = {group.name: str(error) for group in free}
+        because = _reasons(graph, free, seed, _VALUES)
+    except FusionError:
+        try:  # Random weights may make noise of what its own do not.
+            because = _reasons(graph, free, seed, ("nearby",))
+        except FusionError as error:
+            because = {group.name: str(error) for group in free}
     return tuple(
         replace(group, fixed_because=because[group.name]) if group.name in because else group
         for group in graph.groups
     )
+
+
+def _reasons(
+    graph: ChannelGraph, free: Sequence[ChannelGroup], seed: int, values: Sequence[str]
+) -> dict[str, str]:
+    """Return why groups cannot be free."""
+    permutations = _permutations(free, seed)
+    check = Check(graph, seed, values)
+    because = {group.name: FAILED for group in failing(check, free, permutations)}
+    right = [group for group in free if group.name not in because]
+    return because | {g.name: UNCHECKED for g in _not_shown(check, right, permutations)}
 
 
 def _permutations(free: Sequence[ChannelGroup], seed: int) -> dict[str, Tensor]:
@@ -252,7 +303,11 @@ def _not_shown(
 def check_groups(graph: ChannelGraph, seed: int) -> None:
     """Refuse a graph of which free groups cannot be permuted, by their names."""
     free = [group for group in graph.groups if not group.fixed]
-    wrong = failing(Check(graph, seed), free, _permutations(free, seed))
+    permutations = _permutations(free, seed)
+    try:
+        wrong = failing(Check(graph, seed), free, permutations)
+    except FusionError:
+        wrong = failing(Check(graph, seed, ("nearby",)), free, permutations)
     if not wrong:
         return
     listed = "; ".join(

@@ -32,16 +32,26 @@ class Factor:
         The axes, ascending.
     codes : ndarray
         The numbers of the channels, of the sizes of these axes.
+    over : frozenset of int
+        Those of the axes that are none of the channels: at each position along them, which must not
+        move, the others' channels may be different ones (a class token before patches).
     """
 
     axes: tuple[int, ...]
     codes: Codes
+    over: frozenset[int] = frozenset()
+
+    @property
+    def channel_axes(self) -> frozenset[int]:
+        """The axes of the channels."""
+        return frozenset(self.axes) - self.over
 
     def moved(self, position_of: Mapping[int, int]) -> Factor:
         """Return the factor on axes that have been renamed."""
         axes = [position_of[axis] for axis in self.axes]
         order = np.argsort(axes, kind="stable")
-        return Factor(tuple(sorted(axes)), self.codes.transpose(order))
+        over = frozenset(position_of[axis] for axis in self.over)
+        return Factor(tuple(sorted(axes)), self.codes.transpose(order), over)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +76,8 @@ class Labels:
     because: str = ""
 
     def factor_of(self, axis: int) -> Factor | None:
-        """Return the factor that spans an axis."""
-        return next((factor for factor in self.factors if axis in factor.axes), None)
+        """Return the factor whose channels an axis carries."""
+        return next((factor for factor in self.factors if axis in factor.channel_axes), None)
 
     def at(self, shape: Sequence[int], position_of: Mapping[int, int]) -> Labels:
         """Return the labels of a tensor whose axes have been renamed; left-out ones are gone."""
@@ -87,6 +97,7 @@ class Channels:
     _same: list[tuple[Codes, Codes]] = field(default_factory=list)
     _fixed: list[tuple[Codes, str, bool]] = field(default_factory=list)
     _marks: list[tuple[Codes, Codes]] = field(default_factory=list)
+    _singled_out: int = 1 << 40
 
     def new(self, count: int) -> Codes:
         """Return new channels."""
@@ -114,13 +125,19 @@ class Channels:
         known = codes >= 0
         self._marks.append((codes[known], marks[known]))
 
+    def single_out(self, codes: Codes) -> None:
+        """Tell every one of some channels apart from all others: it is used in its own way."""
+        known = np.unique(codes[codes >= 0])
+        first, self._singled_out = self._singled_out, self._singled_out + len(known)
+        self.mark(known, np.arange(first, first + len(known)))
+
     def gathered(self, factor: Factor, keep: Iterable[int], because: str) -> Factor | None:
         """Let channels that differ along other axes move together; fix them if nothing is kept."""
         chosen = set(keep)
         kept = tuple(axis for axis in factor.axes if axis in chosen)
         if kept == factor.axes:
             return factor
-        if not kept:
+        if not factor.channel_axes & set(kept):
             self.fix(factor.codes.ravel(), because)
             return None
         order = [factor.axes.index(a) for a in (*kept, *(a for a in factor.axes if a not in kept))]
@@ -129,7 +146,7 @@ class Channels:
         # The first that is a channel: constants and fixed positions move with anything.
         first = np.take_along_axis(codes, codes.argmax(-1)[..., None], -1)
         self.unify(codes, first, because)
-        return Factor(kept, first[..., 0])
+        return Factor(kept, first[..., 0], factor.over & set(kept))
 
     def resolved(self) -> Resolved:
         """Return which channels are the same, given all that has been said."""
@@ -208,12 +225,17 @@ def _with_block(
     inside = range(first, first + count)
     outside = range(first, first + len(sizes))
     shift = len(sizes) - count
+    apart = (
+        channels.gathered(f, f.channel_axes, "") if f.over & set(inside) else f
+        for f in labels.factors
+    )
+    labels = replace(labels, factors=tuple(f for f in apart if f is not None))
     touched = [f for f in labels.factors if set(f.axes) & set(inside)]
     varying = [f for f in touched if (f.codes != CONSTANT).any()]
     position_of = {a: a if a < first else a + shift for a in range(len(labels.shape))}
     factors = [f.moved(position_of) for f in labels.factors if f not in touched]
     for other in varying[1:]:
-        channels.fix(other.codes.ravel(), "it is merged with other channels")
+        channels.fix(other.codes.ravel(), "it is merged with other channels", only_if_used=True)
     if varying:
         factors.append(_merged(varying[0], labels.shape, inside, outside, sizes))
     elif {a for f in touched for a in f.axes} >= {a for a in inside if labels.shape[a] > 1}:
@@ -234,8 +256,11 @@ def _merged(
     after = [a for a in factor.axes if a >= inside.stop]
     lengths = [*(shape[a] for a in before), *sizes, *(shape[a] for a in after)]
     codes = _spread(factor, shape, inside).reshape(lengths)
-    axes = [*before, *outside, *(a + len(outside) - len(inside) for a in after)]
-    return _simplified(axes, codes, range(len(before), len(before) + len(sizes)))
+    shift = len(outside) - len(inside)
+    axes = [*before, *outside, *(a + shift for a in after)]
+    over = frozenset(a if a < inside.start else a + shift for a in factor.over)
+    found = _simplified(axes, codes, range(len(before), len(before) + len(sizes)))
+    return replace(found, over=over)
 
 
 def _spread(factor: Factor, shape: tuple[int, ...], inside: range) -> Codes:
@@ -252,7 +277,7 @@ def _simplified(axes: Sequence[int], codes: Codes, new: range) -> Factor:
         for n in new
         if codes.shape[n] == 1 or bool((codes == codes.take([0], axis=n)).all())
     ]
-    if len(alike) == codes.ndim:  # One channel alone.
+    if len(alike) == codes.ndim and alike:  # One channel alone.
         alike.remove(max(new, key=lambda n: codes.shape[n]))
     kept = codes[tuple(0 if n in alike else slice(None) for n in range(codes.ndim))]
     remaining = tuple(axis for n, axis in enumerate(axes) if n not in alike)

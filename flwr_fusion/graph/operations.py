@@ -48,7 +48,7 @@ class Operations:
     def join(self, shape: Sequence[int], labels: Iterable[Labels]) -> Labels:
         """Return the labels of what is computed position by position from broadcast tensors."""
         shape = tuple(shape)
-        operands = [_aligned(own, shape) for own in labels]
+        operands = [_aligned(own, shape, self.channels) for own in labels]
         joined: list[Factor] = []
         pending = [(own, factor) for own in operands for factor in own.factors]
         weight = all(own.weight for own in operands)
@@ -56,7 +56,7 @@ class Operations:
         for own, factor in pending:
             still = self._without_placed(factor, own, operands, shape)
             while still is not None:
-                meets = next((f for f in joined if set(f.axes) & set(still.axes)), None)
+                meets = next((f for f in joined if f.channel_axes & still.channel_axes), None)
                 if meets is None:
                     joined.append(still)
                     break
@@ -71,7 +71,9 @@ class Operations:
         """Return what is left of a factor where other operands' positions must not move."""
         if (factor.codes == CONSTANT).all():
             return None if self._placed(factor.axes, own, operands) else factor
-        kept = [a for a in factor.axes if not self._placed([a], own, operands)]
+        kept = [
+            a for a in factor.axes if a in factor.over or not self._placed([a], own, operands)
+        ]
         because = next((o.because for o in operands if o is not own and o.because), "")
         return self.channels.gathered(factor, kept, because or _PLACES)
 
@@ -94,22 +96,31 @@ class Operations:
         b = self.channels.gathered(other, common, because or _PLACES)
         if a is None or b is None:
             return a or b
-        return Factor(a.axes, self.channels.unify(a.codes, b.codes, because or _PLACES))
+        codes = self.channels.unify(a.codes, b.codes, because or _PLACES)
+        return Factor(a.axes, codes, a.over | b.over)
 
-    def kept(self, labels: Labels, axes: Iterable[int], because: str) -> Labels:
-        """Return labels whose channels other axes than these do not tell apart."""
+    def kept(
+        self, labels: Labels, axes: Iterable[int], because: str, but: tuple[int, ...] = ()
+    ) -> Labels:
+        """Return labels whose channels other axes than these do not tell apart.
+
+        A factor of exactly the axes ``but`` stays.
+        """
         chosen = set(axes)
-        gathered = (self.channels.gathered(f, chosen, because) for f in labels.factors)
+        gathered = (
+            f if but and f.axes == but else self.channels.gathered(f, chosen, because)
+            for f in labels.factors
+        )
         return replace(labels, factors=tuple(f for f in gathered if f is not None))
 
     def reduced(self, labels: Labels, axes: Iterable[int], keepdim: bool) -> Labels:
         """Return the labels of what sums or the like over some axes leave."""
         over = {axis % len(labels.shape) for axis in axes} if labels.shape else set()
-        self.normalised += [f.codes for f in labels.factors if set(f.axes) & over]
+        self.normalised += [f.codes for f in labels.factors if f.channel_axes & over]
         rest = [a for a in range(len(labels.shape)) if a not in over]
         factors = []
         for factor in labels.factors:
-            if set(factor.axes) <= over:
+            if factor.channel_axes <= over:
                 continue
             found = self.channels.gathered(factor, rest, "")
             factors += [found] if found is not None else []
@@ -145,7 +156,7 @@ class Operations:
         ends = [self._end(*side) for side in sides]
         sizes = np.broadcast_shapes(ends[0].shape, ends[1].shape)
         summed = self._without_last(self.join(sizes, ends))
-        shape = [*summed.shape]
+        shape = [max(one.shape[a], other.shape[b]) for a, b in batch]
         free = []
         for own, k, batch_axes in sides:
             position_of = {a: n for n, a in enumerate(batch_axes)}
@@ -247,7 +258,7 @@ def _with_axes(labels: Labels, count: int) -> Labels:
     return labels.at((*(1,) * new, *labels.shape), position_of)
 
 
-def _aligned(labels: Labels, shape: tuple[int, ...]) -> Labels:
+def _aligned(labels: Labels, shape: tuple[int, ...], channels: Channels) -> Labels:
     """Return labels with the axes that broadcasting gives a tensor."""
     placed = _with_axes(labels, len(shape))
     factors = []
@@ -256,7 +267,9 @@ def _aligned(labels: Labels, shape: tuple[int, ...]) -> Labels:
         if len(repeated) < len(factor.axes):
             codes = factor.codes.squeeze(tuple(repeated))
             axes = tuple(a for n, a in enumerate(factor.axes) if n not in repeated)
-            factors.append(Factor(axes, codes))
+            factors.append(Factor(axes, codes, factor.over & set(axes)))
+        else:  # One channel for many positions: a gate.
+            channels.single_out(factor.codes.ravel())
     return replace(placed, factors=tuple(factors))
 
 
@@ -335,7 +348,7 @@ def _permute(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> 
 @_register("expand", "expand_copy", "broadcast_to")
 def _expand(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     shape = tuple(shapes[0])
-    labels = _aligned(op.labels_of(args["self"]), shape)
+    labels = _aligned(op.labels_of(args["self"]), shape, op.channels)
     copies = [
         Factor((axis,), np.full(size, CONSTANT))
         for axis, size in enumerate(shape)
@@ -366,8 +379,13 @@ def _taken(labels: Labels, axis: int, index: NDArray[np.int64]) -> Labels:
     factors = []
     for factor in labels.factors:
         if axis in factor.axes:
-            codes = factor.codes.take(index, axis=factor.axes.index(axis))
-            factors.append(Factor(factor.axes, codes))
+            place = factor.axes.index(axis)
+            codes = factor.codes.take(index, axis=place)
+            if len(index) == 1 and len(factor.axes) > 1:  # One position is no axis of channels.
+                left = tuple(a for a in factor.axes if a != axis)
+                factors.append(Factor(left, codes.take(0, axis=place), factor.over & set(left)))
+            else:
+                factors.append(replace(factor, codes=codes))
         else:
             factors.append(factor)
     if labels.shape[axis] == 1 and len(index) > 1:
@@ -375,15 +393,19 @@ def _taken(labels: Labels, axis: int, index: NDArray[np.int64]) -> Labels:
     return replace(labels, shape=tuple(shape), factors=tuple(factors))
 
 
-def _without(labels: Labels, axis: int, position: int) -> Labels:
+def _without(labels: Labels, axis: int, position: int, channels: Channels) -> Labels:
     """Return the labels at one position of an axis."""
     factors = []
     for factor in labels.factors:
         if axis not in factor.axes:
             factors.append(factor)
-        elif len(factor.axes) > 1:
-            codes = factor.codes.take(position, axis=factor.axes.index(axis))
-            factors.append(Factor(tuple(a for a in factor.axes if a != axis), codes))
+            continue
+        codes = factor.codes.take(position, axis=factor.axes.index(axis))
+        left = frozenset(factor.axes) - {axis}
+        if left <= factor.over:
+            channels.single_out(codes.reshape(-1))
+        else:
+            factors.append(Factor(tuple(sorted(left)), codes, factor.over & left))
     position_of = {a: a - (a > axis) for a in range(len(labels.shape)) if a != axis}
     shape = [size for a, size in enumerate(labels.shape) if a != axis]
     return replace(labels, factors=tuple(factors)).at(shape, position_of)
@@ -411,7 +433,7 @@ def _narrow(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> A
 def _select(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     labels = op.labels_of(args["self"])
     axis = args["dim"] % len(labels.shape)
-    return _without(labels, axis, int(args["index"]) % labels.shape[axis])
+    return _without(labels, axis, int(args["index"]) % labels.shape[axis], op.channels)
 
 
 @_register("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "split_copy",
@@ -430,7 +452,7 @@ def _split(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> An
 def _unbind(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     labels = op.labels_of(args["self"])
     axis = args.get("dim", 0) % len(labels.shape)
-    return [_without(labels, axis, n) for n in range(len(shapes))]
+    return [_without(labels, axis, n, op.channels) for n in range(len(shapes))]
 
 
 @_register("cat", "concat", "concatenate")
@@ -442,28 +464,29 @@ def _cat(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
 def op_cat(op: Operations, parts: Sequence[Labels], dim: int, shape: tuple[int, ...]) -> Labels:
     """Return the labels of tensors that stand behind one another along an axis."""
     axis = dim % len(shape)
-    alone = [op.apart(own, axis) for own in parts]
-    whole: tuple[Factor, ...] = ()
-    if all(own.factor_of(axis) is None for own in alone):
-        pass
-    else:
+    factors: list[Factor] = []
+    alone = [next((f for f in own.factors if f.axes == (axis,)), None) for own in parts]
+    if any(factor is not None for factor in alone):
         codes = [
-            np.full(own.shape[axis], PLACED) if (f := own.factor_of(axis)) is None else f.codes
-            for own in alone
+            np.full(own.shape[axis], PLACED) if factor is None else factor.codes
+            for own, factor in zip(parts, alone, strict=True)
         ]
-        whole = (Factor((axis,), np.concatenate(codes)),)
-    others = [
-        replace(own, factors=tuple(f for f in own.factors if axis not in f.axes)) for own in alone
-    ]
+        factors.append(Factor((axis,), np.concatenate(codes)))
+        parts = [op.kept(own, _other_axes(shape, axis), _PLACES, but=(axis,)) for own in parts]
+    others = [replace(own, factors=tuple(f for f in own.factors if f.axes != (axis,))) for own in parts]
     stacked = _stacked(others, axis)
     if stacked is None:
         flat = tuple(1 if a == axis else size for a, size in enumerate(shape))
-        joined = [replace(own, shape=(*own.shape[:axis], 1, *own.shape[axis + 1 :])) for own in others]
+        kept = [op.kept(own, _other_axes(shape, axis), _PLACES) for own in others]
+        joined = [replace(own, shape=(*own.shape[:axis], 1, *own.shape[axis + 1 :])) for own in kept]
         stacked = op.join(flat, joined).factors
     weight = all(own.weight for own in parts)
     because = next((own.because for own in parts if own.because), "")
-    factors = tuple(sorted((*stacked, *whole), key=lambda f: f.axes))
-    return Labels(shape, factors, weight, because)
+    return Labels(shape, tuple(sorted((*stacked, *factors), key=lambda f: f.axes)), weight, because)
+
+
+def _other_axes(shape: Sequence[int], axis: int) -> list[int]:
+    return [a for a in range(len(shape)) if a != axis]
 
 
 def _stacked(parts: Sequence[Labels], axis: int) -> tuple[Factor, ...] | None:
@@ -472,24 +495,28 @@ def _stacked(parts: Sequence[Labels], axis: int) -> tuple[Factor, ...] | None:
     Their channels need not be the same; whatever reads them together says so. None where they are
     labelled along different axes.
     """
-    spans = {tuple(sorted(f.axes for f in own.factors)) for own in parts}
-    if len(spans) > 1:
+    own_axes = [
+        {tuple(a for a in f.axes if a != axis): f for f in own.factors} for own in parts
+    ]
+    if any(found.keys() != own_axes[0].keys() for found in own_axes):
         return None
     result = []
-    for axes in spans.pop():
-        found = [next(f for f in own.factors if f.axes == axes) for own in parts]
-        if all(np.array_equal(f.codes, found[0].codes) for f in found):
+    for axes in own_axes[0]:
+        found = [own[axes] for own in own_axes]
+        if all(f.axes == axes and np.array_equal(f.codes, found[0].codes) for f in found):
             result.append(found[0])
             continue
         place = sum(a < axis for a in axes)
         repeated = [
-            np.repeat(np.expand_dims(f.codes, place), own.shape[axis], axis=place)
+            f.codes
+            if axis in f.axes
+            else np.repeat(np.expand_dims(f.codes, place), own.shape[axis], axis=place)
             for f, own in zip(found, parts, strict=True)
         ]
         spanned = (*axes[:place], axis, *axes[place:])
-        result.append(Factor(spanned, np.concatenate(repeated, axis=place)))
-    used = [a for f in result for a in f.axes]
-    return tuple(result) if len(used) == len(set(used)) else None
+        over = frozenset().union(*(f.over for f in found)) | {axis}
+        result.append(Factor(spanned, np.concatenate(repeated, axis=place), over))
+    return tuple(result)
 
 
 @_register("stack")
@@ -523,7 +550,9 @@ def _pad(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
             constant_values=CONSTANT,
         )
         rest = (f for f in labels.factors if f is not factor)
-        labels = replace(labels, shape=tuple(sizes), factors=(Factor(factor.axes, grown), *rest))
+        labels = replace(
+            labels, shape=tuple(sizes), factors=(replace(factor, codes=grown), *rest)
+        )
     return labels
 
 
@@ -657,7 +686,7 @@ def _layer_norm(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) 
     count = len(args["normalized_shape"])
     over = range(len(first.shape) - count, len(first.shape))
     if vectors:
-        op.normalised += [f.codes for f in first.factors if set(f.axes) & set(over)]
+        op.normalised += [f.codes for f in first.factors if f.channel_axes & set(over)]
     else:
         first = _within(op, first, over)
     joined = op.join(first.shape, [first, *vectors])
@@ -694,11 +723,11 @@ def _along_one(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -
 
 def _within(op: Operations, labels: Labels, over: Sequence[int]) -> Labels:
     """Return labels of what is normalised over some axes, whose positions then belong together."""
-    op.normalised += [f.codes for f in labels.factors if set(f.axes) & set(over)]
+    op.normalised += [f.codes for f in labels.factors if f.channel_axes & set(over)]
     factors = []
     for factor in labels.factors:
-        rest = [a for a in factor.axes if a not in over]
-        together = bool(rest) and len(rest) < len(factor.axes)
+        rest = factor.channel_axes - set(over)
+        together = bool(rest) and rest < factor.channel_axes
         found = op.channels.gathered(factor, rest, _PLACES) if together else factor
         factors += [found] if found is not None else []
     return replace(labels, factors=tuple(factors))
@@ -880,6 +909,9 @@ def _attention(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -
     last = len(query.shape) - 1
     batch = [(a, a) for a in range(last - 1)]
     scores = op.product(query, key, (last, last), batch)
+    mask = args.get("attn_mask", args.get("attn_bias"))
+    if isinstance(mask, Tensor):
+        scores = op.join(scores.shape, [scores, op.labels_of(mask)])
     found = op.product(scores, value, (last, last - 1), batch)
     return [replace(found, shape=tuple(s)) if len(s) == len(found.shape) and n == 0 else Labels(tuple(s)) for n, s in enumerate(shapes)]
 

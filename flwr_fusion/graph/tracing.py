@@ -26,14 +26,21 @@ from flwr_fusion.graph.operations import (
     tensors_in,
     unknown,
 )
-from flwr_fusion.networks import key_of, owner_of
+from flwr_fusion.networks import key_of, module_of, owner_of
 from flwr_fusion.observe import call, tensors_of, watch
 
 INPUT, OUTPUT = "input of the network", "output of the network"
 UNREACHED = "the example inputs do not reach them"
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+# Of a layer's weight; the others are positions of a kernel.
+_CHANNEL_AXES = 2
 # What PyTorch does not tag as computed position by position.
-_POINTWISE = frozenset(("where", "masked_fill", "rsub", "prelu", "_prelu_kernel", "fake_quantize"))
+_POINTWISE = frozenset(
+    ("where", "masked_fill", "rsub", "prelu", "_prelu_kernel", "hardswish", "absolute", "negative")
+    + ("fix", "real", "imag", "conj", "_conj", "log_sigmoid_forward", "bernoulli", "poisson")
+    + ("_standard_gamma", "dropout", "alpha_dropout", "_dirichlet_grad", "complex", "bucketize")
+)
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ class _Trace(TorchDispatchMode):
             for name, module in model.named_modules()
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         }
+        self._layers = {n for n, m in model.named_modules() if isinstance(m, (*_LAYERS, *_NORMS))}
         keys: dict[int, list[str]] = defaultdict(list)
         tensors: dict[int, Tensor] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -162,7 +170,11 @@ class _Trace(TorchDispatchMode):
         if tensor.is_complex():
             return Labels(tuple(tensor.shape), (), True, "it meets complex weights")
         factors = []
+        # A layer of one channel has this as others have theirs; elsewhere one position is none.
+        layer = any(module_of(name) in self._layers for name in names)
         for axis, size in enumerate(tensor.shape):
+            if size == 1 and not (layer and axis < _CHANNEL_AXES):
+                continue
             self.axes.append(_Axis(names, axis, self.channels.count, size))
             factors.append(Factor((axis,), self.channels.new(size)))
         return Labels(tuple(tensor.shape), tuple(factors), weight=True)
@@ -348,6 +360,8 @@ def _groups(trace: _Trace, model: nn.Module, order: Mapping[str, int]) -> list[C
     layers = {name for name, module in model.named_modules() if isinstance(module, _LAYERS)}
     groups = []
     for roots, rows in _classes(axes, resolved):
+        if (rows[0, :, 0] < 0).all():  # Marked, but of no tensor here.
+            continue
         group = replace(
             _group(roots, rows, axes, writers, order),
             fixed_because=resolved.because.get(roots[0], ""),
