@@ -8,7 +8,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 import flwr_fusion as ff
@@ -120,6 +119,9 @@ def ot_with_norms(
 
 def pruned(model: nn.Module, example_inputs: Tensor, sparsity: float) -> nn.Module:
     """Return a network without a share of every layer's channels, those of least L2 norm."""
+    # A dependency of the comparison alone: pip install -e '.[dev]'.
+    import torch_pruning
+
     result = copy.deepcopy(model)
     last = [layer for layer in result.modules() if isinstance(layer, nn.Linear)][-1]
     torch_pruning.pruner.MagnitudePruner(

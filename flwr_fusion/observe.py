@@ -25,6 +25,13 @@ class Inputs:
     A tensor, a tuple of arguments or a mapping of keyword arguments need no `Inputs`; positional
     and keyword arguments together do, and so does a single argument that is a tuple or a mapping.
 
+    Parameters
+    ----------
+    *args : Any
+        Positional arguments.
+    **kwargs : Any
+        Keyword arguments.
+
     Examples
     --------
     >>> import torch
@@ -66,9 +73,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 def copied_inputs(inputs: Any) -> Inputs:
     """Return inputs with their tensors copied."""
-    found: Inputs = tree_map(
-        lambda x: x.clone() if isinstance(x, Tensor) else x, Inputs.of(inputs)
-    )
+    found: Inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, Inputs.of(inputs))
     return found
 
 
@@ -112,7 +117,7 @@ def _in_mode(model: nn.Module, training_now: bool) -> Iterator[None]:
 
 
 def moved_to(model: nn.Module, inputs: Any) -> Inputs:
-    """Bring inputs to the device and, where it has but one, the floating-point type of a network."""
+    """Bring inputs to a network's device and, where it has but one, floating-point type."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise FusionError(f"{type(model).__name__} has no parameters: there is nothing to fuse")

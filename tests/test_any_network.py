@@ -1,4 +1,4 @@
-"""Federations of networks that were refused, or broke: through a real strategy and a real ClientApp."""
+"""Federations of networks that were refused, or broke: a real strategy and a real ClientApp."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from flwr_fusion.observe import tensors_of
-from flwr_fusion.strategy import FusionStrategy, NeuronTransplantation, OTFusion
+from flwr_fusion.strategy import NeuronTransplantation, OTFusion
 from tests.corpus.case import Case
 from tests.corpus.modules import quantisation_aware, variational
 from tests.corpus.recurrent import own_state
@@ -66,7 +66,10 @@ def app_of(case: Case, send: Send = whole) -> ClientApp:
 
 
 def run(
-    case: Case, strategy: type[FusionStrategy], send: Send = whole, rounds: int = 2
+    case: Case,
+    strategy: type[OTFusion | NeuronTransplantation],
+    send: Send = whole,
+    rounds: int = 2,
 ) -> tuple[Any, nn.Module]:
     torch.manual_seed(0)
     model = case.build()
@@ -80,7 +83,7 @@ def run(
 @pytest.mark.parametrize("name", FEDERATIONS)
 @pytest.mark.parametrize("strategy", [OTFusion, NeuronTransplantation])
 @pytest.mark.filterwarnings("ignore")
-def test_every_round_is_fused(name: str, strategy: type[FusionStrategy]) -> None:
+def test_every_round_is_fused(name: str, strategy: type[OTFusion | NeuronTransplantation]) -> None:
     case = FEDERATIONS[name]
     result, model = run(case, strategy)
     rejected = {metrics["rejected"] for metrics in result.train_metrics_clientapp.values()}

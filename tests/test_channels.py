@@ -425,9 +425,7 @@ class FlattenAfterTranspose(nn.Module):
 def test_flatten_after_transpose_is_followed() -> None:
     graph = ChannelGraph.trace(FlattenAfterTranspose(), torch.randn(2, 1, 4, 4))
     (conv,) = [g for g in graph.groups if not g.fixed]
-    assert torch.equal(
-        place_of(conv, "head.weight", 1).positions, torch.arange(16).view(4, 4).T
-    )
+    assert torch.equal(place_of(conv, "head.weight", 1).positions, torch.arange(16).view(4, 4).T)
 
 
 # What a network may be like.

@@ -162,7 +162,7 @@ def test_parameters_are_documented(name: str) -> None:
         if parameter.name.startswith("_") or name.endswith(".ChannelGraph"):
             continue
         # "reference, client : nn.Module" documents both.
-        pattern = rf"^(\*\*)?(\w+, )*{parameter.name}(, \w+)*( :|$)"
+        pattern = rf"^(\*\*?)?(\w+, )*{parameter.name}(, \w+)*( :|$)"
         assert re.search(pattern, documentation, re.M), parameter.name
 
 

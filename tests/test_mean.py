@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion import FusionError
 from flwr_fusion.maps import Correspondence, Unaligned, map_tensor
 from flwr_fusion.rules.mean import RunningMean
 from tests.support.architectures import named, output, randomised, relative_error

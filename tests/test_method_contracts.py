@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision.models as tv
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 

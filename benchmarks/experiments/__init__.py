@@ -1,6 +1,7 @@
 """All experiments by name; every module declares its own in ``EXPERIMENTS``."""
 
 from benchmarks.experiments import (
+    architectures,
     baselines,
     cost,
     depth,
@@ -30,6 +31,7 @@ EXPERIMENTS = {
         mixed_federation,
         robust,
         cost,
+        architectures,
     )
     for own in module.EXPERIMENTS
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -29,7 +29,7 @@ _ROUNDING = 1e-4
 # that enlarges these by more than that gives noise.
 _TIMES_PRECISION, _TIMES_ROUNDING, _NOISE, _LARGEST_ROUNDING = 1e4, 1e3, 1e-3, 1e-4
 # Runs of a network that the search for wrong groups may take: of small ones more.
-_FEWEST_RUNS, _MOST_RUNS, _MOST_NUMBERS = 16, 200, 2_000_000_000
+_FEWEST_RUNS, _MOST_RUNS, _MOST_WORK = 12, 200, 2_000_000_000
 # Of long lists in messages.
 _LISTED = 4
 
@@ -72,7 +72,9 @@ class _Run:
             return True
         small = change <= _TIMES_PRECISION * self._eps or change <= _TIMES_ROUNDING * self._rounding
         # Of tensors in double precision, too, a part of the network may be computed in single.
-        return not (small or (change <= _LARGEST_ROUNDING and change <= _TIMES_ROUNDING * self._half))
+        return not (
+            small or (change <= _LARGEST_ROUNDING and change <= _TIMES_ROUNDING * self._half)
+        )
 
     @cached_property
     def _rounding(self) -> float:
@@ -83,7 +85,7 @@ class _Run:
 
     @cached_property
     def _half(self) -> float:
-        """How much values change the output that differ in the digits that single precision lacks."""
+        """The same, of values that differ in digits that single precision lacks."""
         return self._changed_by(1e-9)
 
     def _changed_by(self, size: float) -> float:
@@ -148,7 +150,7 @@ def _first_of(
 
 
 class Check:
-    """Whether a network computes the same with permuted groups: at random weights, on several inputs.
+    """Whether a network computes the same with permuted groups, at random weights.
 
     Parameters
     ----------
@@ -171,8 +173,7 @@ class Check:
         generator = torch.Generator().manual_seed(seed)
         drawn = random_inputs(graph.example_inputs, generator, scales=True)
         given = graph.example_inputs
-        size = sum(parameter.numel() for parameter in graph.model.parameters())
-        self.runs_left = max(_FEWEST_RUNS, min(_MOST_RUNS, _MOST_NUMBERS // max(size, 1)))
+        self.runs_left = max(_FEWEST_RUNS, min(_MOST_RUNS, _MOST_WORK // max(graph.work, 1)))
         # Double precision tells a wrong group from rounding, and random inputs more than zeros do;
         # but a network may make tensors in single precision by itself, not bear random buffers, or
         # not take any number. What works is used.
@@ -195,11 +196,15 @@ class Check:
             )
         return changes
 
-    def seen(self, groups: Sequence[ChannelGroup]) -> set[str]:
-        """Return the groups that the output depends on, as its gradient tells."""
-        run = self._runs[-1] if len(self._runs) == 1 else self._runs[0]
-        # Of the smallest tensor of every group: gradients of large ones would need their memory.
-        places = {g.name: min(g.places, key=lambda p: run.state[p.tensor].numel()) for g in groups}
+    def seen(self, groups: Sequence[ChannelGroup], choose: Any) -> set[str]:
+        """Return the groups that the output depends on, as its gradient by one tensor tells.
+
+        ``choose`` is `min` or `max`: which tensor of a group, by its size.
+        """
+        run = self._runs[0]
+        places = {
+            g.name: choose(g.places, key=lambda p: run.state[p.tensor].numel()) for g in groups
+        }
         leaves = {
             name: run.state[name].detach().clone().requires_grad_()
             for name in {place.tensor for place in places.values()}
@@ -223,6 +228,8 @@ class Check:
         """Whether the output depends on where the channels of a group stand."""
         if group.size == 1:
             return True
+        if self.runs_left <= 0:
+            return False
         # Along one axis of one tensor alone: that must not go unnoticed.
         alone = (replace(group, places=(place,)) for place in group.places)
         return any(self.changes([one], permutations) for one in alone)
@@ -295,9 +302,13 @@ def _not_shown(
     check: Check, free: Sequence[ChannelGroup], permutations: Mapping[str, Tensor]
 ) -> list[ChannelGroup]:
     """Return the groups of which the output shows nothing."""
-    # A gradient is cheaper than one run for every group.
-    seen = check.seen(free)
-    return [g for g in free if g.name not in seen and not check.shows(g, permutations)]
+    # A gradient is cheaper than one run for every group. That of small tensors needs less memory,
+    # but says nothing of what has no influence by itself, such as the bias of attention's keys.
+    left = list(free)
+    for choose in (min, max):
+        seen = check.seen(left, choose) if left else set()
+        left = [group for group in left if group.name not in seen]
+    return [group for group in left if not check.shows(group, permutations)]
 
 
 def check_groups(graph: ChannelGraph, seed: int) -> None:
@@ -353,7 +364,7 @@ def written_for_training(model: nn.Module) -> Iterator[None]:
             module.training = False
 
 
-class WithoutNoise(TorchDispatchMode):
+class WithoutNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Gives every position the same draw: noise that is alike for all channels tells none apart."""
 
     def __torch_dispatch__(
@@ -452,13 +463,15 @@ def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> list[
     """
     copied = copied_inputs(inputs)
     try:
-        with torch.random.fork_rng(devices=[]), WithoutNoise():
+        with torch.random.fork_rng(devices=[]), WithoutNoise():  # type: ignore[no-untyped-call]
             torch.manual_seed(0)
             output = torch.func.functional_call(
                 model, dict(state), copied.args, copied.kwargs, tie_weights=False
             )
     except Exception as error:
-        raise FusionError(f"{type(model).__name__} cannot be run at random weights: {error}") from error
+        raise FusionError(
+            f"{type(model).__name__} cannot be run at random weights: {error}"
+        ) from error
     tensors = tensors_of(output)
     real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     floating = [t for t in real if t.is_floating_point()]
@@ -498,9 +511,7 @@ def output_vector(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) ->
     return torch.cat([t.detach().flatten().double().cpu() for t in found])
 
 
-def random_inputs(
-    example_inputs: Any, generator: torch.Generator, *, scales: bool = False
-) -> Any:
+def random_inputs(example_inputs: Any, generator: torch.Generator, *, scales: bool = False) -> Any:
     """Return normal variables in the shape of example inputs; integers stay as they are.
 
     Parameters

@@ -115,6 +115,7 @@ class ChannelGraph:
     model: nn.Module = field(repr=False)
     example_inputs: Any = field(repr=False)
     trained_branches: bool = False
+    work: int = 0
 
     @classmethod
     def trace(cls, model: nn.Module, example_inputs: Any) -> ChannelGraph:
@@ -149,7 +150,13 @@ class ChannelGraph:
         warn_of_idle_layers(model, found.idle_layers)
         shapes = {name: tensor.shape for name, tensor in prepared.state_dict().items()}
         graph = cls(
-            found.groups, shapes, found.called_layers, prepared, inputs, found.trained_branches
+            found.groups,
+            shapes,
+            found.called_layers,
+            prepared,
+            inputs,
+            found.trained_branches,
+            found.work,
         )
         return replace(graph, groups=with_failing_fixed(graph))
 
@@ -182,7 +189,9 @@ class ChannelGraph:
     def warn_if_fixed(self) -> None:
         """Warn where no channel is free: then fusion is averaging by index."""
         if all(group.fixed for group in self.groups):
-            inner = [g.fixed_because for g in self.groups if not g.fixed_because.endswith("network")]
+            inner = [
+                g.fixed_because for g in self.groups if not g.fixed_because.endswith("network")
+            ]
             reason, _ = Counter(inner or ["there is no hidden layer"]).most_common(1)[0]
             warnings.warn(
                 f"no channels of {type(self.model).__name__} can be matched, fusion is plain "

@@ -115,7 +115,7 @@ class Channels:
         return np.where(one == CONSTANT, other, one)
 
     def fix(self, codes: Codes, because: str, *, only_if_used: bool = False) -> None:
-        """Say that channels must not move; some only matter where something else is said of them."""
+        """Say that channels must not move; or only those of which something else is said."""
         codes = codes[codes >= 0]
         if codes.size:
             self._fixed.append((np.unique(codes), because, only_if_used))
@@ -273,9 +273,7 @@ def _spread(factor: Factor, shape: tuple[int, ...], inside: range) -> Codes:
 def _simplified(axes: Sequence[int], codes: Codes, new: range) -> Factor:
     """Take out new axes along which the channels do not change."""
     alike = [
-        n
-        for n in new
-        if codes.shape[n] == 1 or bool((codes == codes.take([0], axis=n)).all())
+        n for n in new if codes.shape[n] == 1 or bool((codes == codes.take([0], axis=n)).all())
     ]
     if len(alike) == codes.ndim and alike:  # One channel alone.
         alike.remove(max(new, key=lambda n: codes.shape[n]))

@@ -71,9 +71,7 @@ class Operations:
         """Return what is left of a factor where other operands' positions must not move."""
         if (factor.codes == CONSTANT).all():
             return None if self._placed(factor.axes, own, operands) else factor
-        kept = [
-            a for a in factor.axes if a in factor.over or not self._placed([a], own, operands)
-        ]
+        kept = [a for a in factor.axes if a in factor.over or not self._placed([a], own, operands)]
         because = next((o.because for o in operands if o is not own and o.because), "")
         return self.channels.gathered(factor, kept, because or _PLACES)
 
@@ -198,9 +196,7 @@ class Operations:
         own: Labels, k: int, batch_axes: Sequence[int], position_of: Mapping[int, int], count: int
     ) -> Labels:
         """Return the labels of a factor's axes that a product keeps, among the product's axes."""
-        factors = [
-            f for f in own.factors if k not in f.axes and not set(f.axes) <= set(batch_axes)
-        ]
+        factors = [f for f in own.factors if k not in f.axes and not set(f.axes) <= set(batch_axes)]
         labelled = {axis for factor in factors for axis in factor.axes}
         shape = [1] * count
         for axis, position in position_of.items():
@@ -309,12 +305,29 @@ def tensors_in(args: Mapping[str, Any]) -> list[Tensor]:
 
 
 @_register(
-    "clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "lift",
-    "native_dropout", "dropout", "resolve_conj", "resolve_neg", "view_as_real_copy", "_fused_dropout",
+    "clone",
+    "detach",
+    "alias",
+    "_to_copy",
+    "contiguous",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "lift",
+    "native_dropout",
+    "dropout",
+    "resolve_conj",
+    "resolve_neg",
+    "view_as_real_copy",
+    "_fused_dropout",
 )
 def _same(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     first = op.labels_of(tensors_in(args)[0])
-    return [replace(first, shape=tuple(shape)) if len(shape) == len(first.shape) else Labels(tuple(shape)) for shape in shapes]
+    return [
+        replace(first, shape=tuple(shape))
+        if len(shape) == len(first.shape)
+        else Labels(tuple(shape))
+        for shape in shapes
+    ]
 
 
 @_register("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
@@ -383,7 +396,11 @@ def _taken(labels: Labels, axis: int, index: NDArray[np.int64]) -> Labels:
             codes = factor.codes.take(index, axis=place)
             if len(index) == 1 and len(factor.axes) > 1:  # One position is no axis of channels.
                 left = tuple(a for a in factor.axes if a != axis)
-                factors.append(Factor(left, codes.take(0, axis=place), factor.over & set(left)))
+                factors.append(
+                    Factor(
+                        left, codes.take([0], axis=place).squeeze(place), factor.over & set(left)
+                    )
+                )
             else:
                 factors.append(replace(factor, codes=codes))
         else:
@@ -400,7 +417,8 @@ def _without(labels: Labels, axis: int, position: int, channels: Channels) -> La
         if axis not in factor.axes:
             factors.append(factor)
             continue
-        codes = factor.codes.take(position, axis=factor.axes.index(axis))
+        place = factor.axes.index(axis)
+        codes = factor.codes.take([position], axis=place).squeeze(place)
         left = frozenset(factor.axes) - {axis}
         if left <= factor.over:
             channels.single_out(codes.reshape(-1))
@@ -436,8 +454,17 @@ def _select(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> A
     return _without(labels, axis, int(args["index"]) % labels.shape[axis], op.channels)
 
 
-@_register("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "split_copy",
-           "unsafe_split_with_sizes", "split_with_sizes_copy", "tensor_split")
+@_register(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unsafe_split",
+    "unsafe_chunk",
+    "split_copy",
+    "unsafe_split_with_sizes",
+    "split_with_sizes_copy",
+    "tensor_split",
+)
 def _split(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     labels = op.labels_of(args["self"])
     axis = args.get("dim", 0) % len(labels.shape)
@@ -473,12 +500,16 @@ def op_cat(op: Operations, parts: Sequence[Labels], dim: int, shape: tuple[int, 
         ]
         factors.append(Factor((axis,), np.concatenate(codes)))
         parts = [op.kept(own, _other_axes(shape, axis), _PLACES, but=(axis,)) for own in parts]
-    others = [replace(own, factors=tuple(f for f in own.factors if f.axes != (axis,))) for own in parts]
+    others = [
+        replace(own, factors=tuple(f for f in own.factors if f.axes != (axis,))) for own in parts
+    ]
     stacked = _stacked(others, axis)
     if stacked is None:
         flat = tuple(1 if a == axis else size for a, size in enumerate(shape))
         kept = [op.kept(own, _other_axes(shape, axis), _PLACES) for own in others]
-        joined = [replace(own, shape=(*own.shape[:axis], 1, *own.shape[axis + 1 :])) for own in kept]
+        joined = [
+            replace(own, shape=(*own.shape[:axis], 1, *own.shape[axis + 1 :])) for own in kept
+        ]
         stacked = op.join(flat, joined).factors
     weight = all(own.weight for own in parts)
     because = next((own.because for own in parts if own.because), "")
@@ -495,9 +526,7 @@ def _stacked(parts: Sequence[Labels], axis: int) -> tuple[Factor, ...] | None:
     Their channels need not be the same; whatever reads them together says so. None where they are
     labelled along different axes.
     """
-    own_axes = [
-        {tuple(a for a in f.axes if a != axis): f for f in own.factors} for own in parts
-    ]
+    own_axes = [{tuple(a for a in f.axes if a != axis): f for f in own.factors} for own in parts]
     if any(found.keys() != own_axes[0].keys() for found in own_axes):
         return None
     result = []
@@ -550,9 +579,7 @@ def _pad(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
             constant_values=CONSTANT,
         )
         rest = (f for f in labels.factors if f is not factor)
-        labels = replace(
-            labels, shape=tuple(sizes), factors=(replace(factor, codes=grown), *rest)
-        )
+        labels = replace(labels, shape=tuple(sizes), factors=(replace(factor, codes=grown), *rest))
     return labels
 
 
@@ -595,8 +622,14 @@ def _linear(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> A
 
 
 @_register(
-    "convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution",
-    "convolution_overrideable", "conv1d", "conv2d", "conv3d",
+    "convolution",
+    "_convolution",
+    "cudnn_convolution",
+    "mkldnn_convolution",
+    "convolution_overrideable",
+    "conv1d",
+    "conv2d",
+    "conv3d",
 )
 def _convolution(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     x = args["input"] if "input" in args else args["self"]
@@ -660,7 +693,9 @@ def _grouped(
         if data is not None:
             channels.fix(data.codes, _PLACES)
         return rows if rows is not None and not transposed else None
-    heads = channels.gathered(Factor((0, 1), data.codes.reshape(groups, per_in)), (0,) if per_in > 1 else (0, 1), _PLACES)
+    heads = channels.gathered(
+        Factor((0, 1), data.codes.reshape(groups, per_in)), (0,) if per_in > 1 else (0, 1), _PLACES
+    )
     assert heads is not None
     codes = heads.codes.reshape(groups, 1)
     channels.unify(rows.codes.reshape(groups, -1), codes, inputs.because or _PLACES)
@@ -668,9 +703,16 @@ def _grouped(
 
 
 @_register(
-    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update", "batch_norm",
-    "_batch_norm_with_update_functional", "native_instance_norm", "miopen_batch_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "_batch_norm_no_update",
+    "_batch_norm_with_update",
+    "batch_norm",
+    "_batch_norm_with_update_functional",
+    "native_instance_norm",
+    "miopen_batch_norm",
 )
 def _batch_norm(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     first, *vectors = (op.labels_of(t) for t in tensors_in(args))
@@ -743,8 +785,29 @@ def _glu(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
 
 
 @_register(
-    "sum", "mean", "amax", "amin", "var", "std", "prod", "logsumexp", "norm", "linalg_vector_norm",
-    "var_mean", "std_mean", "_is_all_true", "_is_any_true", "count_nonzero", "nanmean", "nansum", "any", "all", "max", "min", "aminmax", "median",
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "prod",
+    "logsumexp",
+    "norm",
+    "linalg_vector_norm",
+    "var_mean",
+    "std_mean",
+    "_is_all_true",
+    "_is_any_true",
+    "count_nonzero",
+    "nanmean",
+    "nansum",
+    "any",
+    "all",
+    "max",
+    "min",
+    "aminmax",
+    "median",
 )
 def _reduction(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     labels = op.labels_of(tensors_in(args)[0])
@@ -784,7 +847,11 @@ def _index(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> An
     labels, indices = op.labels_of(args["self"]), args["indices"]
     chosen = [a for a, index in enumerate(indices) if index is not None]
     shape = tuple(shapes[0])
-    if len(chosen) == 1 and indices[chosen[0]].dtype != torch.bool and indices[chosen[0]].dim() == 1:
+    if (
+        len(chosen) == 1
+        and indices[chosen[0]].dtype != torch.bool
+        and indices[chosen[0]].dim() == 1
+    ):
         index = indices[chosen[0]].detach().cpu().numpy()
         return _taken(labels, chosen[0], index % labels.shape[chosen[0]])
     widths = [indices[a].dim() if indices[a].dtype == torch.bool else 1 for a in chosen]
@@ -807,9 +874,24 @@ def _gather(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> A
     return replace(kept, shape=tuple(shapes[0]))
 
 
-@_register("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill",
-           "index_reduce", "scatter_", "scatter_add_", "scatter_reduce_", "index_add_", "index_copy_", "index_fill_",
-           "select_scatter", "slice_scatter", "diagonal_scatter")
+@_register(
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+    "index_add",
+    "index_copy",
+    "index_fill",
+    "index_reduce",
+    "scatter_",
+    "scatter_add_",
+    "scatter_reduce_",
+    "index_add_",
+    "index_copy_",
+    "index_fill_",
+    "select_scatter",
+    "slice_scatter",
+    "diagonal_scatter",
+)
 def _scatter(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     shape = tuple(shapes[0])
     axis = args.get("dim", 0) % max(1, len(shape))
@@ -818,7 +900,9 @@ def _scatter(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> 
     parts = [op.kept(op.labels_of(args["self"]), whole, "it is chosen by an index")]
     if isinstance(source, Tensor) and source.dim() == len(shape):
         own = op.kept(op.labels_of(source), whole, "it is chosen by an index")
-        parts.append(replace(own, shape=tuple(1 if a == axis else s for a, s in enumerate(own.shape))))
+        parts.append(
+            replace(own, shape=tuple(1 if a == axis else s for a, s in enumerate(own.shape)))
+        )
     parts[0] = replace(parts[0], shape=tuple(1 if a == axis else s for a, s in enumerate(shape)))
     flat = tuple(1 if a == axis else s for a, s in enumerate(shape))
     fitting = [p for p in parts if all(s in (1, f) for s, f in zip(p.shape, flat, strict=True))]
@@ -828,7 +912,20 @@ def _scatter(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> 
     return replace(op.join(flat, parts), shape=shape)
 
 
-@_register("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk", "argsort", "flip", "roll", "fft_fft", "cumsum_")
+@_register(
+    "cumsum",
+    "cumprod",
+    "cummax",
+    "cummin",
+    "logcumsumexp",
+    "sort",
+    "topk",
+    "argsort",
+    "flip",
+    "roll",
+    "fft_fft",
+    "cumsum_",
+)
 def _ordered(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     labels = op.labels_of(args["self"])
     dims = args.get("dim", args.get("dims", -1))
@@ -839,16 +936,45 @@ def _ordered(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> 
 
 
 @_register(
-    "max_pool2d_with_indices", "max_pool2d", "max_pool1d", "max_pool3d", "max_pool3d_with_indices",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
-    "adaptive_max_pool2d", "adaptive_max_pool3d", "mkldnn_max_pool2d", "max_pool1d_with_indices",
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
-    "upsample_trilinear3d", "upsample_linear1d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact3d", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
-    "replication_pad1d", "replication_pad2d", "replication_pad3d", "fractional_max_pool2d",
-    "max_unpool2d", "max_unpool3d",
+    "max_pool2d_with_indices",
+    "max_pool2d",
+    "max_pool1d",
+    "max_pool3d",
+    "max_pool3d_with_indices",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "mkldnn_max_pool2d",
+    "max_pool1d_with_indices",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_bilinear2d",
+    "upsample_trilinear3d",
+    "upsample_linear1d",
+    "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact3d",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+    "fractional_max_pool2d",
+    "max_unpool2d",
+    "max_unpool3d",
 )
 def _over_space(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     labels = op.labels_of(tensors_in(args)[0])
@@ -899,26 +1025,40 @@ def _channel_shuffle(op: Operations, args: Mapping[str, Any], shapes: Sequence[A
 
 
 @_register(
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_attention_math", "scaled_dot_product_attention",
-    "_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math_for_mps",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math",
+    "scaled_dot_product_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math_for_mps",
 )
 def _attention(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     query, key, value = (op.labels_of(args[name]) for name in ("query", "key", "value"))
     last = len(query.shape) - 1
+    if query.shape[-3:-2] != key.shape[-3:-2]:  # Several heads of queries for one of keys.
+        times = query.shape[-3] // key.shape[-3]
+        index = np.repeat(np.arange(key.shape[-3]), times)
+        key, value = (_taken(own, last - 2, index) for own in (key, value))
     batch = [(a, a) for a in range(last - 1)]
     scores = op.product(query, key, (last, last), batch)
     mask = args.get("attn_mask", args.get("attn_bias"))
     if isinstance(mask, Tensor):
         scores = op.join(scores.shape, [scores, op.labels_of(mask)])
     found = op.product(scores, value, (last, last - 1), batch)
-    return [replace(found, shape=tuple(s)) if len(s) == len(found.shape) and n == 0 else Labels(tuple(s)) for n, s in enumerate(shapes)]
+    return [
+        replace(found, shape=tuple(s))
+        if len(s) == len(found.shape) and n == 0
+        else Labels(tuple(s))
+        for n, s in enumerate(shapes)
+    ]
 
 
 @_register(
     "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
-    "fake_quantize_per_tensor_affine_cachemask", "_fused_moving_avg_obs_fq_helper",
+    "fake_quantize_per_tensor_affine_cachemask",
+    "_fused_moving_avg_obs_fq_helper",
     "_fake_quantize_learnable_per_tensor_affine",
 )
 def _fake_quantize(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
@@ -929,11 +1069,12 @@ def _fake_quantize(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any
 @_register(
     "fake_quantize_per_channel_affine_cachemask", "_fused_moving_avg_obs_fq_helper_per_channel"
 )
-def _fake_quantize_channels(
-    op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]
-) -> Any:
+def _fake_quantize_channels(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     first = op.labels_of(args["self"])
-    scales = (op.along(op.labels_of(args[n]), args["axis"], len(first.shape)) for n in ("scale", "zero_point"))
+    scales = (
+        op.along(op.labels_of(args[n]), args["axis"], len(first.shape))
+        for n in ("scale", "zero_point")
+    )
     joined = op.join(first.shape, [first, *scales])
     return [replace(joined, shape=tuple(shape)) for shape in shapes]
 
@@ -959,13 +1100,36 @@ def _im2col(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> A
     labels = op.kept(op.labels_of(args["self"]), (0, 1), "windows go over it")
     batch, rows, places = shapes[0]
     size = rows // labels.shape[1]
-    spread = Labels((batch, labels.shape[1], size, places), labels.factors, labels.weight, labels.because)
+    spread = Labels(
+        (batch, labels.shape[1], size, places), labels.factors, labels.weight, labels.because
+    )
     return reshaped(spread, shapes[0], op.channels)
 
 
-@_register("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty",
-           "empty_like", "rand_like", "randn_like", "zero_", "fill_", "normal_", "uniform_", "bernoulli_",
-           "randint_like", "new_empty_strided", "zero", "fill", "masked_scatter_none", "exponential_", "random_")
+@_register(
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "empty_like",
+    "rand_like",
+    "randn_like",
+    "zero_",
+    "fill_",
+    "normal_",
+    "uniform_",
+    "bernoulli_",
+    "randint_like",
+    "new_empty_strided",
+    "zero",
+    "fill",
+    "masked_scatter_none",
+    "exponential_",
+    "random_",
+)
 def _constant(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     return [constant(tuple(shape)) for shape in shapes]
 
@@ -997,7 +1161,11 @@ def _triangle(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) ->
     labels = op.labels_of(args["self"])
     count = len(labels.shape)
     kept = op.kept(labels, range(count - 2), "it is a part of a matrix")
-    return replace(kept, shape=tuple(shapes[0])) if len(shapes[0]) == count else Labels(tuple(shapes[0]))
+    return (
+        replace(kept, shape=tuple(shapes[0]))
+        if len(shapes[0]) == count
+        else Labels(tuple(shapes[0]))
+    )
 
 
 def constant(shape: tuple[int, ...]) -> Labels:

@@ -37,9 +37,29 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _CHANNEL_AXES = 2
 # What PyTorch does not tag as computed position by position.
 _POINTWISE = frozenset(
-    ("where", "masked_fill", "rsub", "prelu", "_prelu_kernel", "hardswish", "absolute", "negative")
-    + ("fix", "real", "imag", "conj", "_conj", "log_sigmoid_forward", "bernoulli", "poisson")
-    + ("_standard_gamma", "dropout", "alpha_dropout", "_dirichlet_grad", "complex", "bucketize")
+    (
+        "_conj",
+        "_prelu_kernel",
+        "_standard_gamma",
+        "absolute",
+        "alpha_dropout",
+        "bernoulli",
+        "bucketize",
+        "complex",
+        "conj",
+        "dropout",
+        "fix",
+        "hardswish",
+        "imag",
+        "log_sigmoid_forward",
+        "masked_fill",
+        "negative",
+        "poisson",
+        "prelu",
+        "real",
+        "rsub",
+        "where",
+    )
 )
 
 
@@ -57,12 +77,15 @@ class Traced:
         The layers whose parameters nothing reads.
     trained_branches : bool
         Whether there are layers that run in training only.
+    work : int
+        Numbers that a run computes or reads, as a measure of what it costs.
     """
 
     groups: tuple[ChannelGroup, ...]
     called_layers: frozenset[str]
     idle_layers: tuple[str, ...]
     trained_branches: bool
+    work: int
 
 
 def traced(model: nn.Module, inputs: Any) -> Traced:
@@ -83,7 +106,9 @@ def traced(model: nn.Module, inputs: Any) -> Traced:
     never = trace.idle_layers()
     layers = {name for name, m in model.named_modules() if isinstance(m, _LAYERS)}
     groups = _groups(trace, model, order.numbers)
-    return Traced(tuple(groups), called & layers, never, len(never) < len(idle))
+    # A number of a weight is read several times, and drawn and permuted for a check.
+    work = trace.values + 10 * sum(parameter.numel() for parameter in model.parameters())
+    return Traced(tuple(groups), called & layers, never, len(never) < len(idle), work)
 
 
 @contextmanager
@@ -99,7 +124,7 @@ def _without_fast_paths(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        torch._C._set_mkldnn_enabled(one_dnn)
+        torch._C._set_mkldnn_enabled(bool(one_dnn))
 
 
 class _Order:
@@ -137,16 +162,17 @@ class _Axis:
     size: int
 
 
-class _Trace(TorchDispatchMode):
+class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the channels through every operation."""
 
     def __init__(self, model: nn.Module, order: _Order) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.channels = Channels()
         self.operations = Operations(self.channels, self.labels_of)
         self.axes: list[_Axis] = []
         self._model, self._order = model, order
         self._read: set[int] = set()
+        self.values = 0
         # What has been written into in place: views of it from before carry other channels now.
         self._writes, self._written = 0, dict[int, int]()
         self._elements: dict[int, NDArray[np.int64]] = {}
@@ -184,7 +210,9 @@ class _Trace(TorchDispatchMode):
 
     def labels_of(self, tensor: Tensor) -> Labels:
         """Return a tensor's labels."""
-        since, labels = self._labels.get(tensor, (-1, Labels(tuple(tensor.shape))))
+        known: tuple[int, Labels] | None
+        known = self._labels.get(tensor)  # type: ignore[no-untyped-call]
+        since, labels = known or (-1, Labels(tuple(tensor.shape)))
         if since < 0 and _memory(tensor) not in self._elements:
             return self._by_value(tensor)
         if self._written and self._written.get(_memory(tensor), 0) > since:
@@ -244,6 +272,7 @@ class _Trace(TorchDispatchMode):
         ]
         output = func(*args, **kwargs)
         outputs = tensors_of(output)
+        self.values += sum(tensor.numel() for tensor in outputs)
         found = self._labelled(func, named, [tuple(tensor.shape) for tensor in outputs])
         for (tensor, elements), labels in zip(written, found, strict=False):
             self._note_written(tensor, elements, given[id(tensor)], labels)
@@ -252,7 +281,7 @@ class _Trace(TorchDispatchMode):
         return output
 
     def _elements_of(self, tensor: Tensor) -> NDArray[np.int64] | None:
-        """Return the channel of every element of the memory that a tensor lies in, if it is known."""
+        """Return the channel of every element of a tensor's memory, if it is known."""
         known = self._elements.get(_memory(tensor))
         if known is not None:
             return known
@@ -302,10 +331,10 @@ class _Trace(TorchDispatchMode):
             found = operation(operations, named, shapes)
             return [found] if isinstance(found, Labels) else list(found)
         if torch.Tag.pointwise in func.tags or plain in _POINTWISE:
-            return pointwise(operations, named, shapes)
+            return list(pointwise(operations, named, shapes))
         if not shapes:  # Asks for a number.
             return []
-        return unknown(operations, named, shapes)
+        return list(unknown(operations, named, shapes))
 
 
 def _memory(tensor: Tensor) -> int:
@@ -372,7 +401,7 @@ def _groups(trace: _Trace, model: nn.Module, order: Mapping[str, int]) -> list[C
     return _with_own_names(groups)
 
 
-def _roots_of(codes: Sequence[Codes], resolved: Resolved) -> set[int]:
+def _roots_of(codes: Sequence[NDArray[np.int64]], resolved: Resolved) -> set[int]:
     whole = np.concatenate([np.zeros(0, dtype=np.int64), *(c.ravel() for c in codes)])
     return set(np.unique(resolved.root[whole[whole >= 0]]).tolist())
 
@@ -480,9 +509,7 @@ def _with_own_names(groups: Iterable[ChannelGroup]) -> list[ChannelGroup]:
     return result
 
 
-def _position_in_forward(
-    group: ChannelGroup, order: Mapping[str, int]
-) -> tuple[int, bool, bool]:
+def _position_in_forward(group: ChannelGroup, order: Mapping[str, int]) -> tuple[int, bool, bool]:
     places = [p for p in group.places if p.writes] or list(group.places)
     reads = not any(p.writes for p in group.places)
     return min(_number_of(p, order) for p in places), not reads, group.fixed

@@ -77,7 +77,11 @@ def check_plausible(arrays: ArrayRecord) -> None:
         values = np.asarray(array.numpy())
         if name.rpartition(".")[2] == "running_var" and values.size and values.min() < 0:
             raise RejectedReply(Reason.MAGNITUDE, f"array '{name}' has negative variances")
-        if values.dtype.kind in "iu" and values.size == 1 and abs(int(values.item())) > _LARGEST_COUNT:
+        if (
+            values.dtype.kind in "iu"
+            and values.size == 1
+            and abs(int(values.item())) > _LARGEST_COUNT
+        ):
             raise RejectedReply(Reason.MAGNITUDE, f"counter '{name}' is {values.item()}")
 
 

@@ -74,9 +74,7 @@ def log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:
             )
 
 
-def log_nothing_fused(
-    first: int, last: int, rejections: Mapping[int, Sequence[Rejection]]
-) -> None:
+def log_nothing_fused(first: int, last: int, rejections: Mapping[int, Sequence[Rejection]]) -> None:
     """Log that no round of a run was fused, and the commonest reasons."""
     found = [rejection for own in rejections.values() for rejection in own]
     counts = Counter(str(r.reason) for r in found if not r.keeps_update)

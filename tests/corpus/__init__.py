@@ -1,4 +1,4 @@
-"""Small networks, one for every situation that a user's network may hold, with what must become of it."""
+"""Small networks, one for every situation, with what must become of it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def unflatten_decoder() -> nn.Module:
 
 
 def text_cnn() -> Net:
-    def forward(self, tokens):  # type: ignore[no-untyped-def]
+    def forward(self, tokens):
         x = self.embed(tokens).transpose(1, 2)
         found = [torch.relu(conv(x)).amax(-1) for conv in self.convs]
         return self.head(torch.cat(found, 1))
@@ -28,7 +28,7 @@ def text_cnn() -> Net:
 def c2f() -> Net:
     """A stage of YOLO: split, two blocks, everything concatenated."""
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         found = list(F.silu(self.first(x)).chunk(2, 1))
         for block in self.blocks:
             found.append(found[-1] + F.silu(block(found[-1])))
@@ -39,7 +39,7 @@ def c2f() -> Net:
 
 
 def sppf() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         x = torch.relu(self.first(x))
         pools = [x]
         for _ in range(3):
@@ -51,8 +51,12 @@ def sppf() -> Net:
 
 def pixel_shuffle() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1),
-        nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(2, 1, 3, padding=1),
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.PixelShuffle(2),
+        nn.ReLU(),
+        nn.Conv2d(2, 1, 3, padding=1),
     )
 
 
@@ -63,7 +67,7 @@ def pixel_unshuffle() -> nn.Module:
 
 
 def res2net() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         parts = torch.relu(self.first(x)).chunk(4, 1)
         found = [parts[0]]
         for part, conv in zip(parts[1:], self.convs, strict=True):
@@ -75,19 +79,21 @@ def res2net() -> Net:
 
 
 def csp() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         x = torch.relu(self.first(x))
         one, other = x[:, :4], x[:, 4:]
         return self.last(torch.cat([one, torch.relu(self.block(other))], 1)).mean((2, 3))
 
     return Net(
-        forward, first=nn.Conv2d(3, 8, 1), block=nn.Conv2d(4, 4, 3, padding=1),
+        forward,
+        first=nn.Conv2d(3, 8, 1),
+        block=nn.Conv2d(4, 4, 3, padding=1),
         last=nn.Conv2d(8, 3, 1),
     )
 
 
 def spatial_transformer() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         theta = self.locate(torch.relu(self.conv(x)).flatten(1)).view(-1, 2, 3)
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         return self.head(F.grid_sample(x, grid, align_corners=False).flatten(1))
@@ -96,7 +102,7 @@ def spatial_transformer() -> Net:
 
 
 def unet(norm: type[nn.Module] = nn.BatchNorm2d) -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         fine = F.leaky_relu_(self.n1(self.down(x)))
         coarse = F.leaky_relu_(self.n2(self.bottom(fine)))
         up = self.up(coarse)
@@ -105,36 +111,48 @@ def unet(norm: type[nn.Module] = nn.BatchNorm2d) -> Net:
     affine = {"affine": True} if norm is nn.InstanceNorm2d else {}
     return Net(
         forward,
-        down=nn.Conv2d(1, 4, 3, padding=1), n1=norm(4, **affine),
-        bottom=nn.Conv2d(4, 6, 3, stride=2, padding=1), n2=norm(6, **affine),
-        up=nn.ConvTranspose2d(6, 5, 2, stride=2), head=nn.Conv2d(9, 2, 1),
+        down=nn.Conv2d(1, 4, 3, padding=1),
+        n1=norm(4, **affine),
+        bottom=nn.Conv2d(4, 6, 3, stride=2, padding=1),
+        n2=norm(6, **affine),
+        up=nn.ConvTranspose2d(6, 5, 2, stride=2),
+        head=nn.Conv2d(9, 2, 1),
     )
 
 
 def instance_normed_before_concatenation() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         return self.head(torch.cat([self.act(self.a(x)), self.b(x)], 1))
 
-    return Net(forward, a=nn.Conv2d(1, 4, 1), act=nn.PReLU(), b=nn.Conv2d(1, 3, 1),
-               head=nn.Conv2d(7, 2, 1))
+    return Net(
+        forward, a=nn.Conv2d(1, 4, 1), act=nn.PReLU(), b=nn.Conv2d(1, 3, 1), head=nn.Conv2d(7, 2, 1)
+    )
 
 
 def separable(multiplier: int) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6 * multiplier, 3, groups=6), nn.ReLU(),
-        nn.Conv2d(6 * multiplier, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 6, 1),
+        nn.ReLU(),
+        nn.Conv2d(6, 6 * multiplier, 3, groups=6),
+        nn.ReLU(),
+        nn.Conv2d(6 * multiplier, 3, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
     )
 
 
 def transposed_groups() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, groups=2), nn.ReLU(),
+        nn.Conv2d(3, 8, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 6, 2, groups=2),
+        nn.ReLU(),
         nn.Conv2d(6, 2, 1),
     )
 
 
 def channels_last_norm() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         x = self.norm(self.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.b(torch.relu(x)).mean((2, 3))
 
@@ -146,7 +164,7 @@ def norm_over_space() -> nn.Module:
 
 
 def feature_pyramid() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         fine = torch.relu(self.c1(x))
         coarse = torch.relu(self.c2(fine))
         top = self.l2(coarse)
@@ -154,8 +172,12 @@ def feature_pyramid() -> Net:
         return {"fine": self.head(joined), "coarse": self.head(top)}
 
     return Net(
-        forward, c1=nn.Conv2d(3, 4, 3, padding=1), c2=nn.Conv2d(4, 6, 3, 2, 1),
-        l1=nn.Conv2d(4, 5, 1), l2=nn.Conv2d(6, 5, 1), head=nn.Conv2d(5, 2, 1),
+        forward,
+        c1=nn.Conv2d(3, 4, 3, padding=1),
+        c2=nn.Conv2d(4, 6, 3, 2, 1),
+        l1=nn.Conv2d(4, 5, 1),
+        l2=nn.Conv2d(6, 5, 1),
+        head=nn.Conv2d(5, 2, 1),
     )
 
 
@@ -174,34 +196,96 @@ CONVOLUTIONS = [
     Case("PReLU before a concatenation", instance_normed_before_concatenation, rows(1, 6, 6), 7),
     Case("depthwise convolution", lambda: separable(1), rows(3, 6, 6), 6),
     Case("depthwise convolution, twice the channels", lambda: separable(2), rows(3, 6, 6), 6),
-    Case("convolution in groups",
-         lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4),
-                               nn.ReLU(), nn.Conv2d(8, 2, 1)), rows(3, 6, 6), 4),
+    Case(
+        "convolution in groups",
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 1),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, groups=4),
+            nn.ReLU(),
+            nn.Conv2d(8, 2, 1),
+        ),
+        rows(3, 6, 6),
+        4,
+    ),
     Case("transposed convolution in groups", transposed_groups, rows(3, 6, 6), 2),
     Case("LayerNorm behind a permutation", channels_last_norm, rows(3, 6, 6), 6),
     Case("LayerNorm over space as well", norm_over_space, rows(3, 6, 6), 0),
-    Case("local response norm",
-         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), nn.Conv2d(8, 2, 1)),
-         rows(3, 6, 6), 0, "pooled|resampled|windows"),
+    Case(
+        "local response norm",
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), nn.Conv2d(8, 2, 1)),
+        rows(3, 6, 6),
+        0,
+        "pooled|resampled|windows",
+    ),
     Case("feature pyramid", feature_pyramid, rows(3, 8, 8), 15),
-    Case("Conv3d", lambda: nn.Sequential(nn.Conv3d(1, 4, 2), nn.BatchNorm3d(4), nn.ReLU(),
-                                         nn.MaxPool3d(2), nn.Flatten(), nn.Linear(32, 3)),
-         rows(1, 5, 5, 5), 4),
-    Case("Conv1d and its flatten", lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(),
-                                                         nn.Flatten(), nn.Linear(24, 3)),
-         rows(2, 8), 4),
-    Case("CircularPad", lambda: nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"),
-                                              nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1,
-                                                                   padding_mode="reflect")),
-         rows(2, 6, 6), 4),
-    Case("upsampling", lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.Upsample(scale_factor=2, mode="bilinear"),
-                                             nn.Conv2d(4, 2, 3)), rows(2, 6, 6), 4),
-    Case("unfold", lambda: Net(lambda s, x: s.b(F.unfold(torch.relu(s.a(x)), 2).mean(-1)),
-                               a=nn.Conv2d(2, 4, 3), b=nn.Linear(16, 3)), rows(2, 6, 6), 4),
-    Case("one image channel", lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(),
-                                                    nn.Linear(64, 3)), rows(1, 6, 6), 4),
-    Case("GroupNorm", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(),
-                                            nn.Conv2d(8, 2, 1)), rows(3, 6, 6), 8),
-    Case("frozen BatchNorm", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False),
-                                                   nn.ReLU(), nn.Conv2d(4, 2, 1)), rows(3, 6, 6), 4),
+    Case(
+        "Conv3d",
+        lambda: nn.Sequential(
+            nn.Conv3d(1, 4, 2),
+            nn.BatchNorm3d(4),
+            nn.ReLU(),
+            nn.MaxPool3d(2),
+            nn.Flatten(),
+            nn.Linear(32, 3),
+        ),
+        rows(1, 5, 5, 5),
+        4,
+    ),
+    Case(
+        "Conv1d and its flatten",
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)),
+        rows(2, 8),
+        4,
+    ),
+    Case(
+        "CircularPad",
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"),
+            nn.ReLU(),
+            nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect"),
+        ),
+        rows(2, 6, 6),
+        4,
+    ),
+    Case(
+        "upsampling",
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 2, 3)
+        ),
+        rows(2, 6, 6),
+        4,
+    ),
+    Case(
+        "unfold",
+        lambda: Net(
+            lambda s, x: s.b(F.unfold(torch.relu(s.a(x)), 2).mean(-1)),
+            a=nn.Conv2d(2, 4, 3),
+            b=nn.Linear(16, 3),
+        ),
+        rows(2, 6, 6),
+        4,
+    ),
+    Case(
+        "one image channel",
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)),
+        rows(1, 6, 6),
+        4,
+    ),
+    Case(
+        "GroupNorm",
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 2, 1)
+        ),
+        rows(3, 6, 6),
+        8,
+    ),
+    Case(
+        "frozen BatchNorm",
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.Conv2d(4, 2, 1)
+        ),
+        rows(3, 6, 6),
+        4,
+    ),
 ]

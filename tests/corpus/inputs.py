@@ -15,7 +15,9 @@ from tests.corpus.case import Case, Net
 
 
 def network(read: Any) -> Net:
-    return Net(lambda s, *a, **k: s.b(F.relu(s.a(read(*a, **k)))), a=nn.Linear(6, 8), b=nn.Linear(8, 3))
+    return Net(
+        lambda s, *a, **k: s.b(F.relu(s.a(read(*a, **k)))), a=nn.Linear(6, 8), b=nn.Linear(8, 3)
+    )
 
 
 class Graph:
@@ -29,7 +31,7 @@ class Graph:
 
 
 def graph_convolution() -> Net:
-    def forward(self, graph):  # type: ignore[no-untyped-def]
+    def forward(self, graph):
         x = self.a(graph.x)
         one, other = graph.edges
         summed = torch.zeros_like(x).index_add(0, other, x[one])
@@ -41,21 +43,53 @@ def graph_convolution() -> Net:
 EDGES = torch.tensor([[0, 1, 2], [1, 2, 0]])
 
 INPUTS = [
-    Case("several arguments", lambda: network(lambda x, y: x + y),
-         lambda: (torch.randn(2, 6), torch.randn(2, 6)), 8),
-    Case("keyword arguments", lambda: network(lambda x, y: x + y),
-         lambda: {"y": torch.randn(2, 6), "x": torch.randn(2, 6)}, 8),
-    Case("both", lambda: network(lambda x, *, y: x + y),
-         lambda: ff.Inputs(torch.randn(2, 6), y=torch.randn(2, 6)), 8),
-    Case("one argument that is a tuple", lambda: network(lambda pair: pair[0] + pair[1]),
-         lambda: ((torch.randn(2, 6), torch.randn(2, 6)),), 8),
-    Case("one argument that is a dict", lambda: network(lambda batch: batch["x"]),
-         lambda: ({"x": torch.randn(2, 6)},), 8),
-    Case("a mapping that is no dict", lambda: network(lambda x: x),
-         lambda: UserDict(x=torch.randn(2, 6)), 8),
+    Case(
+        "several arguments",
+        lambda: network(lambda x, y: x + y),
+        lambda: (torch.randn(2, 6), torch.randn(2, 6)),
+        8,
+    ),
+    Case(
+        "keyword arguments",
+        lambda: network(lambda x, y: x + y),
+        lambda: {"y": torch.randn(2, 6), "x": torch.randn(2, 6)},
+        8,
+    ),
+    Case(
+        "both",
+        lambda: network(lambda x, *, y: x + y),
+        lambda: ff.Inputs(torch.randn(2, 6), y=torch.randn(2, 6)),
+        8,
+    ),
+    Case(
+        "one argument that is a tuple",
+        lambda: network(lambda pair: pair[0] + pair[1]),
+        lambda: ((torch.randn(2, 6), torch.randn(2, 6)),),
+        8,
+    ),
+    Case(
+        "one argument that is a dict",
+        lambda: network(lambda batch: batch["x"]),
+        lambda: ({"x": torch.randn(2, 6)},),
+        8,
+    ),
+    Case(
+        "a mapping that is no dict",
+        lambda: network(lambda x: x),
+        lambda: UserDict(x=torch.randn(2, 6)),
+        8,
+    ),
     Case("an object with .to", graph_convolution, lambda: Graph(torch.randn(3, 6), EDGES), 8),
-    Case("an object without .to", lambda: network(lambda o: o.x),
-         lambda: ff.Inputs(SimpleNamespace(x=torch.randn(2, 6))), 8),
-    Case("a number beside a tensor", lambda: network(lambda x, factor: x * factor),
-         lambda: (torch.randn(2, 6), 2.0), 8),
+    Case(
+        "an object without .to",
+        lambda: network(lambda o: o.x),
+        lambda: ff.Inputs(SimpleNamespace(x=torch.randn(2, 6))),
+        8,
+    ),
+    Case(
+        "a number beside a tensor",
+        lambda: network(lambda x, factor: x * factor),
+        lambda: (torch.randn(2, 6), 2.0),
+        8,
+    ),
 ]

@@ -37,33 +37,49 @@ def changed(change: Callable[[nn.Module], Any]) -> Callable[[], nn.Module]:
 
 
 def variational() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         hidden = F.relu(self.a(x))
         mean, log = self.mean(hidden), self.log(hidden)
         z = mean + torch.randn_like(mean) * (0.5 * log).exp()
         return self.out(F.relu(self.decode(z))), mean, log
 
-    return Net(forward, a=nn.Linear(6, 8), mean=nn.Linear(8, 4), log=nn.Linear(8, 4),
-               decode=nn.Linear(4, 8), out=nn.Linear(8, 6))
+    return Net(
+        forward,
+        a=nn.Linear(6, 8),
+        mean=nn.Linear(8, 4),
+        log=nn.Linear(8, 4),
+        decode=nn.Linear(4, 8),
+        out=nn.Linear(8, 6),
+    )
 
 
 def sampled_variational() -> Net:
     """One that gives its samples, not their mean: the latent channels are read alone."""
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         hidden = F.relu(self.a(x))
-        return self.out(F.relu(self.decode(Normal(self.mean(hidden), self.log(hidden).exp()).rsample())))
+        return self.out(
+            F.relu(self.decode(Normal(self.mean(hidden), self.log(hidden).exp()).rsample()))
+        )
 
-    return Net(forward, a=nn.Linear(6, 8), mean=nn.Linear(8, 4), log=nn.Linear(8, 4),
-               decode=nn.Linear(4, 8), out=nn.Linear(8, 6))
+    return Net(
+        forward,
+        a=nn.Linear(6, 8),
+        mean=nn.Linear(8, 4),
+        log=nn.Linear(8, 4),
+        decode=nn.Linear(4, 8),
+        out=nn.Linear(8, 6),
+    )
 
 
 def always_dropout() -> Net:
-    return Net(lambda s, x: s.b(F.dropout(F.relu(s.a(x)), 0.5)), a=nn.Linear(6, 8), b=nn.Linear(8, 3))
+    return Net(
+        lambda s, x: s.b(F.dropout(F.relu(s.a(x)), 0.5)), a=nn.Linear(6, 8), b=nn.Linear(8, 3)
+    )
 
 
 def auxiliary_head() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         hidden = F.relu(self.a(x))
         return (self.b(hidden), self.other(hidden)) if self.training else self.b(hidden)
 
@@ -71,7 +87,7 @@ def auxiliary_head() -> Net:
 
 
 def keeps_its_activation() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         self.seen = F.relu(self.a(x))
         return self.b(self.seen)
 
@@ -86,24 +102,30 @@ def complex_weights() -> Net:
 
 
 def fourier() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         return self.b(F.relu(self.a(torch.fft.rfft(x, dim=-1).abs())))
 
     return Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
 
 
 def half_embedding() -> Net:
-    net = Net(lambda s, ids: s.b(F.relu(s.a(s.embed(ids).float().mean(1)))),
-              embed=nn.Embedding(11, 6), a=nn.Linear(6, 8), b=nn.Linear(8, 3))
+    net = Net(
+        lambda s, ids: s.b(F.relu(s.a(s.embed(ids).float().mean(1)))),
+        embed=nn.Embedding(11, 6),
+        a=nn.Linear(6, 8),
+        b=nn.Linear(8, 3),
+    )
     net.embed.to(torch.bfloat16)
     return net
 
 
 def quantisation_aware() -> Net:
     fake = FakeQuantize.with_args(quant_min=0, quant_max=255)()
-    net = Net(lambda s, x: s.b(s.fake(F.relu(s.a(x)))), a=nn.Linear(6, 8), fake=fake, b=nn.Linear(8, 3))
+    net = Net(
+        lambda s, x: s.b(s.fake(F.relu(s.a(x)))), a=nn.Linear(6, 8), fake=fake, b=nn.Linear(8, 3)
+    )
     net(torch.randn(64, 6))
-    net.fake.disable_observer()
+    fake.disable_observer()
     return net
 
 
@@ -113,7 +135,7 @@ def dataclass_output() -> Net:
         logits: Tensor
         hidden: Tensor
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         hidden = F.relu(self.a(x))
         return Output(self.b(hidden), hidden.mean(1))
 
@@ -125,7 +147,7 @@ def double_precision() -> nn.Module:
 
 
 def control_flow() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         hidden = F.relu(self.a(x))
         return self.b(hidden) if float(hidden.mean()) > 0.1 else self.b(-hidden)
 
@@ -138,9 +160,15 @@ MODULES = [
     Case("spectral norm", changed(parametrizations.spectral_norm), rows(6), 15),
     Case("old spectral norm", changed(torch.nn.utils.spectral_norm), rows(6), 15),
     Case("orthogonal weights", changed(parametrizations.orthogonal), rows(6), 0),
-    Case("pruned by masks", changed(lambda m: prune.l1_unstructured(m, "weight", 0.3)), rows(6), 15),
-    Case("channels pruned by masks",
-         changed(lambda m: prune.ln_structured(m, "weight", 0.3, 2, 0)), rows(6), 15),
+    Case(
+        "pruned by masks", changed(lambda m: prune.l1_unstructured(m, "weight", 0.3)), rows(6), 15
+    ),
+    Case(
+        "channels pruned by masks",
+        changed(lambda m: prune.ln_structured(m, "weight", 0.3, 2, 0)),
+        rows(6),
+        15,
+    ),
     Case("traced by torch.fx", lambda: symbolic_trace(mlp()), rows(6), 15),
     Case("VAE", variational, rows(6), 16),
     Case("VAE of samples alone", sampled_variational, rows(6), 20),
@@ -149,26 +177,64 @@ MODULES = [
     Case("keeps its activation", keeps_its_activation, rows(6), 8),
     Case("complex weights", complex_weights, rows(6), 0),
     Case("Fourier transform of the inputs", fourier, rows(6), 8),
-    Case("embedding in half precision", half_embedding, lambda: torch.randint(11, (2, 4)), 8,
-         tolerance=0.02),
+    Case(
+        "embedding in half precision",
+        half_embedding,
+        lambda: torch.randint(11, (2, 4)),
+        8,
+        tolerance=0.02,
+    ),
     Case("half precision", lambda: mlp().to(torch.bfloat16), rows(6), 15, tolerance=0.05),
     Case("double precision", double_precision, rows(6), 15),
     Case("quantisation-aware training", quantisation_aware, rows(6), 8, tolerance=0.02),
     Case("dataclass output", dataclass_output, rows(6), 8),
     Case("control flow by values", control_flow, rows(6), 0),
-    Case("integers made numbers",
-         lambda: Net(lambda s, x: s.b(F.relu(s.a(x.float() / 255))), a=nn.Linear(6, 8), b=nn.Linear(8, 3)),
-         lambda: torch.randint(255, (2, 6)), 8),
-    Case("one-hot tokens",
-         lambda: Net(lambda s, ids: s.b(F.relu(s.a(F.one_hot(ids, 11).float().mean(1)))),
-                     a=nn.Linear(11, 8), b=nn.Linear(8, 3)), lambda: torch.randint(11, (2, 5)), 8),
-    Case("identity made in the forward pass",
-         lambda: Net(lambda s, x: s.b(F.relu(s.a(x)) @ torch.eye(8)), a=nn.Linear(6, 8), b=nn.Linear(8, 3)),
-         rows(6), 0, "constant"),
-    Case("log of inputs", lambda: Net(lambda s, x: s.b(F.relu(s.a(torch.log(x)))), a=nn.Linear(6, 8),
-                                      b=nn.Linear(8, 3)), lambda: torch.rand(2, 6) + 0.5, 8),
-    Case("weights that are not read", lambda: Net(lambda s, x: s.b(F.relu(s.a(x))), a=nn.Linear(6, 8),
-                                                  b=nn.Linear(8, 3), spare=parameter(4)), rows(6), 8),
+    Case(
+        "integers made numbers",
+        lambda: Net(
+            lambda s, x: s.b(F.relu(s.a(x.float() / 255))), a=nn.Linear(6, 8), b=nn.Linear(8, 3)
+        ),
+        lambda: torch.randint(255, (2, 6)),
+        8,
+    ),
+    Case(
+        "one-hot tokens",
+        lambda: Net(
+            lambda s, ids: s.b(F.relu(s.a(F.one_hot(ids, 11).float().mean(1)))),
+            a=nn.Linear(11, 8),
+            b=nn.Linear(8, 3),
+        ),
+        lambda: torch.randint(11, (2, 5)),
+        8,
+    ),
+    Case(
+        "identity made in the forward pass",
+        lambda: Net(
+            lambda s, x: s.b(F.relu(s.a(x)) @ torch.eye(8)), a=nn.Linear(6, 8), b=nn.Linear(8, 3)
+        ),
+        rows(6),
+        0,
+        "constant",
+    ),
+    Case(
+        "log of inputs",
+        lambda: Net(
+            lambda s, x: s.b(F.relu(s.a(torch.log(x)))), a=nn.Linear(6, 8), b=nn.Linear(8, 3)
+        ),
+        lambda: torch.rand(2, 6) + 0.5,
+        8,
+    ),
+    Case(
+        "weights that are not read",
+        lambda: Net(
+            lambda s, x: s.b(F.relu(s.a(x))),
+            a=nn.Linear(6, 8),
+            b=nn.Linear(8, 3),
+            spare=parameter(4),
+        ),
+        rows(6),
+        8,
+    ),
 ]
 
 

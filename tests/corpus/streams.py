@@ -15,7 +15,7 @@ def mlp(forward: object, **more: object) -> Net:
 
 
 def chunk_gate() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         values, gates = self.a(x).chunk(2, -1)
         return self.b(torch.relu(values) * torch.sigmoid(gates))
 
@@ -23,7 +23,7 @@ def chunk_gate() -> Net:
 
 
 def interleaved_gate() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         hidden = self.a(x)
         return self.b(hidden[:, ::2] * torch.sigmoid(hidden[:, 1::2]))
 
@@ -31,7 +31,7 @@ def interleaved_gate() -> Net:
 
 
 def partial_residual() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         y = torch.relu(self.a(x))
         for layer in self.layers:
             z = torch.relu(layer(y))
@@ -44,7 +44,7 @@ def partial_residual() -> Net:
 def zero_padded_shortcut() -> Net:
     """The parameter-free shortcut of ResNet-20."""
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         x = torch.relu(self.norm(self.a(x)))
         short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
         x = torch.relu(self.norm2(self.c(x)) + short)
@@ -61,7 +61,7 @@ def zero_padded_shortcut() -> Net:
 
 
 def experts() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         shares = torch.softmax(self.gate(x), -1)
         return self.b(shares[:, :1] * torch.relu(self.a(x)) + shares[:, 1:] * self.c(x))
 
@@ -69,7 +69,7 @@ def experts() -> Net:
 
 
 def routed_experts() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         choice = self.gate(x).argmax(-1)
         y = torch.stack([self.experts[int(k)](v) for k, v in zip(choice, x, strict=True)])
         return self.b(torch.relu(y))
@@ -79,19 +79,19 @@ def routed_experts() -> Net:
 
 
 def attention_gate() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         hidden = torch.relu(self.a(x))
         psi = torch.sigmoid(self.psi(hidden))
         return self.b(torch.cat([hidden * psi, hidden], 1))
 
-    return Net(
-        forward, a=nn.Conv2d(3, 5, 3), psi=nn.Conv2d(5, 1, 1), b=nn.Conv2d(10, 2, 1)
-    )
+    return Net(forward, a=nn.Conv2d(3, 5, 3), psi=nn.Conv2d(5, 1, 1), b=nn.Conv2d(10, 2, 1))
 
 
 def one_layer_under_two_names() -> Net:
-    net = mlp(lambda self, x: self.b(torch.relu(self.again(torch.relu(self.c(self.a(x)))))),
-              c=nn.Linear(8, 8))
+    net = mlp(
+        lambda self, x: self.b(torch.relu(self.again(torch.relu(self.c(self.a(x)))))),
+        c=nn.Linear(8, 8),
+    )
     net.again = net.c
     return net
 
@@ -99,26 +99,33 @@ def one_layer_under_two_names() -> Net:
 def matrix_parameter() -> Net:
     return Net(
         lambda self, x: torch.relu(x @ self.w + self.bias) @ self.v,
-        w=parameter(6, 8), bias=parameter(8), v=parameter(8, 3),
+        w=parameter(6, 8),
+        bias=parameter(8),
+        v=parameter(8, 3),
     )
 
 
 def linear_of_parameter() -> Net:
     return Net(
         lambda self, x: F.linear(torch.relu(F.linear(x, self.w, self.bias)), self.v),
-        w=parameter(8, 6), bias=parameter(8), v=parameter(3, 8),
+        w=parameter(8, 6),
+        bias=parameter(8),
+        v=parameter(3, 8),
     )
 
 
 def einsum() -> Net:
     return Net(
-        lambda self, x: torch.einsum("bh,oh->bo", torch.relu(torch.einsum("bi,ih->bh", x, self.w)), self.v),
-        w=parameter(6, 8), v=parameter(3, 8),
+        lambda self, x: torch.einsum(
+            "bh,oh->bo", torch.relu(torch.einsum("bi,ih->bh", x, self.w)), self.v
+        ),
+        w=parameter(6, 8),
+        v=parameter(3, 8),
     )
 
 
 def bilinear() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         return self.both(torch.relu(self.a(x)), torch.relu(self.c(x)))
 
     return Net(forward, a=nn.Linear(6, 8), c=nn.Linear(6, 5), both=nn.Bilinear(8, 5, 3))
@@ -137,12 +144,13 @@ def constant_vector() -> Net:
 
 
 def moved_channels() -> Net:
-    return mlp(lambda self, x: self.b(torch.relu(self.a(x)) + self.c(x).roll(1, 1)),
-               c=nn.Linear(6, 8))
+    return mlp(
+        lambda self, x: self.b(torch.relu(self.a(x)) + self.c(x).roll(1, 1)), c=nn.Linear(6, 8)
+    )
 
 
 def written_in_place() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         hidden = torch.zeros(len(x), 12)
         hidden[:, :8] = torch.relu(self.a(x))
         hidden[:, 8:] = self.c(x)
@@ -156,13 +164,11 @@ def maxout() -> Net:
 
 
 def mixture_of_inputs() -> Net:
-    return mlp(
-        lambda self, x: self.b(torch.cat([x, torch.relu(self.a(x))], 1)), b=nn.Linear(14, 3)
-    )
+    return mlp(lambda self, x: self.b(torch.cat([x, torch.relu(self.a(x))], 1)), b=nn.Linear(14, 3))
 
 
 def dense_block() -> Net:
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         found = [torch.relu(self.a(x))]
         for layer in (self.c, self.d):
             found.append(torch.relu(layer(torch.cat(found, 1))))
@@ -198,32 +204,70 @@ STREAMS = [
         "squeeze and excitation",
         lambda: mlp(
             lambda s, x: s.b(torch.relu(s.a(x)) * torch.sigmoid(s.up(torch.relu(s.down(s.a(x)))))),
-            down=nn.Linear(8, 2), up=nn.Linear(2, 8),
+            down=nn.Linear(8, 2),
+            up=nn.Linear(2, 8),
         ),
         rows(6),
         10,
     ),
-    Case("layer scale", lambda: mlp(lambda s, x: s.b(torch.relu(s.a(x)) * s.g), g=parameter(8)),
-         rows(6), 8),
-    Case("PReLU of one and of many parameters",
-         lambda: mlp(lambda s, x: s.b(s.q(s.p(s.a(x)))), p=nn.PReLU(), q=nn.PReLU(8)), rows(6), 8),
+    Case(
+        "layer scale",
+        lambda: mlp(lambda s, x: s.b(torch.relu(s.a(x)) * s.g), g=parameter(8)),
+        rows(6),
+        8,
+    ),
+    Case(
+        "PReLU of one and of many parameters",
+        lambda: mlp(lambda s, x: s.b(s.q(s.p(s.a(x)))), p=nn.PReLU(), q=nn.PReLU(8)),
+        rows(6),
+        8,
+    ),
     Case("softmax over channels", lambda: mlp(lambda s, x: s.b(s.a(x).softmax(-1))), rows(6), 8),
     Case("RMS norm", lambda: mlp(lambda s, x: s.b(s.n(s.a(x))), n=nn.RMSNorm(8)), rows(6), 8),
-    Case("normalised to length one", lambda: mlp(lambda s, x: s.b(F.normalize(s.a(x), dim=1))),
-         rows(6), 8),
-    Case("cosine classifier",
-         lambda: Net(lambda s, x: F.linear(F.normalize(torch.relu(s.a(x))), F.normalize(s.w)),
-                     a=nn.Linear(6, 8), w=parameter(3, 8)), rows(6), 8),
-    Case("distances to prototypes",
-         lambda: Net(lambda s, x: (torch.relu(s.a(x))[:, None] - s.w).square().sum(-1),
-                     a=nn.Linear(6, 8), w=parameter(3, 8)), rows(6), 8),
+    Case(
+        "normalised to length one",
+        lambda: mlp(lambda s, x: s.b(F.normalize(s.a(x), dim=1))),
+        rows(6),
+        8,
+    ),
+    Case(
+        "cosine classifier",
+        lambda: Net(
+            lambda s, x: F.linear(F.normalize(torch.relu(s.a(x))), F.normalize(s.w)),
+            a=nn.Linear(6, 8),
+            w=parameter(3, 8),
+        ),
+        rows(6),
+        8,
+    ),
+    Case(
+        "distances to prototypes",
+        lambda: Net(
+            lambda s, x: (torch.relu(s.a(x))[:, None] - s.w).square().sum(-1),
+            a=nn.Linear(6, 8),
+            w=parameter(3, 8),
+        ),
+        rows(6),
+        8,
+    ),
     Case("only one layer", lambda: nn.Linear(6, 3), rows(6), 0),
-    Case("hidden layer of one channel",
-         lambda: nn.Sequential(nn.Linear(6, 1), nn.Tanh(), nn.Linear(1, 3)), rows(6), 1),
-    Case("output of one number", lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)),
-         rows(6), 8),
-    Case("integer output",
-         lambda: mlp(lambda s, x: s.b(torch.relu(s.a(x))).argmax(1)), rows(6), 0),
-    Case("shape (2, 1) input", lambda: nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 2)),
-         rows(1), 8),
+    Case(
+        "hidden layer of one channel",
+        lambda: nn.Sequential(nn.Linear(6, 1), nn.Tanh(), nn.Linear(1, 3)),
+        rows(6),
+        1,
+    ),
+    Case(
+        "output of one number",
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)),
+        rows(6),
+        8,
+    ),
+    Case("integer output", lambda: mlp(lambda s, x: s.b(torch.relu(s.a(x))).argmax(1)), rows(6), 0),
+    Case(
+        "shape (2, 1) input",
+        lambda: nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 2)),
+        rows(1),
+        8,
+    ),
 ]
