@@ -712,3 +712,34 @@ def test_duplicates_in_wide_networks_take_one_place(share: float) -> None:
     fused = transplant(models, example_inputs=inputs[:2], target=wide(6000 - len(copied)))
     expected = weighted_outputs(models, [1, 1], inputs)
     assert relative_error(output(fused, inputs), expected) < 1e-5
+
+
+# Layers of which all channels are alike.
+
+
+def narrow_network(seed: int) -> nn.Module:
+    """A layer of one channel, and channels before it that are constant."""
+    model = randomised(
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 2)), seed
+    )
+    with torch.no_grad():
+        for name in ("0.weight", "0.bias"):
+            model.get_parameter(name)[[1, 3]] = 0.0
+    return model
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_network_with_itself_is_itself_where_channels_have_no_spread(seed: int) -> None:
+    model, inputs = narrow_network(seed), torch.randn(16, 3)
+    fused = ff.neuron_transplantation([model, model], example_inputs=inputs[:2]).model
+    assert relative_error(output(fused, inputs), output(model, inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("sweep", ["joint", "greedy"])
+def test_channels_that_nothing_writes_are_equally_important(sweep: str) -> None:
+    models = [narrow_network(seed) for seed in range(2)]
+    for model in models:
+        nn.init.zeros_(model.get_parameter("2.weight"))
+    matching = ff.Matching(masses="importance", sweep=sweep)  # type: ignore[arg-type]
+    fused = ff.ot_fusion(models, example_inputs=torch.randn(2, 3), matching=matching).model
+    assert all(bool(t.isfinite().all()) for t in fused.state_dict().values())

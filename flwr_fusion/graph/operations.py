@@ -317,8 +317,6 @@ def tensors_in(args: Mapping[str, Any]) -> list[Tensor]:
     "dropout",
     "resolve_conj",
     "resolve_neg",
-    "view_as_real_copy",
-    "_fused_dropout",
 )
 def _same(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
     first = op.labels_of(tensors_in(args)[0])
@@ -923,7 +921,6 @@ def _scatter(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> 
     "argsort",
     "flip",
     "roll",
-    "fft_fft",
     "cumsum_",
 )
 def _ordered(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> Any:
@@ -1126,7 +1123,6 @@ def _im2col(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> A
     "new_empty_strided",
     "zero",
     "fill",
-    "masked_scatter_none",
     "exponential_",
     "random_",
 )

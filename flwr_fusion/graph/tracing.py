@@ -20,6 +20,7 @@ from flwr_fusion.graph.groups import ChannelGroup, Place
 from flwr_fusion.graph.labels import CONSTANT, PLACED, Channels, Factor, Labels, Resolved
 from flwr_fusion.graph.operations import (
     OPERATIONS,
+    Operation,
     Operations,
     constant,
     pointwise,
@@ -93,6 +94,31 @@ def traced(model: nn.Module, inputs: Any) -> Traced:
 
     Whatever the network raises is not caught.
     """
+    try:
+        return _traced(model, inputs)
+    except Exception as error:
+        with torch.no_grad():
+            call(model, inputs)  # Where the network itself fails, this is what there is to say.
+        return _untraced(model, f"the network cannot be followed: {error!r:.100}")
+
+
+def _untraced(model: nn.Module, because: str) -> Traced:
+    """Return a network's layers as fixed groups."""
+    groups = [
+        ChannelGroup(
+            name, len(module.weight), (_all_rows(key_of(name, "weight"), module),), because
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, _LAYERS)
+    ]
+    return Traced(tuple(groups), frozenset(), (), False, 0)
+
+
+def _all_rows(tensor: str, layer: nn.Module) -> Place:
+    return Place(tensor, 0, torch.arange(len(layer.weight))[:, None], True)  # type: ignore[arg-type]
+
+
+def _traced(model: nn.Module, inputs: Any) -> Traced:
     order = _Order(model)
     trace = _Trace(model, order)
     trace.mark_inputs(inputs)
@@ -323,22 +349,38 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not given:  # Made of nothing: noise is alike for all channels, the rest shows itself.
             alike = torch.Tag.nondeterministic_seeded in func.tags or name.startswith("empty")
             return [constant(shape) for shape in shapes] if alike else []
-        operation = OPERATIONS.get(operations.name)
-        plain = operations.name.rstrip("_")
-        if operation is None and operations.name.endswith("_"):
-            operation = OPERATIONS.get(plain)
-        if operation is not None:
-            found = operation(operations, named, shapes)
-            return [found] if isinstance(found, Labels) else list(found)
-        if torch.Tag.pointwise in func.tags or plain in _POINTWISE:
-            return list(pointwise(operations, named, shapes))
         if not shapes:  # Asks for a number.
             return []
-        return list(unknown(operations, named, shapes))
+        try:
+            found = self._rule(func, operations.name)(operations, named, shapes)
+        except Exception:  # Of arguments that a rule does not foresee nothing is known.
+            return list(unknown(operations, named, shapes))
+        found = [found] if isinstance(found, Labels) else list(found)
+        if len(found) != len(shapes) or not all(map(_fits, found, shapes)):
+            return list(unknown(operations, named, shapes))
+        return [replace(own, shape=shape) for own, shape in zip(found, shapes, strict=True)]
+
+    @staticmethod
+    def _rule(func: Any, name: str) -> Operation:
+        """Return what says what an operation does; in place it does the same."""
+        plain = name.rstrip("_")
+        for known in (name, plain):
+            if known in OPERATIONS:
+                return OPERATIONS[known]
+        is_pointwise = torch.Tag.pointwise in func.tags or plain in _POINTWISE
+        return pointwise if is_pointwise else unknown
 
 
 def _memory(tensor: Tensor) -> int:
     return 0 if tensor.is_sparse else tensor.untyped_storage().data_ptr()
+
+
+def _fits(labels: Labels, shape: tuple[int, ...]) -> bool:
+    """Whether labels are those of a tensor of some shape."""
+    return all(
+        max(f.axes) < len(shape) and f.codes.shape == tuple(shape[axis] for axis in f.axes)
+        for f in labels.factors
+    )
 
 
 def _element_codes(labels: Labels) -> NDArray[np.int64]:
