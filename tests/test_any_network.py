@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -31,6 +32,17 @@ FEDERATIONS = {
     "queue of keys": Case("queue", queue, lambda: torch.randn(2, 6), 0),
     "quantisation-aware": Case("QAT", quantisation_aware, lambda: torch.randn(2, 6), 0),
 }
+
+
+def unet() -> nn.Module:
+    """MONAI's U-Net, of the optional extra."""
+    from monai.networks.nets import UNet
+
+    return UNet(2, 1, 2, channels=(4, 8, 16), strides=(2, 2), num_res_units=1, norm="batch")
+
+
+if find_spec("monai"):
+    FEDERATIONS["MONAI's U-Net"] = Case("U-Net", unet, lambda: torch.randn(2, 1, 16, 16), 0)
 Send = Callable[[nn.Module, ArrayRecord], ArrayRecord]
 
 

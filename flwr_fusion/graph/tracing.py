@@ -202,6 +202,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # What has been written into in place: views of it from before carry other channels now.
         self._writes, self._written = 0, dict[int, int]()
         self._elements: dict[int, NDArray[np.int64]] = {}
+        # Kept, so that nothing else comes to lie in the same memory.
+        self._written_tensors: list[Tensor] = []
         self._labels = WeakTensorKeyDictionary()
         self.embeds = {
             key_of(name, "weight")
@@ -332,6 +334,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._writes += 1
         self._written[_memory(tensor)] = self._writes
+        self._written_tensors.append(tensor)
         if elements is not None:
             view = _seen_by(tensor, elements)
             if view is not None:
