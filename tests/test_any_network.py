@@ -38,7 +38,9 @@ def unet() -> nn.Module:
     """MONAI's U-Net, of the optional extra."""
     from monai.networks.nets import UNet
 
-    return UNet(2, 1, 2, channels=(4, 8, 16), strides=(2, 2), num_res_units=1, norm="batch")
+    steps = {"channels": (4, 8, 16), "strides": (2, 2)}
+    model: nn.Module = UNet(2, 1, 2, **steps, num_res_units=1, norm="batch")
+    return model
 
 
 if find_spec("monai"):

@@ -155,13 +155,12 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
     import transformers as hf
 
     ids = torch.randint(1, 90, (2, 7))
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
-    bert = {**small, "num_attention_heads": 4, "max_position_embeddings": 16}
-    llama = {**small, "num_attention_heads": 4, "max_position_embeddings": 16}
+    block = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    small = {**block, "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 16}
     if name == "BERT":
-        return hf.BertForSequenceClassification(hf.BertConfig(**bert)), {"input_ids": ids}
+        return hf.BertForSequenceClassification(hf.BertConfig(**small)), {"input_ids": ids}
     if name == "BERT, masked":
-        return hf.BertForMaskedLM(hf.BertConfig(**bert)), {"input_ids": ids}
+        return hf.BertForMaskedLM(hf.BertConfig(**small)), {"input_ids": ids}
     if name == "DistilBERT":
         config = hf.DistilBertConfig(
             vocab_size=100, dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=16
@@ -172,7 +171,7 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
         return hf.GPT2LMHeadModel(config), {"input_ids": ids}
     if name.startswith("Llama"):
         heads = 2 if "grouped" in name else 4
-        return hf.LlamaForCausalLM(hf.LlamaConfig(**llama, num_key_value_heads=heads)), {
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**small, num_key_value_heads=heads)), {
             "input_ids": ids
         }
     if name == "T5":
@@ -187,14 +186,7 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
         )
         return hf.T5ForConditionalGeneration(config), {"input_ids": ids, "decoder_input_ids": ids}
     if name == "ViT":
-        config = hf.ViTConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=32,
-            patch_size=8,
-        )
+        config = hf.ViTConfig(**block, num_attention_heads=4, image_size=32, patch_size=8)
         return hf.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
     config = hf.WhisperConfig(
         vocab_size=100,

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from flwr_fusion.errors import FusionError, check_count, check_number, check_option, check_positive
 from flwr_fusion.fusion import shares_of
-from flwr_fusion.networks import check_networks, detached_state, squared_norm
+from flwr_fusion.networks import check_networks, copied, detached_state, squared_norm
 from flwr_fusion.observe import (
     batch_size,
     evaluation_mode,
@@ -274,7 +274,7 @@ class _Descent:
         """Return a trained copy of a network."""
         started = time.perf_counter()
         training = self.training
-        refined = copy.deepcopy(model)
+        refined = copied(model)
         best = _Best(None if held_out is None else partial(self._held_out_loss, held_out))
         losses: list[float] = []
         try:

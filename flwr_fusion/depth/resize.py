@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup
-from flwr_fusion.networks import key_of
+from flwr_fusion.networks import copied, key_of
 
 
 def group_widths(graph: ChannelGraph, state: Mapping[str, Tensor]) -> dict[str, int]:
@@ -57,7 +56,7 @@ def resized_shape(name: str, graph: ChannelGraph, widths: Mapping[str, int]) -> 
 
 def with_own_widths(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy of a network with tensors of other widths, its modules' sizes set to fit."""
-    network = copy.deepcopy(model)
+    network = copied(model)
     replaced: dict[int, nn.Parameter] = {}
     for name, module in network.named_modules():
         for kind, parameter in module._parameters.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from flwr_fusion.graph.checking import is_close, output_vector, random_inputs, r
 from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup, verified_graph
 from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
 from flwr_fusion.networks import (
+    copied,
     depth_and_size,
     detached_state,
     owner_of,
@@ -232,7 +232,7 @@ class _Growth:
         drawn = with_state(core, random_state(core, generator)).eval()
         inputs = random_inputs(moved_to(core, example_inputs), generator)
         expected = output_vector(drawn, drawn.state_dict(), inputs)
-        evaluated = copy.deepcopy(member.model).eval()
+        evaluated = copied(member.model).eval()
         own_inputs = moved_to(evaluated, inputs)
         for self._scaled in (True, False):
             if is_close(output_vector(evaluated, self.grow(drawn), own_inputs), expected):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ _FEWEST_RUNS, _MOST_RUNS, _MOST_WORK = 12, 200, 2_000_000_000
 # Of long lists in messages.
 _LISTED = 4
 
+Found = TypeVar("Found")
 FAILED = "permuting them changes the network's output"
 UNCHECKED = "the network's output does not show whether they can be permuted"
 
@@ -179,9 +180,8 @@ class Check:
         # not take any number. What works is used.
         states = _Drawn(graph.model, seed)
         self._runs = [_first_of(graph, states, values, (drawn, given), (torch.float64, None))]
-        if self._runs[0].inputs is not given:
-            with suppress(FusionError):
-                self._runs.append(_first_of(graph, states, values, (given,), (None,)))
+        with suppress(FusionError):
+            self._runs.append(_first_of(graph, states, values, (given,), (None,)))
 
     def changes(self, groups: Sequence[ChannelGroup], permutations: Mapping[str, Tensor]) -> bool:
         """Whether permuting some groups changes the output."""
@@ -262,24 +262,26 @@ def with_failing_fixed(graph: ChannelGraph, seed: int = 0) -> tuple[ChannelGroup
     if not free:
         return graph.groups
     try:
-        because = _reasons(graph, free, seed, _VALUES)
-    except FusionError:
-        try:  # Random weights may make noise of what its own do not.
-            because = _reasons(graph, free, seed, ("nearby",))
-        except FusionError as error:
-            because = {group.name: str(error) for group in free}
+        because = _with_usable_values(graph, seed, partial(_reasons, free, seed))
+    except FusionError as error:
+        because = {group.name: str(error) for group in free}
     return tuple(
         replace(group, fixed_because=because[group.name]) if group.name in because else group
         for group in graph.groups
     )
 
 
-def _reasons(
-    graph: ChannelGraph, free: Sequence[ChannelGroup], seed: int, values: Sequence[str]
-) -> dict[str, str]:
+def _with_usable_values(graph: ChannelGraph, seed: int, use: Callable[[Check], Found]) -> Found:
+    """Return what a check finds, of the network's own values where random ones make only noise."""
+    try:
+        return use(Check(graph, seed))
+    except FusionError:
+        return use(Check(graph, seed, ("nearby",)))
+
+
+def _reasons(free: Sequence[ChannelGroup], seed: int, check: Check) -> dict[str, str]:
     """Return why groups cannot be free."""
     permutations = _permutations(free, seed)
-    check = Check(graph, seed, values)
     because = {group.name: FAILED for group in failing(check, free, permutations)}
     right = [group for group in free if group.name not in because]
     return because | {g.name: UNCHECKED for g in _not_shown(check, right, permutations)}
@@ -315,10 +317,7 @@ def check_groups(graph: ChannelGraph, seed: int) -> None:
     """Refuse a graph of which free groups cannot be permuted, by their names."""
     free = [group for group in graph.groups if not group.fixed]
     permutations = _permutations(free, seed)
-    try:
-        wrong = failing(Check(graph, seed), free, permutations)
-    except FusionError:
-        wrong = failing(Check(graph, seed, ("nearby",)), free, permutations)
+    wrong = _with_usable_values(graph, seed, lambda check: failing(check, free, permutations))
     if not wrong:
         return
     listed = "; ".join(

@@ -186,9 +186,14 @@ class ChannelGraph:
         """
         check_groups(self, seed)
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether no channel is free."""
+        return all(group.fixed for group in self.groups)
+
     def warn_if_fixed(self) -> None:
         """Warn where no channel is free: then fusion is averaging by index."""
-        if all(group.fixed for group in self.groups):
+        if self.is_fixed:
             inner = [
                 g.fixed_because for g in self.groups if not g.fixed_because.endswith("network")
             ]

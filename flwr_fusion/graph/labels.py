@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 Codes = NDArray[np.int64]
 # In the place of a channel's number: where the tensor is constant, and what must not move.
 CONSTANT, PLACED = -1, -2
+MEETS_PLACED = "it meets positions that must not move"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +42,27 @@ class Factor:
     codes: Codes
     over: frozenset[int] = frozenset()
 
+    @classmethod
+    def constant(cls, axis: int, size: int) -> Factor:
+        """Return the factor of an axis along which a tensor is constant."""
+        return cls((axis,), np.full(size, CONSTANT))
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the tensor is constant along the axes."""
+        return bool((self.codes == CONSTANT).all())
+
     @property
     def channel_axes(self) -> frozenset[int]:
         """The axes of the channels."""
         return frozenset(self.axes) - self.over
+
+    def without(self, axis: int, position: int) -> Factor:
+        """Return the factor at one position of one of its axes."""
+        place = self.axes.index(axis)
+        left = tuple(a for a in self.axes if a != axis)
+        codes = self.codes.take([position], axis=place).squeeze(place)
+        return Factor(left, codes, self.over & set(left))
 
     def moved(self, position_of: Mapping[int, int]) -> Factor:
         """Return the factor on axes that have been renamed."""
@@ -226,12 +244,12 @@ def _with_block(
     outside = range(first, first + len(sizes))
     shift = len(sizes) - count
     apart = (
-        channels.gathered(f, f.channel_axes, "") if f.over & set(inside) else f
+        channels.gathered(f, f.channel_axes, MEETS_PLACED) if f.over & set(inside) else f
         for f in labels.factors
     )
     labels = replace(labels, factors=tuple(f for f in apart if f is not None))
     touched = [f for f in labels.factors if set(f.axes) & set(inside)]
-    varying = [f for f in touched if (f.codes != CONSTANT).any()]
+    varying = [f for f in touched if not f.is_constant]
     position_of = {a: a if a < first else a + shift for a in range(len(labels.shape))}
     factors = [f.moved(position_of) for f in labels.factors if f not in touched]
     for other in varying[1:]:
@@ -240,7 +258,7 @@ def _with_block(
         factors.append(_merged(varying[0], labels.shape, inside, outside, sizes))
     elif {a for f in touched for a in f.axes} >= {a for a in inside if labels.shape[a] > 1}:
         factors += [
-            Factor((axis,), np.full(size, CONSTANT))
+            Factor.constant(axis, size)
             for axis, size in zip(outside, sizes, strict=True)
             if touched and size > 1
         ]
@@ -280,3 +298,10 @@ def _simplified(axes: Sequence[int], codes: Codes, new: range) -> Factor:
     kept = codes[tuple(0 if n in alike else slice(None) for n in range(codes.ndim))]
     remaining = tuple(axis for n, axis in enumerate(axes) if n not in alike)
     return Factor(remaining, kept)
+
+
+def constant(shape: tuple[int, ...]) -> Labels:
+    """Return the labels of a tensor that is the same everywhere."""
+    return Labels(
+        shape, tuple(Factor.constant(a, size) for a, size in enumerate(shape) if size > 1)
+    )

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+# These two register what they know.
+from flwr_fusion.graph import computing, moving  # noqa: F401
 from flwr_fusion.graph.checking import written_for_training
 from flwr_fusion.graph.groups import ChannelGroup, Place
-from flwr_fusion.graph.labels import CONSTANT, PLACED, Channels, Factor, Labels, Resolved
+from flwr_fusion.graph.labels import CONSTANT, PLACED, Channels, Factor, Labels, Resolved, constant
 from flwr_fusion.graph.operations import (
     OPERATIONS,
     Operation,
     Operations,
-    constant,
     pointwise,
-    tensors_in,
     unknown,
 )
 from flwr_fusion.networks import key_of, module_of, owner_of
@@ -104,18 +104,16 @@ def traced(model: nn.Module, inputs: Any) -> Traced:
 
 def _untraced(model: nn.Module, because: str) -> Traced:
     """Return a network's layers as fixed groups."""
-    groups = [
-        ChannelGroup(
-            name, len(module.weight), (_all_rows(key_of(name, "weight"), module),), because
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, _LAYERS)
-    ]
+    groups = []
+    for name, layer in _layers_of(model).items():
+        rows = torch.arange(len(layer.weight))[:, None]  # type: ignore[arg-type]
+        place = Place(key_of(name, "weight"), 0, rows, writes=True)
+        groups.append(ChannelGroup(name, len(rows), (place,), because))
     return Traced(tuple(groups), frozenset(), (), False, 0)
 
 
-def _all_rows(tensor: str, layer: nn.Module) -> Place:
-    return Place(tensor, 0, torch.arange(len(layer.weight))[:, None], True)  # type: ignore[arg-type]
+def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, _LAYERS)}
 
 
 def _traced(model: nn.Module, inputs: Any) -> Traced:
@@ -130,8 +128,8 @@ def _traced(model: nn.Module, inputs: Any) -> Traced:
         with suppress(Exception), written_for_training(model):
             trace.run(inputs)
     never = trace.idle_layers()
-    layers = {name for name, m in model.named_modules() if isinstance(m, _LAYERS)}
-    groups = _groups(trace, model, order.numbers)
+    layers = _layers_of(model).keys()
+    groups = _groups(trace, layers, order.numbers)
     # A number of a weight is read several times, and drawn and permuted for a check.
     work = trace.values + 10 * sum(parameter.numel() for parameter in model.parameters())
     return Traced(tuple(groups), called & layers, never, len(never) < len(idle), work)
@@ -254,7 +252,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _by_value(self, tensor: Tensor) -> Labels:
         """Return the labels of a tensor made in the forward pass: where it is constant, or not."""
         factors = [
-            Factor((axis,), np.full(size, CONSTANT))
+            Factor.constant(axis, size)
             for axis, size in enumerate(tensor.shape)
             if size > 1 and bool((tensor == tensor.narrow(axis, 0, 1)).all())
         ]
@@ -289,7 +287,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         names = (argument.name for argument in func._schema.arguments)
         named = dict(zip(names, args, strict=False)) | kwargs
         # Of what is written into in place, the labels before that.
-        given = {id(tensor): self.labels_of(tensor) for tensor in tensors_in(named)}
+        given = {id(tensor): self.labels_of(tensor) for tensor in tensors_of(named)}
         self._read.update(given)
         self.operations.labels_of = lambda tensor: given[id(tensor)]
         written = [
@@ -348,8 +346,9 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operations = self.operations
         operations.name = name if namespace == "aten" else func._schema.name
         operations.where = self._order.running[-1] if self._order.running else ""
-        given = [operations.labels_of(tensor) for tensor in tensors_in(named)]
-        if not given:  # Made of nothing: noise is alike for all channels, the rest shows itself.
+        if not tensors_of(
+            named
+        ):  # Made of nothing: noise is alike for all channels, the rest shows itself.
             alike = torch.Tag.nondeterministic_seeded in func.tags or name.startswith("empty")
             return [constant(shape) for shape in shapes] if alike else []
         if not shapes:  # Asks for a number.
@@ -388,7 +387,7 @@ def _fits(labels: Labels, shape: tuple[int, ...]) -> bool:
 
 def _element_codes(labels: Labels) -> NDArray[np.int64]:
     """Return the channel of every element of a tensor."""
-    varying = [f for f in labels.factors if (f.codes != CONSTANT).any()]
+    varying = [f for f in labels.factors if not f.is_constant]
     if len(varying) != 1:
         alike = not varying and len(labels.factors) == sum(size > 1 for size in labels.shape)
         return np.full(labels.shape, CONSTANT if alike else PLACED)
@@ -421,7 +420,7 @@ def _labels_of_elements(codes: NDArray[np.int64], because: str) -> Labels:
     return Labels(codes.shape, factors, False, because or "it is written into in place")
 
 
-def _groups(trace: _Trace, model: nn.Module, order: Mapping[str, int]) -> list[ChannelGroup]:
+def _groups(trace: _Trace, layers: Collection[str], order: Mapping[str, int]) -> list[ChannelGroup]:
     """Return the groups that a trace has found, in forward order."""
     resolved = trace.channels.resolved()
     for number in np.flatnonzero(~resolved.touched).tolist():
@@ -431,7 +430,6 @@ def _groups(trace: _Trace, model: nn.Module, order: Mapping[str, int]) -> list[C
         return []
     writers = _writers(trace, axes)
     normalised = _roots_of(trace.operations.normalised, resolved)
-    layers = {name for name, module in model.named_modules() if isinstance(module, _LAYERS)}
     groups = []
     for roots, rows in _classes(axes, resolved):
         if (rows[0, :, 0] < 0).all():  # Marked, but of no tensor here.

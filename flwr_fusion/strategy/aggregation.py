@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import ERROR, WARNING
@@ -14,7 +13,7 @@ from torch import nn
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.graph.groups import verified_graph
-from flwr_fusion.networks import BuiltOnAccess, with_state
+from flwr_fusion.networks import BuiltOnAccess, copied, with_state
 from flwr_fusion.report import FusionReport, FusionResult
 from flwr_fusion.statistics.moments import Statistics, input_moments
 from flwr_fusion.strategy.configured_method import ConfiguredMethod
@@ -44,7 +43,7 @@ class Aggregator:
     def warn_of_fixed_networks(self) -> None:
         """Log the architectures of which no channel can move."""
         for model in self.models.architectures.values():
-            if all(group.fixed for group in verified_graph(model, self.example_inputs).groups):
+            if verified_graph(model, self.example_inputs).is_fixed:
                 text = "no channels of %s can be matched: fusion is plain averaging"
                 log(WARNING, text, type(model))
 
@@ -154,7 +153,7 @@ class Aggregator:
         try:
             # A copy: what fails half-way must not have touched the fused model.
             weights = [update.weight for update in updates]
-            refined = refine.refined(copy.deepcopy(fused.model), networks, weights)
+            refined = refine.refined(copied(fused.model), networks, weights)
             # In the fused model's own types, whatever the step has made of them.
             model = with_state(fused.model, refined.model.state_dict())
             result = FusionResult(model, replace(fused.report, refinement=refined.report))
