@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from flwr_fusion.maps import ChannelMap, Correspondence, Plan, Selection, map_tensor
+from flwr_fusion.maps import ChannelMap, Correspondence, GroupPair, Plan, Selection, map_tensor
 from flwr_fusion.matching.barycentre import refine_as_barycentre
+from flwr_fusion.matching.certificate import IdentityCertificate
 from flwr_fusion.matching.costs import (
     activation_costs,
     channel_norms,
@@ -438,6 +439,73 @@ def test_networks_without_free_groups_need_no_maps() -> None:
     graph = ff.ChannelGraph.trace(nn.Linear(3, 2), torch.randn(2, 3))
     state = {name: torch.randn(shape) for name, shape in graph.shapes.items()}
     assert align_by_weights(state, state, Correspondence(graph, graph), JOINT).maps == {}
+
+
+# The certificate.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clients_near_the_reference_solve_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pair_of(name)
+    reference, noise = generic_state(pair, 0), generic_state(pair, 2)
+    near = {n: t + 0.1 * noise[n] if t.dim() else t for n, t in reference.items()}
+    expected = {
+        group.name: weight_cost(
+            group.name,
+            reference,
+            near,
+            pair,
+            pair.identity(),
+            norms_of(group, reference, near, pair),
+        )
+        for group in pair.free_groups
+    }
+    monkeypatch.setattr("flwr_fusion.matching.sweeps.solve", unsolvable)
+    found = align_by_weights(reference, near, pair, JOINT)
+    assert found.is_identity
+    for group, cost in expected.items():
+        assert torch.equal(cost.argmin(0), torch.arange(len(cost)))
+        assert found.costs[group] == pytest.approx(
+            float(cost.diag().mean() / cost.mean()), rel=1e-3
+        )
+
+
+def norms_of(
+    group: GroupPair, reference: State, client: State, pair: Correspondence
+) -> dict[str, tuple[float, float]]:
+    return {
+        name: (float(reference[name].norm()), float(client[name].norm()))
+        for name in matched_tensors(pair, reference)
+        if any(segments_of(group.name, name, pair))
+    }
+
+
+def unsolvable(*_: object) -> ChannelMap:
+    raise AssertionError("a transport problem was solved")
+
+
+@given(seeds, st.floats(0.05, 2))
+def test_certified_identity_is_the_optimal_assignment(seed: int, noise: float) -> None:
+    pair = tiny_pair()
+    reference, other = generic_state(pair, seed), generic_state(pair, seed + 1)
+    client = {name: tensor + noise * other[name] for name, tensor in reference.items()}
+    certificate = IdentityCertificate(reference)
+    for group in pair.free_groups:
+        norms = norms_of(group, reference, client, pair)
+        if certificate.cost(group, client, pair, norms) is not None:
+            cost = weight_cost(group.name, reference, client, pair, pair.identity(), norms)
+            assert torch.equal(cost.argmin(0), torch.arange(len(cost)))
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_not_certified(broken: float) -> None:
+    pair = tiny_pair()
+    reference = generic_state(pair, 0)
+    client = {**reference, "2.weight": torch.full_like(reference["2.weight"], broken)}
+    with pytest.raises(ff.FusionError, match="not finite"):
+        align_by_weights(reference, client, pair, JOINT)
 
 
 # Barycentre.

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import ChannelMap, Correspondence, GroupPair, Plan, Selection, map_tensor
+from flwr_fusion.matching.assignment import Exact
+from flwr_fusion.matching.certificate import IdentityCertificate
 from flwr_fusion.matching.costs import channel_norms, matched_tensors, segments_of, weight_cost
 from flwr_fusion.matching.matching import Matching
 from flwr_fusion.matching.solver import Solver, solve, solver_of
@@ -42,6 +44,7 @@ def align_by_weights(
     matching: Matching,
     start: Mapping[str, ChannelMap] | None = None,
     activations: Mapping[str, Tensor] | None = None,
+    certificate: IdentityCertificate | None = None,
 ) -> Alignment:
     """Choose the maps that bring a client's weights (and activations) closest to a reference's.
 
@@ -61,6 +64,9 @@ def align_by_weights(
     activations : mapping of str to Tensor, optional
         From `flwr_fusion.matching.costs.activation_costs`: added to the cost by weights, on
         average over all pairs equally large.
+    certificate : IdentityCertificate, optional
+        Of the reference, where several clients are aligned to it: what it has found out for one
+        serves all. Default: a new one.
 
     Returns
     -------
@@ -72,6 +78,9 @@ def align_by_weights(
         return aligner.joint(start, waiting=set(start))
     if matching.sweep == "greedy":
         return aligner.forward_pass(incoming_only=True)[0]
+    settled = aligner.identity(certificate or IdentityCertificate(reference))
+    if settled is not None:
+        return settled
     first, unsettled = aligner.forward_pass(incoming_only=False)
     if not unsettled:
         return first
@@ -146,6 +155,20 @@ class _WeightAligner:
             name: cost * 2 * len(self.reads[name]) / max(float(cost.mean()), 1e-30) / len(cost)
             for name, cost in activations.items()
         }
+
+    def identity(self, certificate: IdentityCertificate) -> Alignment | None:
+        """Return the identity where it is proved that no group does better, else None."""
+        exact = isinstance(self.solver, Exact) and self.matching.masses == "uniform"
+        if self.activations or not exact:
+            return None
+        costs: dict[str, float] = {}
+        for group in self.correspondence.free_groups:
+            norms = {name: self.norms[name] for name in self.reads.get(group.name, ())}
+            cost = certificate.cost(group, self.client, self.correspondence, norms)
+            if cost is None:
+                return None
+            costs[group.name] = cost
+        return Alignment(self.correspondence.identity(), costs)
 
     def forward_pass(
         self, incoming_only: bool, known: Mapping[str, ChannelMap] | None = None

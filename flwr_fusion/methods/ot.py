@@ -14,6 +14,7 @@ from flwr_fusion.errors import FusionError
 from flwr_fusion.fusion import Client, Fusion, largest, participants, with_correspondence
 from flwr_fusion.graph.groups import verified_graph
 from flwr_fusion.matching.barycentre import refine_as_barycentre
+from flwr_fusion.matching.certificate import IdentityCertificate
 from flwr_fusion.matching.costs import activation_costs
 from flwr_fusion.matching.matching import Matching
 from flwr_fusion.matching.reference import Reference, choose_reference
@@ -199,13 +200,18 @@ def _alignments(
     matching = steps.matching
     by_activations = matching.by == "activations"
     model = with_state(target, reference.state) if by_activations else None
+    certificate = IdentityCertificate(reference.state)
 
     def aligned(n: int, client: Client) -> Alignment:
         if n == reference.client:
             return Alignment(client.correspondence.identity(), {})
         if model is None:
             return align_by_weights(
-                reference.state, client.state(), client.correspondence, matching
+                reference.state,
+                client.state(),
+                client.correspondence,
+                matching,
+                certificate=certificate,
             )
         costs = activation_costs(
             model,
