@@ -30,7 +30,7 @@ def check_positive(name: str, value: Any) -> None:
         raise FusionError(f"{name} must be positive and finite, not {value!r:.60}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Refuse what is no positive whole number."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise FusionError(f"{name} must be a whole number, at least 1, not {value!r}")
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise FusionError(f"{name} must be a whole number, at least {least}, not {value!r}")

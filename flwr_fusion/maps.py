@@ -53,6 +53,12 @@ class Selection:
         return size == self.client_size and bool((self.index == torch.arange(size)).all())
 
     @property
+    def is_injection(self) -> bool:
+        """Whether every client channel stands at exactly one place."""
+        places = torch.bincount(self.index[self.index >= 0], minlength=self.client_size)
+        return bool((places == 1).all())
+
+    @property
     def share_moved(self) -> float:
         """Share of the client's channels that do not stand at their own index."""
         kept = int((self.index == torch.arange(len(self.index))).sum())
@@ -351,6 +357,30 @@ def map_channels(
     length = correspondence.fused.shapes[name][tensor_axis]
     written = [replace(segment, writes=True) for segment in segments]
     return _AxisMap.of(values.shape[axis], axis, written, length, maps).apply(values, None)
+
+
+def axis_sources(
+    name: str, axis: int, client_length: int, correspondence: Correspondence, maps: Maps
+) -> Tensor:
+    """Return for each fused position along an axis the client position it takes, -1 for none.
+
+    Parameters
+    ----------
+    name : str
+        Key of the tensor in the state dict.
+    axis : int
+        An axis that carries channels.
+    client_length : int
+        Length of the axis in the client's tensor.
+    correspondence : Correspondence
+        Positions in both networks.
+    maps : mapping of str to Selection
+        Maps of the groups that the axis carries.
+    """
+    used = [(segment, maps[segment.group]) for segment in correspondence.segments[name][axis]]
+    length = correspondence.fused.shapes[name][axis]
+    index, scale = _axis_index(client_length, length, used)
+    return torch.where(scale > 0, index, -1)
 
 
 def coverage_along(

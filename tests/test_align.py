@@ -563,7 +563,7 @@ def spreads(seed: int) -> tuple[float, float]:
         for state, weight in zip(states, weights, strict=True)
     ]
     aligned = [align_by_weights(states[0], state, pair, JOINT) for state in states]
-    refined = refine_as_barycentre(clients, aligned, states[0], JOINT)
+    refined = refine_as_barycentre(clients, aligned, states[0], ff.Matching(passes=20))
     before = barycentre_spread(clients, [a.maps for a in aligned])
     return before, barycentre_spread(clients, [a.maps for a in refined])
 

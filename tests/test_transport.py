@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,35 @@ def test_permutation_is_recovered(size: int, seed: int) -> None:
     chosen = solve(torch.cdist(points, points[order]).square(), EXACT)
     assert isinstance(chosen, Selection)
     assert torch.equal(order[chosen.index], torch.arange(size))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lapx_finds_the_optimum_of_scipy(seed: int) -> None:
+    lap = pytest.importorskip("lap")
+    # Also with ties, as of channels that are alike.
+    for cost in (random_cost(1000, 1000, seed), (random_cost(1000, 1000, seed) * 3).round()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("flwr_fusion.matching.assignment._LARGE", 2000)
+            by_scipy = solve(cost, EXACT)
+        with pytest.MonkeyPatch.context() as patch:
+            solved: list[Any] = []
+            patch.setattr(lap, "lapjvs", recording(lap.lapjvs, solved))
+            by_lapx = solve(cost, EXACT)
+        assert len(solved) == 1
+        assert isinstance(by_scipy, Selection)
+        assert isinstance(by_lapx, Selection)
+        rows = torch.arange(1000)
+        least = float(cost[rows, by_scipy.index].sum())
+        assert float(cost[rows, by_lapx.index].sum()) == pytest.approx(least, rel=1e-12)
+        assert by_lapx.is_injection
+
+
+def recording(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments, **options)
+
+    return wrapped
 
 
 def test_assignment_is_optimal_where_emd_stops_short() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import ChannelMap, Plan, Selection
 
+# Channels from which on lapx, where it is installed, is faster.
+_LARGE = 1000
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -19,7 +23,8 @@ class Exact:
 
     Between channels of equal size and mass the optimum is an assignment (Birkhoff), a permutation;
     where the client has fewer channels, each gets a fused channel of its own; otherwise it is a
-    plan, certified by its dual potentials.
+    plan, certified by its dual potentials. Assignments of 1,000 channels and more are solved by
+    lapx where it is installed (``pip install 'flwr-fusion[fast]'``), to the same optimum.
     """
 
     def solve(
@@ -38,23 +43,42 @@ class Exact:
 
 def _assignment(cost: NDArray[np.float64]) -> Selection:
     """Return the cheapest injection of client channels into fused channels; overwrites the cost."""
+    fused_size, client_size = cost.shape
+    if fused_size == client_size:
+        return Selection(torch.from_numpy(_cheapest_columns(cost)), client_size)
+    index = torch.full((fused_size,), -1)
+    places = _cheapest_columns(np.ascontiguousarray(cost.T))
+    index[torch.from_numpy(places)] = torch.arange(client_size)
+    return Selection(index, client_size)
+
+
+def _cheapest_columns(cost: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return a column for each row, no two the same, of least total cost; overwrites the cost."""
+    nearest: NDArray[np.int64] = cost.argmin(axis=1)
+    # Where every row's own best column is free, no assignment can be cheaper.
+    if len(np.unique(nearest)) == len(cost):
+        return nearest
+    # Subtracting what each channel pays at least keeps the optimum and halves the time.
+    cost -= cost.min(axis=1, keepdims=True)
+    square = cost.shape[0] == cost.shape[1]
+    if square:
+        cost -= cost.min(axis=0)
+    if square and len(cost) >= _LARGE and find_spec("lap") is not None:
+        return _by_lapx(cost)
     # Imported where it is used: a client, which solves nothing, starts in a tenth of the time.
     from scipy.optimize import linear_sum_assignment
 
-    fused_size, client_size = cost.shape
-    nearest = torch.from_numpy(cost).argmin(0).numpy()
-    # Where every client channel's own best place is free, no assignment can be cheaper.
-    if len(np.unique(nearest)) < client_size:
-        # Subtracting what each channel pays at least keeps the optimum and halves the time.
-        cost -= cost.min(axis=0)
-        if fused_size == client_size:
-            cost -= cost.min(axis=1, keepdims=True)
-        fused, client = linear_sum_assignment(cost)
-        nearest = np.empty(client_size, dtype=np.int64)
-        nearest[client] = fused
-    index = torch.full((fused_size,), -1)
-    index[torch.from_numpy(nearest)] = torch.arange(client_size)
-    return Selection(index, client_size)
+    return np.asarray(linear_sum_assignment(cost)[1])
+
+
+def _by_lapx(cost: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the same optimum by lapx, which is optional, in half of the time."""
+    import lap
+
+    columns, _ = lap.lapjvs(
+        cost, extend_cost=False, return_cost=False, jvx_like=False, prefer_float32=False
+    )
+    return np.asarray(columns, dtype=np.int64)
 
 
 def _exact_plan(

@@ -8,10 +8,8 @@ from torch import Tensor
 
 from flwr_fusion.fusion import Client
 from flwr_fusion.matching.matching import Matching
-from flwr_fusion.matching.sweeps import Alignment, align_by_weights
+from flwr_fusion.matching.sweeps import TOLERANCE, Alignment, align_by_weights
 from flwr_fusion.rules.mean import RunningMean
-
-_MAX_PASSES = 20
 
 
 def refine_as_barycentre(
@@ -20,7 +18,7 @@ def refine_as_barycentre(
     reference: Mapping[str, Tensor],
     matching: Matching,
 ) -> list[Alignment]:
-    """Re-align every client to the mean of the others until no channel moves.
+    """Re-align every client to the mean of the others, until a pass gains next to nothing.
 
     No client is the reference of all others any more.
     """
@@ -28,8 +26,8 @@ def refine_as_barycentre(
     mean = RunningMean(reference)
     for client, alignment in zip(clients, refined, strict=True):
         mean.add(client, alignment.maps)
-    for _ in range(_MAX_PASSES):
-        moved = False
+    for _ in range(matching.passes):
+        gain = 0.0
         for k, client in enumerate(clients):
             state, maps = client.state(), refined[k].maps
             # The mean of the others: sum_l w_l M_l(W_l) - w_k M_k(W_k), over their weight.
@@ -37,7 +35,7 @@ def refine_as_barycentre(
             others = mean.mean(uncovered=reference)
             refined[k] = align_by_weights(others, state, client.correspondence, matching, maps)
             mean.add(client, refined[k].maps, state=state)
-            moved = moved or any(refined[k].maps[name] is not maps[name] for name in maps)
-        if not moved:
+            gain += refined[k].gain
+        if gain <= TOLERANCE * len(clients):
             break
     return refined

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flwr_fusion.errors import check_option
+from flwr_fusion.errors import check_count, check_option
 from flwr_fusion.matching.solver import Solver, solver_of
 
 BY = ("weights", "activations")
@@ -24,10 +24,10 @@ class Matching:
         Ground cost: squared Euclidean distance of weights, or distance of pre-activations on the
         calibration inputs.
     sweep : {"joint", "greedy"}
-        Coordinate descent over all groups until nothing moves, from incoming and outgoing weights
-        (plus, by activations, from pre-activations), by weights refined as a barycentre
-        (Ainsworth et al. 2023, algorithm 1); or one pass in forward order, from incoming weights or
-        from pre-activations alone (Singh & Jaggi 2020, algorithm 1).
+        Coordinate descent over all groups until a sweep gains next to nothing, from incoming and
+        outgoing weights (plus, by activations, from pre-activations), by weights refined as a
+        barycentre (Ainsworth et al. 2023, algorithms 1 and 3); or one pass in forward order, from
+        incoming weights or from pre-activations alone (Singh & Jaggi 2020, algorithm 1).
     solver : {"exact", "sinkhorn", "unbalanced"} or Solver
         The transport problem between the channels of two networks; `Sinkhorn` and `Unbalanced`
         objects set its options.
@@ -35,6 +35,9 @@ class Matching:
         Masses of the channels: equal, or the L2 norm of their incoming weights.
     activation_cost : {"correlation", "euclidean"}
         Distance of pre-activations.
+    passes : int
+        How many times, at most, each client is re-aligned to the mean of the others (by weights
+        in the joint sweep, with more than two clients); 0: all stay aligned to the reference.
     """
 
     by: Literal["weights", "activations"] = "weights"
@@ -42,6 +45,7 @@ class Matching:
     solver: str | Solver = "exact"
     masses: Literal["uniform", "importance"] = "uniform"
     activation_cost: Literal["correlation", "euclidean"] = "correlation"
+    passes: int = 4
 
     def __post_init__(self) -> None:
         check_option("by", self.by, BY)
@@ -49,3 +53,4 @@ class Matching:
         check_option("masses", self.masses, MASSES)
         check_option("activation_cost", self.activation_cost, ACTIVATION_COSTS)
         solver_of(self.solver)
+        check_count("passes", self.passes, least=0)

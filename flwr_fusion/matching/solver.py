@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -62,8 +63,9 @@ def solve(
     client_mass: Tensor | None = None,
 ) -> ChannelMap:
     """Choose the channel map of least ground cost."""
-    matrix = cost.detach().to("cpu").double().clone().numpy()
-    if not np.isfinite(matrix).all():
+    # A copy, which the solver may overwrite.
+    matrix = cost.detach().to("cpu", torch.float64, copy=True).numpy()
+    if not np.isfinite(matrix.sum()):
         raise FusionError("the ground cost is not finite: check the networks' weights")
     fused_size, client_size = matrix.shape
     a, b = _masses(fused_mass, fused_size), _masses(client_mass, client_size)
