@@ -30,6 +30,8 @@ _ROUNDING = 1e-4
 _TIMES_PRECISION, _TIMES_ROUNDING, _NOISE, _LARGEST_ROUNDING = 1e4, 1e3, 1e-3, 1e-4
 # Runs of a network that the search for wrong groups may take: of small ones more.
 _FEWEST_RUNS, _MOST_RUNS, _MOST_WORK = 12, 200, 2_000_000_000
+# Values of a network that are not copied in double precision.
+_LARGE = 10_000_000
 # Of long lists in messages.
 _LISTED = 4
 
@@ -50,7 +52,7 @@ class _Run:
     ) -> None:
         self._graph = graph
         self.is_noise = False
-        self.state = _in_precision(dict(drawn), dtype)
+        self.state = drawn if dtype is None else _in_precision(dict(drawn), dtype)
         self.inputs = _in_precision(inputs, dtype)
         self._expected = self.outputs(self.state)
         precisions = {t.dtype for t in self._expected if t.is_floating_point()}
@@ -178,8 +180,11 @@ class Check:
         # Double precision tells a wrong group from rounding, and random inputs more than zeros do;
         # but a network may make tensors in single precision by itself, not bear random buffers, or
         # not take any number. What works is used.
+        # A large network computes in its own precision, as its values in double need much memory.
+        size = sum(math.prod(shape) for shape in graph.shapes.values())
+        dtypes = (None,) if size > _LARGE else (torch.float64, None)
         states = _Drawn(graph.model, seed)
-        self._runs = [_first_of(graph, states, values, (drawn, given), (torch.float64, None))]
+        self._runs = [_first_of(graph, states, values, (drawn, given), dtypes)]
         with suppress(FusionError):
             self._runs.append(_first_of(graph, states, values, (given,), (None,)))
 
@@ -188,7 +193,15 @@ class Check:
         self.runs_left -= 1
         chosen = {group.name: permutations[group.name] for group in groups}
         graph = replace(self._graph, groups=tuple(groups))
-        changes = any(run.changes(graph.permute(run.state, chosen)) for run in self._runs)
+        permuted: dict[int, dict[str, Tensor]] = {}
+        changes = False
+        for run in self._runs:
+            key = id(run.state)
+            if key not in permuted:
+                permuted = {key: graph.permute(run.state, chosen)}
+            if run.changes(permuted[key]):
+                changes = True
+                break
         if self._runs[0].is_noise:
             raise FusionError(
                 f"rounding alone changes the output of {type(self._graph.model).__name__} at "

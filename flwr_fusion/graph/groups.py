@@ -9,7 +9,7 @@ scales, running statistics, all branches of a residual sum. Groups are found by 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +22,9 @@ from torch.utils._pytree import tree_leaves
 from flwr_fusion.graph.checking import check_groups, warn_of_idle_layers, with_failing_fixed
 from flwr_fusion.networks import check_network, owner_of, prepared_copy
 from flwr_fusion.observe import Inputs, moved_to, named_failure
+
+# Numbers of a tensor that are permuted at a time.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,17 +246,36 @@ class ChannelGraph:
         dict of str to Tensor
             The permuted state dict.
         """
-        permuted = dict(state)
+        orders: dict[str, dict[int, Tensor]] = defaultdict(dict)
         for group in self.groups:
             if group.name not in permutations:
                 continue
             order = permutations[group.name]
             for place in group.places:
-                tensor = permuted[place.tensor]
-                index = torch.arange(tensor.shape[place.axis])
+                axes = orders[place.tensor]
+                length = state[place.tensor].shape[place.axis]
+                index = axes.setdefault(place.axis, torch.arange(length))
                 index[place.positions.flatten()] = place.positions[order].flatten()
-                permuted[place.tensor] = tensor.index_select(place.axis, index.to(tensor.device))
-        return permuted
+        return {
+            name: _reordered(tensor, orders[name]) if name in orders else tensor
+            for name, tensor in state.items()
+        }
+
+
+def _reordered(tensor: Tensor, orders: Mapping[int, Tensor]) -> Tensor:
+    """Return a tensor with its axes in other orders, a few rows at a time."""
+    rows = orders.get(0, torch.arange(len(tensor))).to(tensor.device)
+    others = {axis: order.to(tensor.device) for axis, order in orders.items() if axis != 0}
+    if not others:
+        return tensor.index_select(0, rows)
+    size = max(1, _BLOCK * len(tensor) // max(1, tensor.numel()))
+    reordered = torch.empty_like(tensor)
+    for part, chosen in zip(torch.split(reordered, size), torch.split(rows, size), strict=True):
+        taken = tensor.index_select(0, chosen)
+        for axis, order in others.items():
+            taken = taken.index_select(axis, order)
+        part.copy_(taken)
+    return reordered
 
 
 def verified_graph(model: nn.Module, example_inputs: Any) -> ChannelGraph:
