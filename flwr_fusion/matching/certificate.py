@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from flwr_fusion.maps import Correspondence, GroupPair
-from flwr_fusion.matching.costs import channel_rows, segments_of
+from flwr_fusion.maps import Correspondence, Segment
+from flwr_fusion.matching.costs import Norms, channel_rows, segments_of
 
 # Distances by inner products round by about this much of the squared norms.
 _ROUNDING = 1e-5
@@ -35,85 +35,129 @@ class IdentityCertificate:
 
     def __init__(self, reference: Mapping[str, Tensor]) -> None:
         self.reference = reference
-        self._gaps: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+        self._gaps: dict[str, Tensor] = {}
+        self._means: dict[tuple[str, int, str], Tensor] = {}
 
-    def cost(
+    def costs(
         self,
-        group: GroupPair,
         client: Mapping[str, Tensor],
         correspondence: Correspondence,
-        norms: Mapping[str, tuple[float, float]],
-    ) -> float | None:
-        """Return the relative cost of the identity in one group, or None where it is not proved.
+        norms: Norms,
+        tensors: Mapping[str, Collection[str]],
+    ) -> dict[str, float] | None:
+        """Return the relative costs of the identity in all groups, or None where it is not proved.
 
         Parameters
         ----------
-        group : GroupPair
-            A free group.
         client : mapping of str to Tensor
-            State dict of the client, all of whose other groups stay in place.
+            State dict of the client.
         correspondence : Correspondence
             Positions in both networks.
         norms : mapping of str to (float, float)
             The tensors that count, with their norms in the reference and in the client.
+        tensors : mapping of str to collection of str
+            For every free group the tensors that tell its channels apart.
 
         Returns
         -------
-        float or None
+        dict of str to float or None
             0 for identical channels, 1 for unrelated ones, as in `Alignment`.
         """
-        if group.fused_size != group.client_size or not norms:
-            return None
-        apart: Tensor | float = 0.0
-        everywhere = 0.0
-        for name, (norm, client_norm) in norms.items():
-            if self.reference[name].shape != client[name].shape:
+        apart: dict[str, dict[int, Tensor]] = {}
+        costs: dict[str, float] = {}
+        # One group after the other: the first tells that networks are unrelated.
+        for group in correspondence.free_groups:
+            total: Tensor | None = None
+            everywhere = 0.0
+            for name in tensors.get(group.name, ()):
+                ours, theirs = self.reference[name], client[name].to(self.reference[name].device)
+                if ours.shape != theirs.shape:
+                    return None
+                if name not in apart:
+                    axes = correspondence.segments[name]
+                    apart[name] = _squared_differences(ours, theirs, axes, norms[name])
+                for axis, segment in segments_of(group.name, name, correspondence):
+                    positions = segment.fused_positions
+                    if not torch.equal(positions, segment.client_positions):
+                        return None
+                    found = apart[name][axis][positions.to(ours.device)].sum(1)
+                    total = found if total is None else total + found
+                    everywhere += self._mean_distance(theirs, name, axis, segment, norms[name])
+            if total is None:
                 return None
-            for axis, segment in segments_of(group.name, name, correspondence):
-                ours = channel_rows(self.reference[name], axis, segment.fused_positions)
-                theirs = channel_rows(client[name], axis, segment.client_positions).to(ours)
-                apart = apart + _squared_distances(ours, theirs, norm, client_norm)
-                everywhere += _mean_distance(ours, theirs, norm, client_norm)
-        assert isinstance(apart, Tensor)
-        # Weights that are not finite prove nothing.
-        if not bool((4 * apart <= self._gap(group.name, correspondence, norms)).all()):
-            return None
-        return float(apart.double().mean()) / max(everywhere, 1e-30)
+            gap = self._gap(group.name, tensors[group.name], correspondence, norms)
+            # Weights that are not finite prove nothing.
+            if not bool((4 * total <= gap).all()):
+                return None
+            costs[group.name] = float(total.double().mean()) / max(everywhere, 1e-30)
+        return costs
 
     def _gap(
-        self,
-        group: str,
-        correspondence: Correspondence,
-        norms: Mapping[str, tuple[float, float]],
+        self, group: str, tensors: Collection[str], correspondence: Correspondence, norms: Norms
     ) -> Tensor:
         """Return ``min_j |a_i - a_j|^2`` of a group's channels; rounding only makes it smaller."""
-        key = (group, tuple(norms))
-        if key not in self._gaps:
-            self._gaps[key] = _nearest(
-                channel_rows(self.reference[name], axis, segment.fused_positions) / norm
-                for name, (norm, _) in norms.items()
+        if group not in self._gaps:
+            self._gaps[group] = _nearest(
+                channel_rows(self.reference[name], axis, segment.fused_positions) / norms[name][0]
+                for name in tensors
                 for axis, segment in segments_of(group, name, correspondence)
             )
-        return self._gaps[key]
+        return self._gaps[group]
+
+    def _mean_distance(
+        self, theirs: Tensor, name: str, axis: int, segment: Segment, norms: tuple[float, float]
+    ) -> float:
+        """Return the mean of ``|a_i - b_j|^2`` over all pairs of channels, of one tensor."""
+        key = (name, axis, segment.group)
+        ours = self.reference[name]
+        if key not in self._means:
+            self._means[key] = _mean_channel(ours, axis, segment.fused_positions)
+        product = float(self._means[key] @ _mean_channel(theirs, axis, segment.fused_positions))
+        squares = sum(
+            _share_of_squares(tensor, axis, segment.fused_positions, norm)
+            for tensor, norm in zip((ours, theirs), norms, strict=True)
+        )
+        # mean |a|^2 + mean |b|^2 - 2 <mean a, mean b>.
+        return squares / len(segment.fused_positions) - 2 * product / (norms[0] * norms[1])
 
 
-def _squared_distances(ours: Tensor, theirs: Tensor, norm: float, client_norm: float) -> Tensor:
-    """Return ``|a_i - b_i|^2`` of the rows, in blocks."""
-    rows = max(1, _BLOCK // max(1, ours.shape[1]))
-    return torch.cat(
-        [
-            (a / norm).sub_(b, alpha=1 / client_norm).square_().sum(1)
-            for a, b in zip(torch.split(ours, rows), torch.split(theirs, rows), strict=True)
-        ]
-    )
+def _share_of_squares(tensor: Tensor, axis: int, positions: Tensor, norm: float) -> float:
+    """Return ``sum_i |a_i|^2`` of a normalised tensor's channels: 1 if it has no others."""
+    if positions.numel() == tensor.shape[axis]:
+        return 1.0
+    return float(channel_rows(tensor, axis, positions).norm()) ** 2 / norm**2
 
 
-def _mean_distance(ours: Tensor, theirs: Tensor, norm: float, client_norm: float) -> float:
-    """Return the mean of ``|a_i - b_j|^2`` over all pairs of rows."""
-    # mean |a|^2 + mean |b|^2 - 2 <mean a, mean b>.
-    squares = float(ours.norm()) ** 2 / norm**2 + float(theirs.norm()) ** 2 / client_norm**2
-    product = float(ours.mean(0) @ theirs.mean(0)) / (norm * client_norm)
-    return squares / len(ours) - 2 * product
+def _squared_differences(
+    ours: Tensor, theirs: Tensor, axes: Iterable[int], norms: tuple[float, float]
+) -> dict[int, Tensor]:
+    """Return ``(A / |A| - B / |B|)^2``, summed to each position along some axes."""
+    norm, client_norm = norms
+    precise = torch.promote_types(ours.dtype, torch.float32)
+    sums: dict[int, list[Tensor]] = {axis: [] for axis in axes}
+    rows = max(1, _BLOCK * len(ours) // max(1, ours.numel()))
+    for a, b in zip(torch.split(ours, rows), torch.split(theirs, rows), strict=True):
+        difference = a.detach().to(precise) / norm
+        squares = difference.sub_(b.detach().to(precise), alpha=1 / client_norm).square_()
+        for axis, found in sums.items():
+            found.append(squares.sum([other for other in range(ours.dim()) if other != axis]))
+    return {
+        axis: torch.cat(found) if axis == 0 else torch.stack(found).sum(0)
+        for axis, found in sums.items()
+    }
+
+
+def _mean_channel(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
+    """Return the mean of a tensor's channels, as one row."""
+    size, block = positions.shape
+    if positions.numel() == tensor.shape[axis] and bool(
+        (positions.flatten() == torch.arange(size * block)).all()
+    ):
+        shape = (*tensor.shape[:axis], size, block, *tensor.shape[axis + 1 :])
+        precise = torch.promote_types(tensor.dtype, torch.float32)
+        mean = tensor.detach().reshape(shape).mean(axis, dtype=precise)
+        return mean.movedim(axis, 0).flatten().double()
+    return channel_rows(tensor, axis, positions).mean(0).double()
 
 
 def _nearest(parts: Iterable[Tensor]) -> Tensor:

@@ -13,6 +13,9 @@ from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import Correspondence, Maps, Segment, map_tensor
 from flwr_fusion.observe import batches_of, record
 
+Norms = Mapping[str, tuple[float, float]]
+"""Of tensors: their norms in the reference and in the client."""
+
 
 def weight_cost(
     group: str,
@@ -20,7 +23,7 @@ def weight_cost(
     client: Mapping[str, Tensor],
     correspondence: Correspondence,
     maps: Maps,
-    norms: Mapping[str, tuple[float, float]],
+    norms: Norms,
 ) -> Tensor:
     """Return the squared Euclidean distances between channels, over all their weights.
 

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from flwr_fusion.maps import Correspondence, Maps, Selection, axis_sources
-from flwr_fusion.matching.costs import channel_rows, segments_of, weight_cost
+from flwr_fusion.matching.costs import Norms, channel_rows, segments_of, weight_cost
 
 # After so many updates a cost is computed anew, or their rounding would add up.
 _UPDATES = 10
 # Numbers of a tensor that are compared at a time, so that little memory is needed.
 _BLOCK = 1 << 22
-
-Norms = Mapping[str, tuple[float, float]]
 
 
 @dataclass

@@ -93,7 +93,8 @@ def _resembles(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
             continue
         if ours.shape != state[name].shape:
             return True
-        x, y = ours.double().flatten(), state[name].double().flatten()
+        precise = torch.promote_types(ours.dtype, torch.float32)
+        x, y = ours.flatten().to(precise), state[name].flatten().to(precise)
         products += torch.stack([x @ y, x @ x, y @ y]).cpu()
     # Cosine of all weights: <x, y> > c |x| |y|.
     scale = float((products[1] * products[2]).sqrt())

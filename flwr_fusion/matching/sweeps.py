@@ -172,14 +172,8 @@ class _WeightAligner:
         exact = isinstance(self.solver, Exact) and self.matching.masses == "uniform"
         if self.activations or not exact:
             return None
-        costs: dict[str, float] = {}
-        for group in self.correspondence.free_groups:
-            norms = {name: self.norms[name] for name in self.reads.get(group.name, ())}
-            cost = certificate.cost(group, self.client, self.correspondence, norms)
-            if cost is None:
-                return None
-            costs[group.name] = cost
-        return Alignment(self.correspondence.identity(), costs)
+        costs = certificate.costs(self.client, self.correspondence, self.norms, self.reads)
+        return None if costs is None else Alignment(self.correspondence.identity(), costs)
 
     def forward_pass(
         self, incoming_only: bool, known: Mapping[str, ChannelMap] | None = None

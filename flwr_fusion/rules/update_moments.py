@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 # Weights with more inputs have moments of each channel's kernel, or of each input, alone.
 _MOST_INPUTS = 4608
+# Moments are symmetric: half of them is found in strips of at least so many rows.
+_STRIPS, _STRIP = 4, 256
+# Moments of more inputs are solved in single precision, where the ridge is not smaller than this.
+_SMALL, _SAFE_RIDGE = 1024, 0.01
 # Clients whose last layers agree more than this differ by noise alone, which the mean takes out.
 _AGREEMENT_OF_NOISE = 0.2
 # Changes of fewer values agree or contradict by chance.
@@ -127,27 +131,37 @@ class UpdateSums:
         if not size > 0:
             return
         # s G + (1 - s) diag(G), G divided by its trace: no client gains by scaling its update.
-        moments = (update.mT @ update) * (self._options.shrinkage * weight / size)
-        moments.diagonal(dim1=1, dim2=2).copy_(update.square().sum(1) * (weight / size))
-        self._moments += moments
-        self._residual += view.blocks(difference) @ moments
+        share = weight / size
+        squares = update.square().sum(1) * (1 - self._options.shrinkage) * share
+        outer = self._options.shrinkage * share
+        _add_lower_products(self._moments, update, outer)
+        self._moments.diagonal(dim1=1, dim2=2).add_(squares)
+        # (W_k - A) D_k^T first: there are fewer outputs than inputs, mostly.
+        rows = view.blocks(difference)
+        self._residual.addcmul_(rows, squares.unsqueeze(1))
+        self._residual.baddbmm_(rows @ update.mT, update, alpha=outer)
 
     def solve(self, strength: float) -> Tensor | None:
         """Return the combined weight; None where no client has moved.
 
         ``strength`` is the share of the way from the mean to the least-squares solution.
         """
-        moments = self._moments.double()
+        options, size = self._options, self._moments.shape[1]
+        # The ridge bounds the condition by about size / ridge: then single precision will do.
+        single = size > _SMALL and options.ridge >= _SAFE_RIDGE
+        precision = torch.float32 if single else torch.float64
+        moments = self._moments.to(precision, copy=True)
         diagonal = moments.diagonal(dim1=1, dim2=2)
         if not bool(diagonal.any()):
             return None
-        diagonal += self._options.ridge * diagonal.mean()
+        diagonal += options.ridge * diagonal.mean()
         diagonal[diagonal == 0] = 1.0
+        # Of the moments it reads the lower triangle.
         factor, failed = torch.linalg.cholesky_ex(moments)
         if bool(failed.any()):
             return None
-        change = self._view.weight(torch.cholesky_solve(self._residual.double().mT, factor).mT)
-        return self._bounded(strength * change)
+        solved = torch.cholesky_solve(self._residual.to(precision).mT, factor).mT
+        return self._bounded(strength * self._view.weight(solved).double())
 
     def _bounded(self, change: Tensor) -> Tensor:
         """Return the mean plus its change, within the bound on every row, then on the norm."""
@@ -162,6 +176,16 @@ class UpdateSums:
         # The clients' mean norm is never below that of their mean.
         bound = max(float(norms.norm()), float(self._mean.norm()))
         return weight * min(1.0, bound / max(float(weight.norm()), 1e-30))
+
+
+def _add_lower_products(moments: Tensor, update: Tensor, factor: float) -> None:
+    """Add ``factor * D^T D`` to the lower triangle of moments, in place; above it not all of it."""
+    size = update.shape[2]
+    step = max(_STRIP, -(-size // _STRIPS))
+    for start in range(0, size, step):
+        columns = slice(start, start + step)
+        part = moments[:, columns, : start + step]
+        part.baddbmm_(update[:, :, columns].mT, update[:, :, : start + step], alpha=factor)
 
 
 class Agreement:
@@ -220,11 +244,15 @@ def by_update_moments(
 ) -> dict[str, Tensor]:
     """Return the weights that moments of the updates give; the others stay the mean.
 
-    All clients are read once, after the mean is known; held are the sums of all weights.
+    Clients are read after the mean is known, one at a time; held are the sums of all weights.
     """
     assert fusion.sent is not None
+    strength = options.strength
+    if strength == "auto":
+        strength = strength_of(_agreement(fusion, maps))
+    if not strength:
+        return {}
     modules = dict(fusion.clients[0].model().named_modules())
-    last, agreement = last_tensor(fusion.target), Agreement()
     sums = {
         name: UpdateSums(
             tensor, fusion.sent[name], WeightView.of(name, tensor.shape, modules), options
@@ -234,23 +262,27 @@ def by_update_moments(
     }
     for client, chosen in zip(fusion.clients, maps, strict=True):
         state = client.state()
-        if last not in client.absent:
-            value, present = _mapped(state[last], last, client, chosen)
-            agreement.add((value - fusion.sent[last].float()) * present, client.weight)
         for name, total in sums.items():
             if name not in client.absent:
                 value, present = _mapped(state[name], name, client, chosen)
                 total.add(value, present, client.weight**options.exponent)
-    strength = options.strength
-    strength = strength_of(agreement.value) if strength == "auto" else strength
-    if not strength:
-        return {}
     solved = {name: total.solve(strength) for name, total in sums.items()}
     return {
         n: t.to(mean[n].dtype)
         for n, t in solved.items()
         if t is not None and bool(t.isfinite().all())
     }
+
+
+def _agreement(fusion: Fusion, maps: Sequence[Maps]) -> float:
+    """Return how far the clients' changes of the last layer agree."""
+    assert fusion.sent is not None
+    last, agreement = last_tensor(fusion.target), Agreement()
+    for client, chosen in zip(fusion.clients, maps, strict=True):
+        if last not in client.absent:
+            value, present = _mapped(client.state()[last], last, client, chosen)
+            agreement.add((value - fusion.sent[last].float()) * present, client.weight)
+    return agreement.value
 
 
 def _mapped(tensor: Tensor, name: str, client: Client, maps: Maps) -> tuple[Tensor, Tensor]:

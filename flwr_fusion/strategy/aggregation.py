@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from logging import ERROR, WARNING
 from typing import Any
 
@@ -17,7 +18,12 @@ from flwr_fusion.networks import BuiltOnAccess, copied, with_state
 from flwr_fusion.report import FusionReport, FusionResult
 from flwr_fusion.statistics.moments import Statistics, input_moments
 from flwr_fusion.strategy.configured_method import ConfiguredMethod
-from flwr_fusion.strategy.global_models import GlobalModels, load_arrays, usable_arrays
+from flwr_fusion.strategy.global_models import (
+    GlobalModels,
+    load_arrays,
+    network_over,
+    usable_arrays,
+)
 from flwr_fusion.strategy.refinement_steps import Refinement, check_refinement
 from flwr_fusion.strategy.replies import Update
 
@@ -106,9 +112,14 @@ class Aggregator:
         """Return the next global model and its report, for every architecture in use."""
 
         def network(k: int) -> nn.Module:
+            return network_over(model_of(updates[k].node_id), updates[k].arrays)
+
+        def own_network(k: int) -> nn.Module:
             return load_arrays(model_of(updates[k].node_id), updates[k].arrays)
 
-        networks = BuiltOnAccess(len(updates), network)
+        networks = BuiltOnAccess(len(updates), cache(network))
+        # A refinement, which may be the user's, gets networks that it may do anything with.
+        own_networks = BuiltOnAccess(len(updates), own_network)
         weights = [update.weight for update in updates]
         arrays: dict[str, ArrayRecord] = {}
         reports: dict[str, FusionReport] = {}
@@ -118,7 +129,7 @@ class Aggregator:
             sent = None if self.models.sent(name) is None else self.models.network(name)
             fused = self._fuse(method, networks, weights, statistics, target, sent)
             if self.refine is not None and server_round in self.refine.rounds:
-                fused = self._refined(self.refine, server_round, fused, networks, updates)
+                fused = self._refined(self.refine, server_round, fused, own_networks, updates)
             arrays[name] = usable_arrays(fused.model, target)
             reports[name] = fused.report
         return arrays, reports

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,20 +69,21 @@ _PREFIXES = {
 }
 
 
-def check_plausible(arrays: ArrayRecord) -> None:
-    """Check what no training can lead to: negative variances, huge counters.
+def check_plausible(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None:
+    """Check arrays that have passed `check_arrays` for negative variances and huge counters.
 
+    No training leads to them.
     Counters may be negative: noise that a client adds to all it sends makes them so.
     """
-    for name, array in arrays.items():
-        values = np.asarray(array.numpy())
-        if name.rpartition(".")[2] == "running_var" and values.size and values.min() < 0:
+    for name, like in template.items():
+        is_variance = name.rpartition(".")[2] == "running_var"
+        is_counter = like.numel() == 1 and not like.is_floating_point()
+        if not is_variance and not is_counter:
+            continue
+        values = decode_array(name, arrays[name], tuple(like.shape))
+        if is_variance and values.size and values.min() < 0:
             raise RejectedReply(Reason.MAGNITUDE, f"array '{name}' has negative variances")
-        if (
-            values.dtype.kind in "iu"
-            and values.size == 1
-            and abs(int(values.item())) > _LARGEST_COUNT
-        ):
+        if is_counter and abs(int(values.item())) > _LARGEST_COUNT:
             raise RejectedReply(Reason.MAGNITUDE, f"counter '{name}' is {values.item()}")
 
 
@@ -94,7 +96,8 @@ def _check_array(name: str, array: Array, like: Tensor) -> None:
             Reason.TYPE, f"array '{name}' holds {values.dtype}, not {_KINDS[kind]} numbers"
         )
     if values.dtype.kind == "f" and values.size:
-        largest = float(np.abs(values).max())
+        # Both are NaN where any value is.
+        largest = max(abs(float(values.max())), abs(float(values.min())))
         if not math.isfinite(largest):
             raise RejectedReply(Reason.NON_FINITE, f"array '{name}' has non-finite values")
         if largest > min(_LARGEST_VALUE, torch.finfo(like.dtype).max):
@@ -150,11 +153,19 @@ def decode_array(name: str, array: Array, shape: tuple[int, ...]) -> NDArray[Any
 
 def state_of(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of arrays that have passed `check_arrays`, in the model's dtypes."""
+    return {name: tensor.clone() for name, tensor in shared_state(arrays, template).items()}
+
+
+def shared_state(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same tensors in the memory of the arrays: they must not be written into."""
     state = {}
-    for name, like in template.items():
-        values = decode_array(name, arrays[name], tuple(like.shape))
-        native = np.array(values, dtype=values.dtype.newbyteorder("="))
-        state[name] = torch.from_numpy(native).to(like.dtype)
+    with warnings.catch_warnings():
+        # PyTorch warns of what is read-only.
+        warnings.simplefilter("ignore", UserWarning)
+        for name, like in template.items():
+            values = decode_array(name, arrays[name], tuple(like.shape))
+            native = np.asarray(values, dtype=values.dtype.newbyteorder("="))
+            state[name] = torch.from_numpy(native).to(like.dtype)
     return state
 
 

@@ -8,8 +8,14 @@ from flwr.app import ArrayRecord
 from torch import nn
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.networks import check_network, with_state
-from flwr_fusion.strategy.array_checks import arrays_of, check_arrays, check_plausible, state_of
+from flwr_fusion.networks import assemble_unchanged, check_network, with_state
+from flwr_fusion.strategy.array_checks import (
+    arrays_of,
+    check_arrays,
+    check_plausible,
+    shared_state,
+    state_of,
+)
 from flwr_fusion.strategy.checkpoint import Checkpoint
 from flwr_fusion.strategy.reasons import RejectedReply
 
@@ -139,12 +145,21 @@ def load_arrays(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
     return with_state(model, state_of(arrays, model.state_dict()))
 
 
+def network_over(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
+    """Return such a network whose parameters lie in the arrays' memory, to read only."""
+    state = shared_state(arrays, model.state_dict())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    # Buffers are copies: layers may write into them when they run.
+    owned = {name: t if name in parameters else t.clone() for name, t in state.items()}
+    return assemble_unchanged(model, owned)
+
+
 def usable_arrays(model: nn.Module, template: nn.Module) -> ArrayRecord:
     """Return a fused model's arrays; refuse what could not be sent in the next round."""
     arrays = arrays_of(model.state_dict())
     try:
         check_arrays(arrays, template.state_dict())
-        check_plausible(arrays)
+        check_plausible(arrays, template.state_dict())
     except RejectedReply as error:
         raise FusionError(f"the fused model cannot be used: {error}") from error
     return arrays

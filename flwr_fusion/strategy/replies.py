@@ -276,7 +276,7 @@ def read_update(
     arrays = named_arrays(received, template)
     weight = read_weight(content, weight_key)
     check_arrays(arrays, template)
-    check_plausible(arrays)
+    check_plausible(arrays, template)
     return Update(answer.node_id, weight, arrays, content)
 
 
