@@ -15,11 +15,13 @@ from flwr_fusion.matching.assignment import both_masses
 
 # POT's own limit of iterations is below what small regularisations need.
 _ITERATIONS = 10_000
+# exp(-300) is far inside of double precision, also multiplied by scalings of such a size.
+_LARGEST_EXPONENT = 300
 
 
 @dataclass(frozen=True)
 class Sinkhorn:
-    """Entropic transport (Cuturi 2013), in the log domain.
+    """Entropic transport (Cuturi 2013).
 
     ``min <T, C> + regularisation * sum T log T`` over plans with the given marginals.
 
@@ -44,13 +46,16 @@ class Sinkhorn:
         import ot
 
         a, b = both_masses(cost, fused_mass, client_mass)
+        scaled = _scaled(cost)
+        # The kernel itself is a fiftieth of the work of its logarithm, where it does not underflow.
+        in_range = float(scaled.max()) < _LARGEST_EXPONENT * self.regularisation
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # As tensors: POT takes a fifth of the time for them.
             plan = ot.sinkhorn(
-                *map(torch.from_numpy, (a, b, _scaled(cost))),
+                *map(torch.from_numpy, (a, b, scaled)),
                 self.regularisation,
-                method="sinkhorn_log",
+                method="sinkhorn" if in_range else "sinkhorn_log",
                 numItermax=_ITERATIONS,
                 stopThr=1e-5,
             )
