@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from flwr_fusion.fusion import Client
 from flwr_fusion.maps import Selection
-from flwr_fusion.matching.costs import channel_norms
+from flwr_fusion.matching.certificate import IdentityCertificate
+from flwr_fusion.matching.costs import channel_norms, matched_tensors
 from flwr_fusion.matching.matching import Matching
 from flwr_fusion.matching.sweeps import align_by_weights
 from flwr_fusion.networks import check_same_tensors, detached_state, squared_norm
@@ -119,13 +120,36 @@ def most_central(clients: Sequence[Client], matching: Matching) -> int:
     """Return the client to which half of the others can be aligned at the least cost.
 
     A client that has nothing in common with the others, whatever its weights, is never chosen
-    while most of the others have.
+    while most of the others have. Clients that come from one start are compared as they stand.
     """
+    if len(clients) == 1:
+        return 0
+    as_they_stand = _distances(clients)
+    # A distance of 2 (1 - cosine) on average over the tensors.
+    near = (as_they_stand < 2 * (1 - _SAME_START)).sum(1) >= len(clients) / 2
+    if bool(near.any()):
+        return int(as_they_stand.nanmedian(1).values.masked_fill(~near, torch.inf).argmin())
     costs = torch.full((len(clients), len(clients)), torch.nan)
     for n, reference in enumerate(clients):
         state = reference.state()
+        certificate = IdentityCertificate(state)
         for k, client in enumerate(clients):
             if k != n:
-                found = align_by_weights(state, client.state(), client.correspondence, matching)
+                found = align_by_weights(
+                    state, client.state(), client.correspondence, matching, certificate=certificate
+                )
                 costs[n, k] = fmean(found.costs.values()) if found.costs else 0.0
-    return int(costs.nanmedian(1).values.argmin()) if len(clients) > 1 else 0
+    return int(costs.nanmedian(1).values.argmin())
+
+
+def _distances(clients: Sequence[Client]) -> Tensor:
+    """Return the mean squared distances of the clients' normalised tensors; NaN to themselves."""
+    states = [client.state() for client in clients]
+    total = torch.zeros(len(clients), len(clients), dtype=torch.float64)
+    names = matched_tensors(clients[0].correspondence, states[0])
+    for name in names:
+        rows = torch.stack([state[name].detach().flatten().float() for state in states])
+        rows /= rows.norm(dim=1, keepdim=True).clamp(min=1e-15)
+        # |x - y|^2 = 2 (1 - <x, y>) of unit vectors.
+        total += 2 * (1 - (rows @ rows.T).double().cpu())
+    return (total / max(1, len(names))).fill_diagonal_(torch.nan)

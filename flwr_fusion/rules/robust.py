@@ -178,6 +178,10 @@ def squared_distances(fusion: Fusion, maps: Sequence[Maps]) -> Tensor:
     total = torch.zeros(size, size, dtype=torch.float64)
     common = torch.zeros(size, size, dtype=torch.float64)
     for block in fusion.blocks(maps):
+        if bool(block.present.all()):
+            total += _all_squared_distances(block.values.reshape(size, -1)).cpu()
+            common += block.values[0].numel()
+            continue
         present = block.present.reshape(size, -1).double()
         flat = block.values.reshape(size, -1).double() * present
         for k in range(size):
@@ -186,3 +190,13 @@ def squared_distances(fusion: Fusion, maps: Sequence[Maps]) -> Tensor:
             total[k] += ((flat - flat[k]).square() * both).sum(1).cpu()
             common[k] += both.sum(1).cpu()
     return torch.where(common > 0, total / common, torch.inf) * common.max()
+
+
+def _all_squared_distances(rows: Tensor) -> Tensor:
+    """Return the squared distances between rows, from one product of theirs."""
+    # About their mean, or the distances of near rows would drown in the rows' own lengths.
+    centred = rows.double()
+    centred = centred - centred.mean(0)
+    products = centred @ centred.T
+    squares = products.diagonal()
+    return (squares[:, None] + squares - 2 * products).clamp_(min=0).fill_diagonal_(0)
