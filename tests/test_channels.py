@@ -555,3 +555,37 @@ def test_refusal_lists_a_few_groups_only() -> None:
     with pytest.raises(FusionError, match="more groups") as refusal:
         replace(graph, groups=groups).verify()
     assert len(str(refusal.value)) < 1000
+
+
+# A graph that is found again.
+
+
+def classifier(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 8), nn.Softmax(1))
+
+
+def test_network_of_one_kind_is_traced_once() -> None:
+    inputs = torch.zeros(1, 4)
+    first, second = classifier(nn.ReLU()), classifier(nn.ReLU())
+    assert verified_graph(first, inputs) is verified_graph(second, inputs)
+
+
+def test_network_that_computes_something_else_is_traced_anew() -> None:
+    inputs = torch.zeros(1, 4)
+    first, second = classifier(nn.ReLU()), classifier(nn.Softmax(1))
+    # Networks that give zeros now may give anything after training.
+    for network in (first, second):
+        for parameter in network.parameters():
+            nn.init.zeros_(parameter)
+    graphs = [verified_graph(network, inputs) for network in (first, second)]
+    assert graphs[0] is not graphs[1]
+
+
+def test_mode_of_a_network_stays_where_its_graph_is_found_again() -> None:
+    inputs = torch.zeros(1, 4)
+    first, second = classifier(nn.ReLU()).eval(), classifier(nn.ReLU()).train()
+    state = {name: tensor.clone() for name, tensor in second.state_dict().items()}
+    assert verified_graph(first, inputs) is verified_graph(second, inputs)
+    assert second.training
+    for name, tensor in second.state_dict().items():
+        assert torch.equal(tensor, state[name])

@@ -60,12 +60,7 @@ class _Run:
 
     def outputs(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         """Return what the network gives with other values, also where it takes training's way."""
-        model = self._graph.model
-        found = outputs(model, state, self.inputs)
-        if self._graph.trained_branches:
-            with written_for_training(model):
-                found += outputs(model, state, self.inputs)
-        return found
+        return outputs_both_ways(self._graph.model, state, self.inputs, self._graph)
 
     def changes(self, state: Mapping[str, Tensor]) -> bool:
         """Whether other values change the output by more than rounding."""
@@ -496,6 +491,17 @@ def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> list[
     if not real:
         raise FusionError(f"the output of {type(model).__name__} has no tensors")
     return floating or [t.double() for t in real]
+
+
+def outputs_both_ways(
+    model: nn.Module, state: Mapping[str, Tensor], inputs: Any, graph: ChannelGraph
+) -> list[Tensor]:
+    """Return what a network gives, also where it takes training's way if its graph has one."""
+    found = outputs(model, state, inputs)
+    if graph.trained_branches:
+        with written_for_training(model):
+            found += outputs(model, state, inputs)
+    return found
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

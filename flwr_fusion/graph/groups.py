@@ -13,15 +13,30 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flwr_fusion.graph.checking import check_groups, warn_of_idle_layers, with_failing_fixed
-from flwr_fusion.networks import check_network, owner_of, prepared_copy
-from flwr_fusion.observe import Inputs, moved_to, named_failure
+from flwr_fusion.errors import FusionError
+from flwr_fusion.graph.checking import (
+    check_groups,
+    is_close,
+    outputs_both_ways,
+    random_inputs,
+    random_state,
+    warn_of_idle_layers,
+    with_failing_fixed,
+)
+from flwr_fusion.networks import (
+    architecture_of,
+    check_network,
+    owner_of,
+    prepared_copy,
+    tied_tensors,
+)
+from flwr_fusion.observe import Inputs, evaluation_mode, moved_to, named_failure
 
 # Numbers of a tensor that are permuted at a time.
 _BLOCK = 1 << 20
@@ -281,16 +296,43 @@ def _reordered(tensor: Tensor, orders: Mapping[int, Tensor]) -> Tensor:
 def verified_graph(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     """Return a network's verified graph, remembered while the module object lives.
 
-    It is traced again if the shapes of parameters or inputs have changed.
+    It is traced again if the shapes of parameters or inputs have changed. Another network of the
+    same type and shapes that computes the same at random weights has the same graph.
     """
-    shapes = tuple((n, t.shape) for n, t in model.state_dict().items())
     leaves = tree_leaves(Inputs.of(example_inputs))
-    key = (shapes, tuple(getattr(x, "shape", repr(x)) for x in leaves))
+    key = (
+        architecture_of(model),
+        frozenset(tied_tensors(model)),
+        tuple(getattr(x, "shape", repr(x)) for x in leaves),
+    )
     remembered = _VERIFIED.get(model)
     if remembered is None or remembered[0] != key:
-        remembered = (key, ChannelGraph.trace(model, example_inputs))
+        known = _BY_ARCHITECTURE.get(key)
+        if known is None or not _computes_the_same(model, known, example_inputs):
+            known = ChannelGraph.trace(model, example_inputs)
+            _BY_ARCHITECTURE[key] = known
+        remembered = (key, known)
         _VERIFIED[model] = remembered
     return remembered[1]
 
 
 _VERIFIED: WeakKeyDictionary[nn.Module, tuple[Any, ChannelGraph]] = WeakKeyDictionary()
+_BY_ARCHITECTURE: WeakValueDictionary[Any, ChannelGraph] = WeakValueDictionary()
+
+
+def _computes_the_same(model: nn.Module, graph: ChannelGraph, example_inputs: Any) -> bool:
+    """Whether a network gives what a traced one does, at the same random weights and inputs."""
+    generator = torch.Generator().manual_seed(0)
+    state = random_state(model, generator)
+    try:
+        for inputs in (random_inputs(example_inputs, generator), example_inputs):
+            with evaluation_mode(model):
+                ours, theirs = (
+                    outputs_both_ways(network, state, moved_to(network, inputs), graph)
+                    for network in (model, graph.model)
+                )
+            if len(ours) != len(theirs) or not all(map(is_close, ours, theirs)):
+                return False
+    except FusionError:
+        return False
+    return True
