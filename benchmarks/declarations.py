@@ -63,6 +63,20 @@ class Scale:
     widths: tuple[int, ...] = (16, 64, 256, 1024)
     depths: tuple[int, ...] = (1, 2, 4, 6)
     timed_widths: tuple[int, ...] = (256, 1024, 4096)
+    # Networks whose fusion is timed, and how many; those of a strategy's replies.
+    timed_networks: tuple[tuple[str, int], ...] = (
+        ("mlp-400-200-100", 2),
+        ("mlp-400-200-100", 10),
+        ("mlp-4096-4096", 2),
+        ("resnet18", 2),
+        ("resnet18", 4),
+        ("resnet18", 10),
+        ("resnet50", 2),
+        ("vgg16", 2),
+        ("convnext_tiny", 2),
+        ("vit_b_16", 2),
+    )
+    timed_rounds: tuple[tuple[str, int], ...] = (("resnet18", 10), ("resnet18", 100))
     # Images with which clients' statistics are timed.
     measured_images: int = 2048
     # How many networks are fused, and the rounds of federations.
@@ -139,6 +153,8 @@ SMOKE = Scale(
     widths=(16, 32),
     depths=(1, 2),
     timed_widths=(16,),
+    timed_networks=(("mlp-16", 2),),
+    timed_rounds=(("mlp-16", 2),),
     measured_images=64,
     vgg="vgg-11-4",
     pruned_vgg="vgg-11-4",

@@ -13,6 +13,7 @@ from benchmarks.experiments import (
     robust,
     rounds,
     skill_transfer,
+    speed,
     transplantation,
 )
 
@@ -31,6 +32,7 @@ EXPERIMENTS = {
         mixed_federation,
         robust,
         cost,
+        speed,
         architectures,
     )
     for own in module.EXPERIMENTS
