@@ -518,7 +518,7 @@ def noisy_clients(noise: float, count: int = 5) -> tuple[nn.Module, list[nn.Modu
     inputs = architecture.inputs(20)
     model = architecture.model()
     pair = pair_of("small-vgg")
-    parameters = {name for name, _ in model.named_parameters()}
+    parameters = [name for name, _ in model.named_parameters()]
     clients: list[nn.Module] = []
     for k in range(count):
         generator = torch.Generator().manual_seed(100 + k)
