@@ -38,6 +38,7 @@ STARTS = ("one start", "own starts")
 # Of the size of every weight: what networks of one start differ by.
 NOISE = 0.02
 COMBINED = ("mean", "auto")
+QUANTITIES = ("seconds", "mebibytes")
 
 
 def network_of(name: str) -> tuple[nn.Module, Tensor]:
@@ -88,12 +89,25 @@ def of_round(bench: Bench) -> Scores:
 
 
 def measured(function: str, *arguments: object) -> dict[str, float]:
-    """Return what a function of this module prints, called in a process of its own."""
-    call = f"from benchmarks.experiments import speed; speed.{function}{arguments!r}"
+    """Return what a function of this module measures: seconds and memory, each in a process."""
+    return {
+        name: value
+        for quantity in QUANTITIES
+        for name, value in _in_process(function, quantity, *arguments).items()
+    }
+
+
+def _in_process(function: str, quantity: str, *arguments: object) -> dict[str, float]:
+    call = f"from benchmarks.experiments import speed; speed.{function}{(quantity, *arguments)!r}"
     process = subprocess.run(
         [sys.executable, "-c", call],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **GIVES_BACK},
+        # What gives memory back at once takes time.
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            **(GIVES_BACK if quantity == "mebibytes" else {}),
+        },
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -102,7 +116,7 @@ def measured(function: str, *arguments: object) -> dict[str, float]:
     return scores
 
 
-def print_fusion(name: str, count: int, starts: str) -> None:
+def print_fusion(quantity: str, name: str, count: int, starts: str) -> None:
     """Measure `ot_fusion` of some networks in this process, and print the figures as JSON."""
     torch.set_num_threads(1)
     sent, clients, inputs = clients_of(name, count, starts)
@@ -110,10 +124,10 @@ def print_fusion(name: str, count: int, starts: str) -> None:
     fuse = partial(
         ff.ot_fusion, clients, example_inputs=inputs, reference=reference, combine="mean"
     )
-    print(json.dumps(_figures(fuse, partial(ff.average, clients), "average")))
+    print(json.dumps(_figures(quantity, fuse, partial(ff.average, clients), "average")))
 
 
-def print_round(name: str, count: int, combine: str) -> None:
+def print_round(quantity: str, name: str, count: int, combine: str) -> None:
     """Measure `aggregate_train` of replies from one start, and print the figures as JSON."""
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -128,7 +142,8 @@ def print_round(name: str, count: int, combine: str) -> None:
         strategy._runs_itself = True  # As in the strategy's own start().
         return strategy.aggregate_train(1, replies)[0]
 
-    print(json.dumps(_figures(ours, lambda: FedAvg().aggregate_train(1, replies), "FedAvg")))
+    plain = partial(FedAvg().aggregate_train, 1, replies)
+    print(json.dumps(_figures(quantity, ours, plain, "FedAvg")))
 
 
 def _reply(model: nn.Module, examples: int) -> Message:
@@ -140,31 +155,31 @@ def _reply(model: nn.Module, examples: int) -> Message:
 
 
 def _figures(
-    ours: Callable[[], object], plain: Callable[[], object], name: str
+    quantity: str, ours: Callable[[], object], plain: Callable[[], object], name: str
 ) -> dict[str, float]:
-    """Return seconds of the first call and of later ones, their ratio to another, and memory."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # The peak starts anew.
-    before = memory("VmRSS")
-    begin = time.perf_counter()
-    if ours() is None:
-        raise RuntimeError("nothing was fused")
-    first = time.perf_counter() - begin
-    first_memory = memory("VmHWM") - before
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = memory("VmRSS")
+    """Return seconds or memory of the first call and of later ones, beside another's."""
+    first, first_memory = _seconds_and_memory(ours)
+    if quantity == "mebibytes":
+        return {"first call, MiB": first_memory, "later, MiB": _seconds_and_memory(ours)[1]}
     _, later = timed(ours, REPEATS)
-    later_memory = memory("VmHWM") - before
     _, compared = timed(plain, REPEATS)
     return {
         "first call, s": first,
         "later, s": later,
         f"{name}, s": compared,
         f"later / {name}": later / compared,
-        "first call, MiB": first_memory,
-        "later, MiB": later_memory,
     }
+
+
+def _seconds_and_memory(call: Callable[[], object]) -> tuple[float, float]:
+    """Return the time of a call, and the peak of the memory beyond what was held before it."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # The peak starts anew.
+    before = memory("VmRSS")
+    begin = time.perf_counter()
+    if call() is None:
+        raise RuntimeError("nothing was fused")
+    return time.perf_counter() - begin, memory("VmHWM") - before
 
 
 _speed = partial(
