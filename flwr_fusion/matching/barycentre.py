@@ -9,6 +9,7 @@ from torch import Tensor
 from flwr_fusion.fusion import Client
 from flwr_fusion.matching.matching import Matching
 from flwr_fusion.matching.sweeps import TOLERANCE, Alignment, align_by_weights
+from flwr_fusion.progress import tracked
 from flwr_fusion.rules.mean import RunningMean
 
 
@@ -26,9 +27,10 @@ def refine_as_barycentre(
     mean = RunningMean(reference)
     for client, alignment in zip(clients, refined, strict=True):
         mean.add(client, alignment.maps)
-    for _ in range(matching.passes):
+    for n in range(matching.passes):
         gain = 0.0
-        for k, client in enumerate(clients):
+        what = f"matching clients to each other, pass {n + 1}"
+        for k, client in enumerate(tracked(clients, what)):
             state, maps = client.state(), refined[k].maps
             # The mean of the others: sum_l w_l M_l(W_l) - w_k M_k(W_k), over their weight.
             mean.add(client, maps, sign=-1, state=state)

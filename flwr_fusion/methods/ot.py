@@ -26,6 +26,7 @@ from flwr_fusion.networks import (
     with_state,
 )
 from flwr_fusion.observe import check_rereadable
+from flwr_fusion.progress import tracked
 from flwr_fusion.report import FusionReport, FusionResult, GroupReport
 from flwr_fusion.rules import Rule, rule_of
 from flwr_fusion.rules.rule import apply_rule, check_enough, check_given
@@ -226,7 +227,9 @@ def _alignments(
             reference.state, client.state(), client.correspondence, matching, activations=costs
         )
 
-    alignments = [aligned(n, client) for n, client in enumerate(clients)]
+    alignments = [
+        aligned(n, client) for n, client in enumerate(tracked(clients, "matching clients"))
+    ]
     settled = all(alignment.is_identity for alignment in alignments)
     others = len(clients) - (reference.client is not None)
     refinable = not by_activations and matching.sweep == "joint" and others > 1 and not settled

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, map_tensor
 from flwr_fusion.networks import key_of, module_of
+from flwr_fusion.progress import tracked
 
 if TYPE_CHECKING:
     from flwr_fusion.rules.least_squares import LeastSquares
@@ -260,7 +261,8 @@ def by_update_moments(
         for name, tensor in mean.items()
         if tensor.is_floating_point() and tensor.dim() > 1 and name not in fusion.tied
     }
-    for client, chosen in zip(fusion.clients, maps, strict=True):
+    pairs = list(zip(fusion.clients, maps, strict=True))
+    for client, chosen in tracked(pairs, "moments of updates"):
         state = client.state()
         for name, total in sums.items():
             if name not in client.absent:

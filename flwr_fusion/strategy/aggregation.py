@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from logging import ERROR, WARNING
+from functools import cache, partial
+from logging import ERROR, INFO, WARNING
 from typing import Any
 
 from flwr.app import ArrayRecord
@@ -15,6 +15,7 @@ from torch import nn
 from flwr_fusion.errors import FusionError
 from flwr_fusion.graph.groups import verified_graph
 from flwr_fusion.networks import BuiltOnAccess, copied, with_state
+from flwr_fusion.progress import progress_to
 from flwr_fusion.report import FusionReport, FusionResult
 from flwr_fusion.statistics.moments import Statistics, input_moments
 from flwr_fusion.strategy.configured_method import ConfiguredMethod
@@ -127,7 +128,8 @@ class Aggregator:
             if name not in used:
                 continue
             sent = None if self.models.sent(name) is None else self.models.network(name)
-            fused = self._fuse(method, networks, weights, statistics, target, sent)
+            with progress_to(partial(log, INFO, "aggregate_train: %s")):
+                fused = self._fuse(method, networks, weights, statistics, target, sent)
             if self.refine is not None and server_round in self.refine.rounds:
                 fused = self._refined(self.refine, server_round, fused, own_networks, updates)
             arrays[name] = usable_arrays(fused.model, target)
