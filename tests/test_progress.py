@@ -16,15 +16,15 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """A terminal instead of standard error."""
+def terminal_of(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Return a terminal instead of standard error."""
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
     return shown
 
 
-def test_short_work_shows_nothing(terminal: Terminal) -> None:
+def test_short_work_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
     lines: list[str] = []
     with progress_to(lines.append):
         assert list(tracked([1, 2, 3], "work")) == [1, 2, 3]
@@ -33,9 +33,8 @@ def test_short_work_shows_nothing(terminal: Terminal) -> None:
     assert not terminal.getvalue()
 
 
-def test_long_work_shows_a_bar_on_a_terminal(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_work_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
     monkeypatch.setattr(progress, "_SILENT", 0.0)
     monkeypatch.setenv("TERM", "xterm")
     assert list(tracked([1, 2, 3], "work")) == [1, 2, 3]
@@ -43,8 +42,9 @@ def test_long_work_shows_a_bar_on_a_terminal(
 
 
 def test_long_work_of_a_server_goes_to_its_log_now_and_then(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    terminal = terminal_of(monkeypatch)
     monkeypatch.setattr(progress, "_SILENT", 0.0)
     lines: list[str] = []
     with progress_to(lines.append):
