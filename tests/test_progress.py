@@ -41,7 +41,7 @@ def test_long_work_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
     assert "work" in terminal.getvalue()
 
 
-def test_long_work_of_a_server_goes_to_its_log_now_and_then(
+def test_long_work_of_a_server_goes_to_its_log(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = terminal_of(monkeypatch)
