@@ -63,7 +63,7 @@ class Scale:
     widths: tuple[int, ...] = (16, 64, 256, 1024)
     depths: tuple[int, ...] = (1, 2, 4, 6)
     timed_widths: tuple[int, ...] = (256, 1024, 4096)
-    # Networks whose fusion is timed, and how many; those of a strategy's replies.
+    # Networks whose fusion is timed, and how many; those of a strategy's replies, and its combine.
     timed_networks: tuple[tuple[str, int], ...] = (
         ("mlp-400-200-100", 2),
         ("mlp-400-200-100", 10),
@@ -76,7 +76,11 @@ class Scale:
         ("convnext_tiny", 2),
         ("vit_b_16", 2),
     )
-    timed_rounds: tuple[tuple[str, int], ...] = (("resnet18", 10), ("resnet18", 100))
+    timed_rounds: tuple[tuple[str, int, str], ...] = (
+        ("resnet18", 10, "mean"),
+        ("resnet18", 10, "auto"),
+        ("resnet18", 100, "mean"),
+    )
     # Images with which clients' statistics are timed.
     measured_images: int = 2048
     # How many networks are fused, and the rounds of federations.
@@ -154,7 +158,7 @@ SMOKE = Scale(
     depths=(1, 2),
     timed_widths=(16,),
     timed_networks=(("mlp-16", 2),),
-    timed_rounds=(("mlp-16", 2),),
+    timed_rounds=(("mlp-16", 2, "auto"),),
     measured_images=64,
     vgg="vgg-11-4",
     pruned_vgg="vgg-11-4",

@@ -37,7 +37,6 @@ REPEATS = 3
 STARTS = ("one start", "own starts")
 # Of the size of every weight: what networks of one start differ by.
 NOISE = 0.02
-COMBINED = ("mean", "auto")
 QUANTITIES = ("seconds", "mebibytes")
 
 
@@ -83,8 +82,7 @@ def of_round(bench: Bench) -> Scores:
     """Measure a round's aggregation beside FedAvg's."""
     return {
         f"{combine}{GROUP}{count} x {name}": measured("print_round", name, count, combine)
-        for name, count in bench.scale.timed_rounds
-        for combine in COMBINED
+        for name, count, combine in bench.scale.timed_rounds
     }
 
 
