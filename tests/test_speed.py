@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import nn
 
 import flwr_fusion as ff
@@ -20,6 +18,7 @@ from flwr_fusion.matching import kept_costs, reference, sweeps
 from flwr_fusion.matching.reference import most_central
 from flwr_fusion.strategy import OTFusion, global_models
 from tests.support.architectures import named
+from tests.test_strategy import mock_reply_of
 
 CLIENTS = 5
 
@@ -60,21 +59,13 @@ def from_own_starts(count: int) -> list[nn.Module]:
     return [named("small-vgg").model(seed=k) for k in range(count)]
 
 
-def reply_of(model: nn.Module) -> Message:
-    reply = Mock(spec=Message)
-    reply.has_error.return_value, reply.has_content.return_value = False, True
-    metrics = MetricRecord({"num-examples": 10})
-    reply.content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
-    return reply
-
-
 def test_round_from_one_start_solves_nothing_and_builds_each_network_once(
     calls: Counter[str],
 ) -> None:
     clients = from_one_start(CLIENTS)
     strategy = OTFusion(model=clients[0], example_inputs=named("small-vgg").inputs(2))
     calls.clear()
-    arrays, metrics = strategy.aggregate_train(1, [reply_of(client) for client in clients])
+    arrays, metrics = strategy.aggregate_train(1, [mock_reply_of(client, 10) for client in clients])
     assert arrays is not None
     assert metrics is not None
     assert metrics["share-moved"] == 0

@@ -67,10 +67,16 @@ def of_fusion(quantity: str, bench: Bench) -> Scores:
 def measure_in_process(quantity: str, width: int, method: str) -> float:
     """Return "seconds" or "mebibytes" of a fusion, measured in a process of its own."""
     call = f"from benchmarks.experiments import cost; cost.print_measured({method!r}, {width})"
+    return printed_in_process(call, quantity)[quantity]
+
+
+def printed_in_process(call: str, quantity: str) -> dict[str, float]:
+    """Return the JSON that a call prints last, made for one quantity in a process of its own."""
     process = subprocess.run(
         [sys.executable, "-c", call],
         cwd=REPOSITORY,
-        # Read when torch and NumPy are imported, thus set for the child from outside.
+        # Read when torch and NumPy are imported, thus set for the child from outside. What gives
+        # memory back at once takes time.
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -80,7 +86,8 @@ def measure_in_process(quantity: str, width: int, method: str) -> float:
         text=True,
         check=True,
     )
-    return float(json.loads(process.stdout)[quantity])
+    printed: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return printed
 
 
 def print_measured(method: str, width: int) -> None:
@@ -88,11 +95,17 @@ def print_measured(method: str, width: int) -> None:
     fuse = methods(torch.randn(2, INPUTS))[method]
     networks = [MLP((INPUTS, width, OUTPUTS), bias=False) for _ in range(2)]
     fuse(networks)
+    (_, seconds), mebibytes = with_memory(partial(timed, partial(fuse, networks), REPEATS))
+    print(json.dumps({"seconds": seconds, "mebibytes": mebibytes}))
+
+
+def with_memory(call: Callable[[], Result]) -> tuple[Result, float]:
+    """Return what a call returns, and its peak memory beyond what was held before, in MiB."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # The peak starts anew.
     before = memory("VmRSS")
-    _, seconds = timed(partial(fuse, networks), REPEATS)
-    print(json.dumps({"seconds": seconds, "mebibytes": memory("VmHWM") - before}))
+    result = call()
+    return result, memory("VmHWM") - before
 
 
 def memory(field: str) -> float:

@@ -8,16 +8,10 @@ before the call, the fused model included.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from unittest.mock import Mock
 
 import torch
@@ -27,17 +21,15 @@ from fusion_simulation.task import MLP
 from torch import Tensor, nn
 
 import flwr_fusion as ff
-from benchmarks import REPOSITORY
 from benchmarks.bench import Bench
 from benchmarks.declarations import GROUP, Experiment, Scores
-from benchmarks.experiments.cost import GIVES_BACK, memory, timed
+from benchmarks.experiments.cost import printed_in_process, timed, with_memory
 from flwr_fusion.strategy import OTFusion
 
 REPEATS = 3
 STARTS = ("one start", "own starts")
 # Of the size of every weight: what networks of one start differ by.
 NOISE = 0.02
-QUANTITIES = ("seconds", "mebibytes")
 
 
 def network_of(name: str) -> tuple[nn.Module, Tensor]:
@@ -88,29 +80,10 @@ def of_round(bench: Bench) -> Scores:
 
 def measured(function: str, *arguments: object) -> dict[str, float]:
     """Return what a function of this module measures: seconds and memory, each in a process."""
-    return {
-        name: value
-        for quantity in QUANTITIES
-        for name, value in _in_process(function, quantity, *arguments).items()
-    }
-
-
-def _in_process(function: str, quantity: str, *arguments: object) -> dict[str, float]:
-    call = f"from benchmarks.experiments import speed; speed.{function}{(quantity, *arguments)!r}"
-    process = subprocess.run(
-        [sys.executable, "-c", call],
-        cwd=REPOSITORY,
-        # What gives memory back at once takes time.
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            **(GIVES_BACK if quantity == "mebibytes" else {}),
-        },
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    scores: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    scores: dict[str, float] = {}
+    for quantity in ("seconds", "mebibytes"):
+        call = f"speed.{function}{(quantity, *arguments)!r}"
+        scores |= printed_in_process(f"from benchmarks.experiments import speed; {call}", quantity)
     return scores
 
 
@@ -171,13 +144,10 @@ def _figures(
 
 def _seconds_and_memory(call: Callable[[], object]) -> tuple[float, float]:
     """Return the time of a call, and the peak of the memory beyond what was held before it."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # The peak starts anew.
-    before = memory("VmRSS")
-    begin = time.perf_counter()
-    if call() is None:
+    (result, seconds), mebibytes = with_memory(partial(timed, call, 1))
+    if result is None:
         raise RuntimeError("nothing was fused")
-    return time.perf_counter() - begin, memory("VmHWM") - before
+    return seconds, mebibytes
 
 
 _speed = partial(

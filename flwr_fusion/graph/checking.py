@@ -188,15 +188,9 @@ class Check:
         self.runs_left -= 1
         chosen = {group.name: permutations[group.name] for group in groups}
         graph = replace(self._graph, groups=tuple(groups))
-        permuted: dict[int, dict[str, Tensor]] = {}
-        changes = False
-        for run in self._runs:
-            key = id(run.state)
-            if key not in permuted:
-                permuted = {key: graph.permute(run.state, chosen)}
-            if run.changes(permuted[key]):
-                changes = True
-                break
+        changes = any(
+            run.changes(state) for run, state in _with_permuted(self._runs, graph, chosen)
+        )
         if self._runs[0].is_noise:
             raise FusionError(
                 f"rounding alone changes the output of {type(self._graph.model).__name__} at "
@@ -241,6 +235,18 @@ class Check:
         # Along one axis of one tensor alone: that must not go unnoticed.
         alone = (replace(group, places=(place,)) for place in group.places)
         return any(self.changes([one], permutations) for one in alone)
+
+
+def _with_permuted(
+    runs: Sequence[_Run], graph: ChannelGraph, permutations: Mapping[str, Tensor]
+) -> Iterator[tuple[_Run, dict[str, Tensor]]]:
+    """Yield runs with their values permuted; those that have the same values share the copy."""
+    of: Mapping[str, Tensor] | None = None
+    permuted: dict[str, Tensor] = {}
+    for run in runs:
+        if run.state is not of:
+            of, permuted = run.state, graph.permute(run.state, permutations)
+        yield run, permuted
 
 
 def failing(

@@ -150,9 +150,7 @@ def _squared_differences(
 def _mean_channel(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
     """Return the mean of a tensor's channels, as one row."""
     size, block = positions.shape
-    if positions.numel() == tensor.shape[axis] and bool(
-        (positions.flatten() == torch.arange(size * block)).all()
-    ):
+    if torch.equal(positions.flatten(), torch.arange(tensor.shape[axis])):
         shape = (*tensor.shape[:axis], size, block, *tensor.shape[axis + 1 :])
         precise = torch.promote_types(tensor.dtype, torch.float32)
         mean = tensor.detach().reshape(shape).mean(axis, dtype=precise)

@@ -23,7 +23,7 @@ _LEAST_GAIN = 1e-6
 TOLERANCE = 3e-4
 """Sweeps end when one saves less than this share of the matched channels' cost.
 
-The distance that networks end at is within a thousandth of that of sweeps until nothing moves.
+Networks end about a thousandth farther apart at most than by sweeps until nothing moves.
 """
 
 

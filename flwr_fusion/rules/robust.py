@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flwr_fusion.errors import FusionError, check_number
+from flwr_fusion.errors import check_count, check_number
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps
 from flwr_fusion.rules.mean import Mean, RunningMean
@@ -92,9 +92,8 @@ class Krum:
     def __post_init__(self) -> None:
         for name, least in (("malicious", 0), ("selected", 1)):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= least):
-                raise FusionError(f"{name} must be a whole number, at least {least}, not {value!r}")
+            if value is not None:
+                check_count(name, value, least)
 
     @property
     def least_clients(self) -> int:
