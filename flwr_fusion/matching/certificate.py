@@ -67,30 +67,37 @@ class IdentityCertificate:
         costs: dict[str, float] = {}
         # One group after the other: the first tells that networks are unrelated.
         for group in correspondence.free_groups:
-            total: Tensor | None = None
-            everywhere = 0.0
-            for name in tensors.get(group.name, ()):
-                ours, theirs = self.reference[name], client[name].to(self.reference[name].device)
-                if ours.shape != theirs.shape:
-                    return None
+            names = tensors.get(group.name, ())
+            places = [
+                (n, *place) for n in names for place in segments_of(group.name, n, correspondence)
+            ]
+            if not places or not all(
+                self._stands_alike(client, n, segment) for n, _, segment in places
+            ):
+                return None
+            for name in names:
                 if name not in apart:
                     axes = correspondence.segments[name]
-                    apart[name] = _squared_differences(ours, theirs, axes, norms[name])
-                for axis, segment in segments_of(group.name, name, correspondence):
-                    positions = segment.fused_positions
-                    if not torch.equal(positions, segment.client_positions):
-                        return None
-                    found = apart[name][axis][positions.to(ours.device)].sum(1)
-                    total = found if total is None else total + found
-                    everywhere += self._mean_distance(theirs, name, axis, segment, norms[name])
-            if total is None:
-                return None
-            gap = self._gap(group.name, tensors[group.name], correspondence, norms)
+                    given = self.reference[name], client[name], axes, norms[name]
+                    apart[name] = _squared_differences(*given)
+            total = torch.stack(
+                [apart[n][axis][segment.fused_positions].sum(1) for n, axis, segment in places]
+            ).sum(0)
+            gap = self._gap(group.name, names, correspondence, norms)
             # Weights that are not finite prove nothing.
             if not bool((4 * total <= gap).all()):
                 return None
+            everywhere = sum(
+                self._mean_distance(client[n], n, axis, segment, norms[n])
+                for n, axis, segment in places
+            )
             costs[group.name] = float(total.double().mean()) / max(everywhere, 1e-30)
         return costs
+
+    def _stands_alike(self, client: Mapping[str, Tensor], name: str, segment: Segment) -> bool:
+        """Whether channels have the same positions in a tensor of the client's."""
+        same_shape = self.reference[name].shape == client[name].shape
+        return same_shape and torch.equal(segment.fused_positions, segment.client_positions)
 
     def _gap(
         self, group: str, tensors: Collection[str], correspondence: Correspondence, norms: Norms
@@ -112,7 +119,8 @@ class IdentityCertificate:
         ours = self.reference[name]
         if key not in self._means:
             self._means[key] = _mean_channel(ours, axis, segment.fused_positions)
-        product = float(self._means[key] @ _mean_channel(theirs, axis, segment.fused_positions))
+        mean = _mean_channel(theirs, axis, segment.fused_positions).to(self._means[key])
+        product = float(self._means[key] @ mean)
         squares = sum(
             _share_of_squares(tensor, axis, segment.fused_positions, norm)
             for tensor, norm in zip((ours, theirs), norms, strict=True)
@@ -138,7 +146,7 @@ def _squared_differences(
     rows = max(1, _BLOCK * len(ours) // max(1, ours.numel()))
     for a, b in zip(torch.split(ours, rows), torch.split(theirs, rows), strict=True):
         difference = a.detach().to(precise) / norm
-        squares = difference.sub_(b.detach().to(precise), alpha=1 / client_norm).square_()
+        squares = difference.sub_(b.detach().to(difference), alpha=1 / client_norm).square_()
         for axis, found in sums.items():
             found.append(squares.sum([other for other in range(ours.dim()) if other != axis]))
     return {
