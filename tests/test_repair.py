@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -120,18 +121,73 @@ def test_small_variances_behind_large_means_survive() -> None:
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0)
 
 
-def test_clients_without_statistics_do_not_stop_the_repair() -> None:
+def test_clients_of_most_of_the_weight_must_have_sent_statistics() -> None:
     x = named("small-vgg").inputs(100)
     models = [trained_like("small-vgg", x, 0)] * 3
     measured = input_moments(models[0], [x])
-    nobody: list[Statistics | None] = [None] * 3
-    empty: list[Statistics | None] = [{}] * 3
-    for others in (nobody[1:], empty[1:]):
-        fused = ff.ot_fusion(models, example_inputs=x[:2], statistics=[measured, *others])
-        assert fused.report.repair == FROM_CLIENTS
-    for nothing in (nobody, empty):
-        fused = ff.ot_fusion(models, example_inputs=x[:2], statistics=nothing, repair="batchnorm")
-        assert fused.report.repair == NOTHING_KNOWN
+
+    def repaired(statistics: list[Statistics | None], weights: list[float], combine: str) -> str:
+        fused = ff.ot_fusion(
+            models,
+            weights,
+            example_inputs=x[:2],
+            statistics=statistics,
+            combine=combine,
+            repair="batchnorm",
+        )
+        return fused.report.repair
+
+    for nothing in (None, {}):
+        for combine in ("auto", "median"):
+            assert repaired([nothing] * 3, [1, 1, 1], combine) == NOTHING_KNOWN
+            assert repaired([measured, nothing, nothing], [1, 1, 1], combine) == NOTHING_KNOWN
+        assert repaired([measured, nothing, nothing], [4, 1, 1], "auto") == FROM_CLIENTS
+        assert repaired([measured, measured, nothing], [1, 1, 1], "auto") == FROM_CLIENTS
+        # The median of two is what either of them wants.
+        assert repaired([measured, measured, nothing], [1, 1, 1], "median") == NOTHING_KNOWN
+
+
+@pytest.mark.parametrize("combine", ["median", "trimmed-mean", "krum"])
+def test_one_client_cannot_move_the_repair_under_a_robust_rule(combine: str) -> None:
+    x = named("small-vgg").inputs(100)
+    model = trained_like("small-vgg", x, 0)
+    models = [model] * 5
+    measured = input_moments(model, [x], samples=None)
+    honest = [input_moments(model, [part], samples=None) for part in torch.split(x[:80], 20)]
+    lies = {
+        name: replace(layer, activation_mean=1e5 + layer.activation_mean, activation_variance=v)
+        for name, layer in measured.items()
+        for v in [torch.full_like(layer.activation_variance, 1e8)]
+    }
+    fused = ff.ot_fusion(models, example_inputs=x[:2], statistics=[*honest, lies], combine=combine)
+    assert fused.report.repair == FROM_CLIENTS
+    means = torch.stack([m["features.1"].activation_mean for m in honest])
+    found = fused.model.state_dict()["features.1.running_mean"]
+    assert bool((found <= means.max(0).values + 1e-5).all())
+    assert bool((found >= means.min(0).values - 1e-5).all())
+    assert float(fused.model.state_dict()["features.1.running_var"].max()) < 1e3
+
+
+def test_one_client_cannot_move_the_scale_under_a_robust_rule() -> None:
+    x = named("mlp").inputs(200)
+    models = [named("mlp").model(seed) for seed in range(4)]
+    hostile = named("mlp").model(4)
+    first, second = [m for m in hostile.modules() if isinstance(m, nn.Linear)][:2]
+    with torch.no_grad():  # The same function.
+        first.weight.mul_(1e5)
+        first.bias.mul_(1e5)
+        second.weight.div_(1e5)
+    fuse = partial(
+        ff.ot_fusion, example_inputs=x[:2], calibration=x, combine="median", repair="rescale"
+    )
+    fused = fuse([*models, hostile])
+    names = [name for name, m in fused.model.named_modules() if isinstance(m, nn.Linear)]
+    measured = input_moments(fused.model, [x], samples=None)[names[0]].activation_variance
+    largest = max(
+        float(input_moments(m, [x], samples=None)[names[0]].activation_variance.max())
+        for m in models
+    )
+    assert float(measured.max()) <= largest * 1.01
 
 
 def test_a_strategy_may_ask_for_statistics_that_come_later() -> None:

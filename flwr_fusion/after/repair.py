@@ -19,18 +19,21 @@ from flwr_fusion.graph.groups import ChannelGraph
 from flwr_fusion.maps import Maps, coverage_along, map_channels
 from flwr_fusion.networks import detached_state, key_of, tied_tensors
 from flwr_fusion.observe import batches_of, run, watch
+from flwr_fusion.rules.robust import trimmed_mean
 from flwr_fusion.statistics.moments import RunningMoments, input_moments
 
 Repair = Literal["auto", "none", "batchnorm", "rescale"]
 REPAIRS = ("auto", "none", "batchnorm", "rescale")
 RECOMPUTED = "BatchNorm recomputed on calibration data"
 FROM_CLIENTS = "BatchNorm from the clients' statistics"
-NOTHING_KNOWN = "none: no client sent statistics of BatchNorm layers"
+NOTHING_KNOWN = "none: clients of most of the weight sent no statistics of BatchNorm layers"
 RESCALED = "channels rescaled to the clients' activations"
 BATCHNORM = nn.modules.batchnorm._BatchNorm
 # Below this share of its mean a channel's deviation is rounding.
 _LEAST_DEVIATION = 1e-5
 _FUSED = "the fused network"
+# Of fewer values the median is no protection against one of them.
+_FEWEST_FOR_MEDIAN = 3
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class ActivationGoal:
         Variance of the mixture of all clients: the mean variance plus that of the means.
     deviation : Tensor
         The clients' weighted mean standard deviation.
+
+    Where a few clients must not decide, all three are medians over the clients.
     """
 
     mean: Tensor
@@ -70,6 +75,7 @@ def repair_network(
     calibration: Any,
     *,
     moved: bool,
+    few_cannot_decide: bool,
 ) -> str:
     """Repair a fused network in place."""
     chosen = _chosen(repair, fused, calibration is not None, clients, moved)
@@ -77,12 +83,12 @@ def repair_network(
         recompute_batchnorm(fused, calibration)
     elif chosen == RESCALED:
         measured = [_measured(client, calibration) for client in clients]
-        goals = activation_goals(measured, maps, detached_state(fused))
+        goals = activation_goals(measured, maps, detached_state(fused), few_cannot_decide)
         tied = tied_tensors(fused)
         layers = [name for name in _free_layers(graph) if key_of(name, "weight") not in tied]
         rescale_activations(fused, layers, goals, calibration)
     elif chosen == FROM_CLIENTS:
-        goals = activation_goals(clients, maps, detached_state(fused))
+        goals = activation_goals(clients, maps, detached_state(fused), few_cannot_decide)
         return chosen if batchnorm_from_clients(fused, goals) else NOTHING_KNOWN
     return chosen
 
@@ -127,36 +133,67 @@ def _free_layers(graph: ChannelGraph) -> list[str]:
 
 
 def activation_goals(
-    clients: Sequence[Client], maps: Sequence[Maps], template: Mapping[str, Tensor]
+    clients: Sequence[Client],
+    maps: Sequence[Maps],
+    template: Mapping[str, Tensor],
+    few_cannot_decide: bool = False,
 ) -> dict[str, ActivationGoal]:
-    """Return what the clients' activations are in the fused network's channels."""
+    """Return what the clients' activations are in the fused network's channels.
+
+    Layers of which clients of half of the weight or less sent statistics are left out: those of
+    the others are unknown, and one client alone could decide.
+    """
     goals = {}
     for layer in dict.fromkeys(name for client in clients for name in client.statistics or ()):
         keys = (key_of(layer, kind) for kind in ("weight", "running_mean"))
         key = next((key for key in keys if key in template), None)
         if key is None:
             continue
-        sums = torch.zeros(4, len(template[key]), dtype=torch.float64)
-        for client, chosen in zip(clients, maps, strict=True):
-            measured = (client.statistics or {}).get(layer)
-            if measured is None:
-                continue
-            mean, variance = (
-                map_channels(values.double(), 0, (key, 0), client.correspondence, chosen)
-                for values in (measured.activation_mean, measured.activation_variance)
-            )
-            covered = coverage_along(key, client.correspondence, chosen)
-            share = client.weight * (1.0 if covered is None else covered[1].double())
-            # E[z], E[z^2] and the deviation, which REPAIR averages as such.
-            values = torch.stack([mean, variance + mean.square(), variance.sqrt()])
-            sums[:3] += share * values
-            sums[3] += share
-        if bool((sums[3] <= 0).any()):
+        pairs = [(c, m) for c, m in zip(clients, maps, strict=True) if key not in c.absent]
+        known = [(c, m) for c, m in pairs if layer in (c.statistics or {})]
+        if 2 * sum(c.weight for c, _ in known) <= sum(c.weight for c, _ in pairs):
             continue
-        mean, square, deviation = (sums[:3] / sums[3]).to(template[key].device)
-        # Variance of a mixture: E[x^2] - E[x]^2 over all clients' samples.
-        goals[layer] = ActivationGoal(mean, (square - mean.square()).clamp(min=0), deviation)
+        if few_cannot_decide and len(known) < min(_FEWEST_FOR_MEDIAN, len(pairs)):
+            continue
+        parts = [_in_fused_channels(layer, key, client, chosen) for client, chosen in known]
+        mean, variance, share = (torch.stack(part) for part in zip(*parts, strict=True))
+        if bool((share.sum(0) <= 0).any()):
+            continue
+        middle = _middle_goal if few_cannot_decide else _mixture_goal
+        goals[layer] = middle(*(t.to(template[key].device) for t in (mean, variance, share)))
     return goals
+
+
+def _in_fused_channels(
+    layer: str, key: str, client: Client, maps: Maps
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, variance and weight of a client's activations for every fused channel."""
+    measured = (client.statistics or {})[layer]
+    mean, variance = (
+        map_channels(values.double(), 0, (key, 0), client.correspondence, maps)
+        for values in (measured.activation_mean, measured.activation_variance)
+    )
+    covered = coverage_along(key, client.correspondence, maps)
+    coverage = torch.ones_like(mean) if covered is None else covered[1].to(mean)
+    return mean, variance, client.weight * coverage
+
+
+def _mixture_goal(mean: Tensor, variance: Tensor, share: Tensor) -> ActivationGoal:
+    """Return the goal of clients in proportion to their weights, from shapes (clients, channels)."""
+    share = share / share.sum(0)
+    middle = (share * mean).sum(0)
+    # Variance of a mixture: E[x^2] - E[x]^2 over all clients' samples.
+    square = (share * (variance + mean.square())).sum(0)
+    deviation = (share * variance.sqrt()).sum(0)  # REPAIR averages it as such.
+    return ActivationGoal(middle, (square - middle.square()).clamp(min=0), deviation)
+
+
+def _middle_goal(mean: Tensor, variance: Tensor, share: Tensor) -> ActivationGoal:
+    """Return the goal of which no few clients decide, from shapes (clients, channels)."""
+    middle = trimmed_mean(mean, share > 0, 0.5)
+    # The mixture's variance is the mean of v_k + (m_k - m)^2.
+    about = trimmed_mean(variance + (mean - middle).square(), share > 0, 0.5)
+    return ActivationGoal(middle, about, trimmed_mean(variance.sqrt(), share > 0, 0.5))
 
 
 def recompute_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:

@@ -187,7 +187,14 @@ def fuse_clients(
     result = apply_rule(steps.rule, fusion, maps)
     fused = assemble_model(target, result.state)
     repaired = repair_network(
-        fused, steps.repair, clients, maps, graph, steps.calibration, moved=not settled
+        fused,
+        steps.repair,
+        clients,
+        maps,
+        graph,
+        steps.calibration,
+        moved=not settled,
+        few_cannot_decide=steps.rule.few_cannot_decide,
     )
     groups = _group_reports(clients, alignments)
     report = FusionReport("ot_fusion", base.name, groups, 0.0, dict(result.details), repaired)

@@ -138,7 +138,14 @@ class _Step:
         network = assemble_model(self._target, apply_rule(Mean(), fusion, maps).state)
         moved = not all(m.is_identity for chosen_maps in maps for m in chosen_maps.values())
         repaired = repair_network(
-            network, self._repair, clients, maps, self._graph, self._calibration, moved=moved
+            network,
+            self._repair,
+            clients,
+            maps,
+            self._graph,
+            self._calibration,
+            moved=moved,
+            few_cannot_decide=False,
         )
         fused = replace(clients[0], number=_ON_THE_WAY, model=lambda: network, weight=total)
         return fused, repaired
