@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 import flwr_fusion as ff
 from flwr_fusion.networks import tied_tensors
-from flwr_fusion.statistics import LayerStatistics, Statistics, input_moments
+from flwr_fusion.statistics import LayerStatistics, Statistics, check, input_moments
+from flwr_fusion.statistics.moments import diagonal_blocks, independent_blocks
 from tests.support.architectures import named, output, relative_error, sequential_mlp
 from tests.test_method_contracts import permuted_copy
 
@@ -290,15 +292,63 @@ def test_narrow_clients_fit_into_a_wide_target() -> None:
     assert bool(torch.isfinite(output(fused.model, inputs[0])).all())
 
 
-def test_different_details_of_one_layer_are_reduced_to_the_least() -> None:
-    models = [named("lenet").model(seed) for seed in (0, 1)]
+def test_most_clients_decide_how_much_of_the_moments_is_used() -> None:
+    models = [named("lenet").model(seed) for seed in (0, 1, 2)]
     x = named("lenet").inputs(40)
-    full, diagonal = moments_of(models, [x, x]), moments_of(models, [x, x], "diagonal")
+    full, diagonal = moments_of(models, [x] * 3), moments_of(models, [x] * 3, "diagonal")
     options = ff.LeastSquares(convolutions=True)
-    mixed = ff.average(models, combine=options, statistics=[full[0], diagonal[1]])
-    alone = ff.average(models, combine=options, statistics=diagonal)
-    assert set(mixed.report.details.values()) == {"diagonal"}
-    assert relative_error(output(mixed.model, x), output(alone.model, x)) < 1e-5
+
+    def combined(statistics: list[Statistics | None]) -> ff.FusionResult:
+        return ff.average(models, combine=options, statistics=statistics)
+
+    few_full = combined([full[0], *diagonal[1:]])
+    assert set(few_full.report.details.values()) == {"diagonal"}
+    assert relative_error(output(few_full.model, x), output(combined(diagonal).model, x)) < 1e-5
+    few_diagonal = combined([*full[:2], diagonal[2]])
+    assert set(few_diagonal.report.details.values()) == {"full"}
+    # What is not known counts as independent.
+    expanded = {
+        name: replace(
+            layer, second=independent_blocks(layer.second, layer.mean, layer.mean.numel())
+        )
+        for name, layer in (diagonal[2] or {}).items()
+        if layer.second is not None and layer.mean is not None
+    }
+    same = combined([*full[:2], expanded])
+    assert relative_error(output(few_diagonal.model, x), output(same.model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("detail", ["block", "diagonal"])
+def test_independent_blocks_are_possible_moments(detail: str) -> None:
+    model, x = named("lenet").model(), named("lenet").inputs(40) + 0.5
+    for name, layer in (moments_of([model], [x], detail)[0] or {}).items():
+        assert layer.second is not None
+        assert layer.mean is not None
+        size = layer.mean.numel()
+        larger = replace(layer, second=independent_blocks(layer.second, layer.mean, size))
+        check({name: larger}, model)
+        n = layer.second.shape[1]
+        assert larger.second is not None
+        torch.testing.assert_close(diagonal_blocks(larger.second, n), layer.second)
+
+
+def test_moments_count_by_no_more_than_three_times_the_usual() -> None:
+    models = [named("mlp").model(seed) for seed in range(4)]
+    x = named("mlp").inputs(60)
+    honest = moments_of(models, [x] * 4)
+
+    def combined(factor: float) -> nn.Module:
+        scaled = {
+            name: replace(layer, second=factor * layer.second, mean=factor**0.5 * layer.mean)
+            for name, layer in (honest[3] or {}).items()
+            if layer.second is not None and layer.mean is not None
+        }
+        options = ff.LeastSquares()
+        return ff.average(models, combine=options, statistics=[*honest[:3], scaled]).model
+
+    million, thousand, two = combined(1e6), combined(1e3), combined(2.0)
+    assert relative_error(output(million, x), output(thousand, x)) < 1e-5
+    assert relative_error(output(two, x), output(thousand, x)) > 1e-3
 
 
 def test_tied_tensors_stay_the_mean() -> None:

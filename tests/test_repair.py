@@ -137,7 +137,8 @@ def test_clients_of_most_of_the_weight_must_have_sent_statistics() -> None:
         )
         return fused.report.repair
 
-    for nothing in (None, {}):
+    absent: list[Statistics | None] = [None, {}]
+    for nothing in absent:
         for combine in ("auto", "median"):
             assert repaired([nothing] * 3, [1, 1, 1], combine) == NOTHING_KNOWN
             assert repaired([measured, nothing, nothing], [1, 1, 1], combine) == NOTHING_KNOWN

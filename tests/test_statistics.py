@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -200,6 +201,31 @@ def test_a_few_bytes_cannot_claim_much_memory() -> None:
     bomb = outputs | {"mean": torch.ones(3), "second": torch.empty(0, 10**10)}
     with pytest.raises(FusionError, match=r"'\.second'"):
         unpack(bomb, nn.Linear(3, 2))
+
+
+def test_moments_that_no_inputs_can_have_are_refused() -> None:
+    model = nn.Linear(3, 2)
+    honest = input_moments(model, [torch.randn(50, 3)])[""]
+    assert honest.second is not None
+    assert honest.mean is not None
+    # Every pair fits, all three do not: a correlation of -0.9 between each two of three.
+    indefinite = torch.full((1, 3, 3), -0.9)
+    indefinite.diagonal(dim1=1, dim2=2).fill_(1.0)
+    long_mean = 0.9 * honest.second.diagonal(dim1=1, dim2=2).sqrt().flatten()
+    lopsided = honest.second + torch.tensor([[0.0, 0.5, 0.0], [0.0] * 3, [0.0] * 3])
+    for change in ({"second": indefinite}, {"mean": long_mean}, {"second": lopsided}):
+        with pytest.raises(FusionError, match="contradict"):
+            check({"": replace(honest, **change)}, model)
+
+
+def test_a_server_takes_no_more_than_its_limit() -> None:
+    model = nn.Linear(100, 2)
+    packed = pack(input_moments(model, [torch.randn(50, 100)]))
+    assert unpack(packed, model, 4 * 5050)[""].detail == "full"
+    with pytest.raises(FusionError, match="larger than max_layer_bytes"):
+        unpack(packed, model, 4 * 5049)
+    diagonal = pack(input_moments(model, [torch.randn(50, 100)], max_layer_bytes=1))
+    assert unpack(diagonal, model, 1)[""].detail == "diagonal"
 
 
 def test_layers_that_are_used_in_other_ways() -> None:

@@ -106,7 +106,7 @@ def test_limit_of_examples_bounds_the_weight() -> None:
     "limits",
     [{"max_examples": 0}, {"max_examples": -1}, {"max_update": 0.5}, {"max_update": np.nan}],
 )
-def test_bad_limits_are_refused(limits: dict[str, float]) -> None:
+def test_bad_limits_are_refused(limits: dict[str, Any]) -> None:
     with pytest.raises(ff.FusionError, match=next(iter(limits))):
         Validation(**limits)
 

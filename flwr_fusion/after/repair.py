@@ -97,7 +97,7 @@ def _chosen(
     repair: Repair, model: nn.Module, calibration: bool, clients: Sequence[Client], moved: bool
 ) -> str:
     """Return what can be repaired."""
-    normalised = any(_tracks(module) for module in model.modules())
+    normalised = any(tracks_statistics(module) for module in model.modules())
     measured = any(client.statistics is not None for client in clients)
     # In a federation it depends on the round whether clients have sent any.
     from_clients = FROM_CLIENTS if measured else NOTHING_KNOWN
@@ -179,7 +179,7 @@ def _in_fused_channels(
 
 
 def _mixture_goal(mean: Tensor, variance: Tensor, share: Tensor) -> ActivationGoal:
-    """Return the goal of clients in proportion to their weights, from shapes (clients, channels)."""
+    """Return the goal of clients by their weights, from shapes (clients, channels)."""
     share = share / share.sum(0)
     middle = (share * mean).sum(0)
     # Variance of a mixture: E[x^2] - E[x]^2 over all clients' samples.
@@ -198,7 +198,7 @@ def _middle_goal(mean: Tensor, variance: Tensor, share: Tensor) -> ActivationGoa
 
 def recompute_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     """Replace the running statistics of a network by its own on calibration data, in place."""
-    layers = [module for module in model.modules() if _tracks(module)]
+    layers = [module for module in model.modules() if tracks_statistics(module)]
     moments = {module: RunningMoments() for module in layers}
 
     def normalise(module: nn.Module, inputs: Tensor, _output: None) -> None:
@@ -223,7 +223,7 @@ def batchnorm_from_clients(model: nn.Module, goals: Mapping[str, ActivationGoal]
     """Set running statistics to those of the mixture of all clients; return whether any was."""
     done = False
     for name, module in model.named_modules():
-        if name in goals and isinstance(module, BATCHNORM) and _tracks(module):
+        if name in goals and isinstance(module, BATCHNORM) and tracks_statistics(module):
             _set_running(module, goals[name].mean, goals[name].variance)
             done = True
     return done
@@ -280,7 +280,8 @@ def rescale_activations(
             _rescale_parameters(module, *_affine(module, goal, *moments[module].finish()))
 
 
-def _tracks(module: nn.Module) -> bool:
+def tracks_statistics(module: nn.Module) -> bool:
+    """Whether a layer normalises by running statistics."""
     return isinstance(module, BATCHNORM) and module.running_mean is not None
 
 

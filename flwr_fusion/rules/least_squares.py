@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from statistics import median
 from typing import ClassVar, Literal
 
 import torch
@@ -16,11 +19,19 @@ from flwr_fusion.networks import key_of
 from flwr_fusion.rules.mean import Mean
 from flwr_fusion.rules.rule import Combined
 from flwr_fusion.rules.update_moments import by_update_moments
-from flwr_fusion.statistics.moments import DETAILS, LayerStatistics, Statistics, diagonal_blocks
+from flwr_fusion.statistics.comparison import mean_square_of_inputs
+from flwr_fusion.statistics.moments import (
+    DETAILS,
+    LayerStatistics,
+    diagonal_blocks,
+    independent_blocks,
+)
 
 Moments = Literal["clients", "updates", "auto"]
 MOMENTS = ("clients", "updates", "auto")
 BOUNDS = ("auto", "norm", "change")
+# How many times as large as the median client's a client's moments can count.
+_LARGEST_MOMENTS = 3.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ class LeastSquares:
         """Return which moments a fusion has; None for neither."""
         if self.moments != "auto":
             return self.moments
-        measured = sum(c.weight for c in fusion.clients if _least_details([c.statistics])) > 0.5
+        measured = sum(c.weight for c in fusion.clients if _usual_details([c])) > 0.5
         if fusion.sent is not None and (not measured or _is_convolutional(mean)):
             return "updates"
         return "clients" if measured else None
@@ -150,9 +161,10 @@ class LeastSquares:
 
     def _layer_sums(self, fusion: Fusion, mean: Mapping[str, Tensor]) -> dict[str, _LayerSums]:
         """Return empty sums for every layer that can be combined so; tied ones stay the mean."""
-        details = _least_details([client.statistics for client in fusion.clients])
+        details = _usual_details(fusion.clients)
+        limits = _limits(fusion.clients)
         return {
-            name: _LayerSums(name, mean, detail, self)
+            name: _LayerSums(name, mean, detail, self, limits.get(name, math.inf))
             for name, detail in details.items()
             if (mean[key_of(name, "weight")].dim() == 2 or self.convolutions)
             and key_of(name, "weight") not in fusion.tied
@@ -163,14 +175,50 @@ def _is_convolutional(state: Mapping[str, Tensor]) -> bool:
     return any(tensor.dim() > 2 for tensor in state.values())
 
 
-def _least_details(statistics: Sequence[Statistics | None]) -> dict[str, str]:
-    """Return for every layer with moments the least detail that a client has of them."""
-    details: dict[str, str] = {}
-    for measured in statistics:
-        for name, layer in (measured or {}).items():
+def _usual_details(clients: Sequence[Client]) -> dict[str, str]:
+    """Return for every layer with moments the detail that clients of half of their weight have.
+
+    Those with less count as if what is not known were independent: one client that sends little
+    does not decide for all.
+    """
+    weights: dict[str, dict[str, float]] = {}
+    for client in clients:
+        for name, layer in (client.statistics or {}).items():
             if layer.second is not None:
-                details[name] = max(details.get(name, "full"), layer.detail, key=DETAILS.index)
-    return details
+                by_detail = weights.setdefault(name, dict.fromkeys(DETAILS, 0.0))
+                by_detail[layer.detail] += client.weight
+    return {name: _heaviest_half(by_detail) for name, by_detail in weights.items()}
+
+
+def _heaviest_half(by_detail: Mapping[str, float]) -> str:
+    """Return the greatest detail that half of the weight has at least."""
+    reached = accumulate(by_detail[detail] for detail in DETAILS)
+    half = sum(by_detail.values()) / 2
+    return next(d for d, weight in zip(DETAILS, reached, strict=True) if weight >= half)
+
+
+def _limits(clients: Sequence[Client]) -> dict[str, float]:
+    """Return for every layer the largest mean square of its inputs that a client counts with.
+
+    Moments weigh by their size, which nobody can check; among fewer than three clients none is
+    usual.
+    """
+    sizes: dict[str, list[float]] = {}
+    for client in clients:
+        for name, layer in (client.statistics or {}).items():
+            if layer.second is not None:
+                sizes.setdefault(name, []).append(mean_square_of_inputs(layer))
+    return {
+        name: _LARGEST_MOMENTS * median(found) for name, found in sizes.items() if len(found) > 2
+    }
+
+
+def _limited(layer: LayerStatistics | None, limit: float) -> LayerStatistics | None:
+    """Return moments as of smaller inputs where their mean square exceeds a limit."""
+    if layer is None or layer.second is None or layer.mean is None:
+        return layer
+    share = min(1.0, limit / max(mean_square_of_inputs(layer), 1e-30))
+    return replace(layer, second=share * layer.second, mean=share**0.5 * layer.mean)
 
 
 @dataclass(frozen=True)
@@ -232,9 +280,14 @@ class _Blocks:
         """Return a client's moments as blocks, with smaller off-diagonals."""
         assert statistics.second is not None
         assert statistics.mean is not None
-        blocks = diagonal_blocks(statistics.second, self.size).double()
+        second, mean = statistics.second.double(), statistics.mean.double()
+        known = second.shape[1]
+        blocks = (
+            diagonal_blocks(second, self.size)
+            if known >= self.size
+            else independent_blocks(second, mean, self.size)
+        )
         if self.constant:
-            mean = statistics.mean.double()
             blocks = torch.cat([blocks, mean.reshape(1, 1, -1)], 1)
             column = torch.cat([mean, mean.new_ones(1)]).reshape(1, -1, 1)
             blocks = torch.cat([blocks, column], 2)
@@ -257,9 +310,15 @@ class _LayerSums:
     """
 
     def __init__(
-        self, name: str, mean: Mapping[str, Tensor], detail: str, options: LeastSquares
+        self,
+        name: str,
+        mean: Mapping[str, Tensor],
+        detail: str,
+        options: LeastSquares,
+        limit: float,
     ) -> None:
         self.detail = detail
+        self._limit = limit
         self._name = name
         self._options = options
         self._keys = key_of(name, "weight"), key_of(name, "bias")
@@ -288,7 +347,7 @@ class _LayerSums:
         difference = [m - mean for m, mean in zip(mapped, self._mean, strict=True)]
         norms = [tensor.flatten(1).norm(dim=1) for tensor in (mapped[0], difference[0])]
         self._rows += weight * coverage * torch.stack([*norms, torch.ones_like(coverage)])
-        measured = (client.statistics or {}).get(self._name)
+        measured = _limited((client.statistics or {}).get(self._name), self._limit)
         if measured is None or measured.second is None:
             self._silent = self._silent or [torch.zeros_like(t) for t in self._residuals]
             sums, residual = self._silent, difference

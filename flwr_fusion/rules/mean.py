@@ -25,6 +25,7 @@ class Mean:
     """
 
     needs_statistics: ClassVar[bool] = False
+    ignores_statistics: ClassVar[bool] = True
     needs_sent: ClassVar[bool] = False
     least_clients: ClassVar[int] = 1
     few_cannot_decide: ClassVar[bool] = False

@@ -35,6 +35,7 @@ class TrimmedMean:
     """
 
     needs_statistics: ClassVar[bool] = False
+    ignores_statistics: ClassVar[bool] = True
     needs_sent: ClassVar[bool] = False
     least_clients: ClassVar[int] = 1
     few_cannot_decide: ClassVar[bool] = True
@@ -83,6 +84,7 @@ class Krum:
     """
 
     needs_statistics: ClassVar[bool] = False
+    ignores_statistics: ClassVar[bool] = True
     needs_sent: ClassVar[bool] = False
     few_cannot_decide: ClassVar[bool] = True
 

@@ -29,6 +29,7 @@ from flwr_fusion.observe import batch_size, run, watch
 DETAILS = ("full", "block", "diagonal")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = nn.modules.batchnorm._BatchNorm
+MAX_LAYER_BYTES = 4_000_000
 # More rows of one layer and batch tell little more: neighbouring patches are nearly the same.
 _ROWS_PER_SAMPLE = 16
 
@@ -75,7 +76,7 @@ def input_moments(
     samples: int | None = 2048,
     detail: Literal["full", "block", "diagonal"] = "full",
     convolutions: bool = False,
-    max_layer_bytes: int = 4_000_000,
+    max_layer_bytes: int = MAX_LAYER_BYTES,
     clip: float | None = None,
     noise: float = 0.0,
     generator: torch.Generator | None = None,
@@ -228,6 +229,33 @@ def diagonal_blocks(second: Tensor, n: int) -> Tensor:
     return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, n, n)
 
 
+def independent_blocks(second: Tensor, mean: Tensor, n: int) -> Tensor:
+    """Return second moments as larger blocks, as if what is not known were independent.
+
+    ``E[x y] = E[x] E[y]`` for inputs of different blocks.
+
+    Parameters
+    ----------
+    second : Tensor
+        Shape (blocks, m, m).
+    mean : Tensor
+        Shape (blocks * m,).
+    n : int
+        The new blocks' size, a multiple of m.
+
+    Returns
+    -------
+    Tensor
+        Shape (blocks * m / n, n, n); positive semi-definite where the given moments are possible.
+    """
+    m = second.shape[1]
+    means = mean.reshape(-1, n)
+    result = means.unsqueeze(2) * means.unsqueeze(1)
+    known = result.reshape(-1, n // m, m, n // m, m).diagonal(dim1=1, dim2=3)
+    known.copy_(second.reshape(-1, n // m, m, m).permute(0, 2, 3, 1))
+    return result
+
+
 def _check_arguments(detail: str, clip: float | None, noise: float) -> None:
     check_option("detail", detail, DETAILS)
     check_clipping(clip, noise)
@@ -366,8 +394,7 @@ class _Accumulator:
             if second is not None and mean is not None:
                 second = nearest_positive(with_symmetric_noise(second, squared, generator))
                 # What noise has made impossible would be refused.
-                roots = second.diagonal(dim1=1, dim2=2).sqrt().flatten()
-                mean = with_noise(mean, deviation, generator).clamp(-roots, roots)
+                mean = possible_mean(with_noise(mean, deviation, generator), second)
         return LayerStatistics(second, mean, activation_mean, activation_variance)
 
 
@@ -398,6 +425,24 @@ def nearest_positive(blocks: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(blocks.double())
     positive: Tensor = (vectors * values.clamp(min=0).unsqueeze(1)) @ vectors.transpose(1, 2)
     return positive.float()
+
+
+def possible_mean(mean: Tensor, second: Tensor) -> Tensor:
+    """Return a mean, scaled down where no vectors of these second moments can have it.
+
+    Possible is ``mean^T second^-1 mean <= 1``, block by block: then ``second - mean mean^T``, the
+    covariance, is positive semi-definite.
+    """
+    blocks = second.double()
+    means = mean.double().reshape(len(blocks), -1, 1)
+    values, vectors = torch.linalg.eigh(blocks)
+    least = 1e-6 * values.amax(1, keepdim=True).clamp(min=1e-12)
+    # Along directions that do not occur the mean has nothing.
+    along = (vectors.mT @ means).squeeze(2).masked_fill(values < least, 0)
+    lengths = (along.square() / values.clamp(min=least)).sum(1, keepdim=True).sqrt()
+    along = along / lengths.clamp(min=1)
+    possible: Tensor = (vectors @ along.unsqueeze(2)).flatten().to(mean)
+    return possible
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,8 +19,8 @@ from flwr_fusion.statistics.moments import (
     tensors_of,
 )
 
-# By how much single precision may break |E[x y]|^2 <= E[x^2] E[y^2].
-_ROUNDING = 1.001
+# By how much single precision may break what holds for all vectors, relative to E[|x|^2].
+_ROUNDING = 1e-5
 # Far above any network's values, far below where single precision overflows.
 HUGE = 1e15
 
@@ -47,7 +48,9 @@ def pack(statistics: Statistics) -> dict[str, Tensor]:
     return packed
 
 
-def unpack(packed: Mapping[str, Tensor], model: nn.Module) -> dict[str, LayerStatistics]:
+def unpack(
+    packed: Mapping[str, Tensor], model: nn.Module, max_layer_bytes: int | None = None
+) -> dict[str, LayerStatistics]:
     """Return the statistics that `pack` packed, checked against the network they are of.
 
     Parameters
@@ -56,6 +59,8 @@ def unpack(packed: Mapping[str, Tensor], model: nn.Module) -> dict[str, LayerSta
         What was received.
     model : nn.Module
         The network.
+    max_layer_bytes : int, optional
+        How large a layer's second moments may be, unless they are the diagonal. Default: no limit.
 
     Returns
     -------
@@ -72,9 +77,17 @@ def unpack(packed: Mapping[str, Tensor], model: nn.Module) -> dict[str, LayerSta
         name, _, kind = key.rpartition(".")
         layers.setdefault(name, {})[kind] = tensor
     modules = measurable_layers(model)
-    statistics = {
-        name: _unpacked(name, tensors, modules.get(name)) for name, tensors in layers.items()
-    }
+    statistics = {}
+    for name, tensors in layers.items():
+        second, diagonal = tensors.get("second"), tensors.get("mean")
+        too_large = (
+            second is not None
+            and diagonal is not None
+            and (second.numel() > max(diagonal.numel(), (max_layer_bytes or math.inf) / 4))
+        )
+        if too_large:
+            raise FusionError(f"the moments of layer '{name}' are larger than max_layer_bytes")
+        statistics[name] = _unpacked(name, tensors, modules.get(name))
     check(statistics, model)
     return statistics
 
@@ -93,7 +106,7 @@ def check(statistics: Statistics, model: nn.Module) -> None:
     ------
     FusionError
         Naming the layer whose statistics are unknown, of a wrong shape, not finite or impossible
-        (negative mean squares, second moments that contradict the means or each other).
+        (negative variances, second moments that contradict the means or each other).
     """
     modules = measurable_layers(model)
     for name, layer in statistics.items():
@@ -126,6 +139,30 @@ def size_in_bytes(statistics: Statistics) -> int:
         Bytes, without names and headers.
     """
     return sum(tensor.numel() * tensor.element_size() for tensor in pack(statistics).values())
+
+
+def largest_size(model: nn.Module, max_layer_bytes: int) -> int:
+    """Return how many bytes of numbers statistics of a network can have within a limit.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+    max_layer_bytes : int
+        How large a layer's second moments may be, unless they are the diagonal.
+
+    Returns
+    -------
+    int
+        Bytes, without names and headers.
+    """
+    total = 0
+    for module in measurable_layers(model).values():
+        total += 8 * _outputs(module)
+        if not isinstance(module, NORMS):
+            inputs = math.prod(input_shape(module))
+            total += 4 * inputs + max(4 * inputs, min(max_layer_bytes, 2 * inputs * (inputs + 1)))
+    return total
 
 
 def _outputs(module: nn.Module) -> int:
@@ -190,12 +227,15 @@ def _check_inputs(name: str, second: Tensor, mean: Tensor, module: nn.Module) ->
     shapes = [(count, n, n) for count, n in _block_shapes(module)]
     check_numbers(f"{name}.mean", mean, [(channels * kernel,)])
     check_numbers(f"{name}.second", second, shapes)
-    squares = second.diagonal(dim1=1, dim2=2)
-    if bool((squares < 0).any()):
+    if bool((second.diagonal(dim1=1, dim2=2) < 0).any()):
         raise FusionError(f"statistics '{name}.second' have negative mean squares")
-    roots = squares.sqrt() * _ROUNDING + 1e-6
-    products = roots.unsqueeze(1) * roots.unsqueeze(2)
-    if bool((mean.reshape(squares.shape).abs() > roots).any() or (second.abs() > products).any()):
+    means = mean.double().reshape(len(second), -1)
+    # E[x x^T] - E[x] E[x]^T, the covariance, is positive semi-definite.
+    covariance = second.double() - means.unsqueeze(2) * means.unsqueeze(1)
+    rounding = _ROUNDING * second.diagonal(dim1=1, dim2=2).double().sum(1, keepdim=True) + 1e-6
+    covariance.diagonal(dim1=1, dim2=2).add_(rounding)
+    lopsided = (second - second.mT).abs() > rounding.unsqueeze(2)
+    if bool(lopsided.any()) or bool(torch.linalg.cholesky_ex(covariance).info.any()):
         raise FusionError(f"statistics '{name}.second' contradict the means or each other")
 
 

@@ -63,6 +63,22 @@ class ConfiguredMethod:
         return check_rule(rule)
 
     @property
+    def reads_moments(self) -> bool:
+        """Whether it may read what clients measured of their layers' inputs.
+
+        A method or a rule of a user's own may.
+        """
+        ours = getattr(self.function, "__module__", "").startswith("flwr_fusion.")
+        ignored = ours and getattr(self.rule, "ignores_statistics", False)
+        return self.takes("statistics") and not ignored
+
+    @property
+    def repairs_from_statistics(self) -> bool:
+        """Whether BatchNorm layers are repaired by what clients measured of their inputs."""
+        wanted = self.options.get("repair", "auto") in ("auto", "batchnorm")
+        return self.takes("repair") and wanted and self.options.get("calibration") is None
+
+    @property
     def least_clients(self) -> int:
         """How many clients the rule needs."""
         return 1 if self.rule is None else self.rule.least_clients

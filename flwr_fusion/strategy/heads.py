@@ -28,7 +28,8 @@ from flwr_fusion.strategy.array_checks import arrays_of, state_of
 from flwr_fusion.strategy.checkpoint import Checkpoint
 from flwr_fusion.strategy.global_models import GlobalModels, checked_arrays, usable_arrays
 from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection
-from flwr_fusion.strategy.replies import Answer, Update, read_class_moments
+from flwr_fusion.strategy.received_statistics import read_class_moments
+from flwr_fusion.strategy.replies import Answer, Update
 
 Head = Literal["serve", "send"]
 HEADS = ("serve", "send")

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, Metadata, MetricRecord, RecordDict
-from safetensors.torch import load
 from torch import Tensor, nn
 
-from flwr_fusion.client import CLASS_MOMENTS_RECORD, SAFETENSORS_KEY, STATISTICS_RECORD
-from flwr_fusion.errors import FusionError, check_number, check_positive
-from flwr_fusion.statistics.classes import ClassMoments, unpack_classes
-from flwr_fusion.statistics.moments import LayerStatistics, Statistics
-from flwr_fusion.statistics.wire import unpack
+from flwr_fusion.errors import check_count, check_number, check_positive
+from flwr_fusion.statistics.moments import MAX_LAYER_BYTES, Statistics
 from flwr_fusion.strategy.array_checks import (
     check_arrays,
     check_plausible,
@@ -27,6 +22,7 @@ from flwr_fusion.strategy.array_checks import (
     named_arrays,
 )
 from flwr_fusion.strategy.reasons import LONGEST_TEXT, Reason, RejectedReply, Rejection
+from flwr_fusion.strategy.received_statistics import Sender, Wanted, read_statistics
 
 RecordT = TypeVar("RecordT", ArrayRecord, MetricRecord)
 
@@ -50,6 +46,9 @@ class Validation:
         round's updates; the size is the root mean square of all values' changes, which networks
         of different size have in common. It takes three clients, most of which change something.
         Default: no limit.
+    max_layer_bytes : int
+        Statistics are rejected whose second moments of a layer are larger, unless they are the
+        diagonal; as for `flwr_fusion.statistics.input_moments`, whose default it has.
 
     Raises
     ------
@@ -64,12 +63,14 @@ class Validation:
 
     max_examples: float | None = None
     max_update: float | None = None
+    max_layer_bytes: int = MAX_LAYER_BYTES
 
     def __post_init__(self) -> None:
         if self.max_examples is not None:
             check_positive("max_examples", self.max_examples)
         if self.max_update is not None:
             check_number("max_update", self.max_update, 1)
+        check_count("max_layer_bytes", self.max_layer_bytes)
 
 
 @dataclass(frozen=True)
@@ -204,24 +205,19 @@ class TrainingReplies:
 
 
 def read_training(
-    replies: Iterable[Message], expected: Expected, *, with_statistics: bool
+    replies: Iterable[Message], expected: Expected, statistics: Wanted
 ) -> TrainingReplies:
     """Return what is usable of the replies to training, and why the rest is not."""
     answers, rejections = answers_of(replies, expected.asked)
     updates, bad = _good_updates(answers, expected)
-    statistics: list[Statistics | None] = []
-    unusable: list[Rejection] = []
-    for update in updates if with_statistics else ():
-        try:
-            model = expected.model_of(update.node_id)
-            statistics.append(read_statistics(update.content, model))
-        except RejectedReply as reason:
-            unusable.append(Rejection(update.node_id, reason.reason, str(reason)))
-            statistics.append(None)
+    senders = [
+        Sender(u.node_id, u.content, u.arrays, expected.model_of(u.node_id)) for u in updates
+    ]
+    limits = expected.validation
+    usable, unusable = read_statistics(senders, statistics, limits.max_layer_bytes)
     contents = [Answer(update.node_id, update.content) for update in updates]
-    limit = expected.validation.max_examples
-    measured, odd = fitting_metrics(contents, expected.weight_key, limit)
-    return TrainingReplies(updates, statistics, measured, [*rejections, *bad, *unusable, *odd])
+    measured, odd = fitting_metrics(contents, expected.weight_key, limits.max_examples)
+    return TrainingReplies(updates, usable, measured, [*rejections, *bad, *unusable, *odd])
 
 
 def read_evaluation(
@@ -278,50 +274,6 @@ def read_update(
     check_arrays(arrays, template)
     check_plausible(arrays, template)
     return Update(answer.node_id, weight, arrays, content)
-
-
-def read_statistics(content: RecordDict, model: nn.Module) -> dict[str, LayerStatistics] | None:
-    """Return what `flwr_fusion.client.attach_statistics` put on a reply, or reject it."""
-    packed = _tensors(content, STATISTICS_RECORD, Reason.STATISTICS)
-    if packed is None:
-        return None
-    with _rejecting(Reason.STATISTICS, "statistics"):
-        statistics = unpack(packed, model)
-    if not statistics:
-        raise RejectedReply(Reason.STATISTICS, "its statistics are empty")
-    return statistics
-
-
-def read_class_moments(content: RecordDict, model: nn.Module, layer: str) -> ClassMoments | None:
-    """Return what `flwr_fusion.client.attach_class_moments` put on a reply, or reject it."""
-    packed = _tensors(content, CLASS_MOMENTS_RECORD, Reason.CLASS_MOMENTS)
-    if packed is None:
-        return None
-    with _rejecting(Reason.CLASS_MOMENTS, "class moments"):
-        moments = unpack_classes(packed, model, layer)
-        if bool(((moments.counts > 0) & (moments.counts < 1 - 1e-6)).any()):
-            raise FusionError("a class has less than one sample")
-        return moments
-
-
-def _tensors(content: RecordDict, record: str, reason: Reason) -> dict[str, Tensor] | None:
-    """Return the tensors in a record of safetensors; None without the record."""
-    if record not in content.config_records:
-        return None
-    data = content.config_records[record].get(SAFETENSORS_KEY)
-    if not isinstance(data, bytes):
-        raise RejectedReply(reason, f"its {record} hold no bytes '{SAFETENSORS_KEY}'")
-    with _rejecting(reason, record):
-        return load(data)
-
-
-@contextmanager
-def _rejecting(reason: Reason, what: str) -> Iterator[None]:
-    """Reject a reply for whatever its bytes make safetensors, PyTorch or a check raise."""
-    try:
-        yield
-    except Exception as error:
-        raise RejectedReply(reason, f"its {what} cannot be used: {error}") from error
 
 
 def read_weight(content: RecordDict, weight_key: str) -> float:

@@ -14,11 +14,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
 
+from flwr_fusion.after.repair import tracks_statistics
+from flwr_fusion.client import STATISTICS_RECORD
 from flwr_fusion.depth.start import common_start
 from flwr_fusion.errors import FusionError, check_count
 from flwr_fusion.graph.groups import verified_graph
 from flwr_fusion.report import FusionReport
-from flwr_fusion.statistics.moments import Statistics
 from flwr_fusion.strategy.aggregation import Aggregator, check_own_start, nodes_of
 from flwr_fusion.strategy.arguments import StrategyArguments, fedavg_arguments
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
@@ -34,6 +35,7 @@ from flwr_fusion.strategy.metrics import (
 )
 from flwr_fusion.strategy.nodes import NodeArchitectures
 from flwr_fusion.strategy.reasons import Rejection
+from flwr_fusion.strategy.received_statistics import Wanted
 from flwr_fusion.strategy.refinement_steps import Refinement
 from flwr_fusion.strategy.replies import (
     Answer,
@@ -402,8 +404,7 @@ class FusionStrategy(FedAvg):
         if not self._runs_itself and method.is_auto:
             log(INFO, "rounds of another strategy's start(): combine='auto' is the mean")
             method = method.by_the_mean()
-        takes_statistics = method.takes("statistics")
-        received = read_training(replies, self._expected(), with_statistics=takes_statistics)
+        received = read_training(replies, self._expected(), self._wanted_statistics(method))
         updates, rejections = received.updates, received.rejections
         self.rejections[server_round] = rejections
         log_replies("aggregate_train", len(updates), rejections)
@@ -415,7 +416,8 @@ class FusionStrategy(FedAvg):
             text = "aggregate_train: %d good replies in round %s, %d are needed; the model stays"
             log(ERROR, text, len(updates), server_round, needed)
             return None, round_metrics(counts)
-        statistics = self._usable_statistics(received, method)
+        statistics = received.statistics
+        self._tell_of_statistics(received, method)
         try:
             model_of, used = self._expected().model_of, self._nodes.in_use()
             fused, reports = self._aggregator.fuse_round(
@@ -568,17 +570,27 @@ class FusionStrategy(FedAvg):
         aggregate, key = self.evaluate_metrics_aggr_fn, self.weighted_by_key
         return round_metrics(counts, aggregated_metrics(aggregate, answers, key))
 
-    def _usable_statistics(
-        self, received: TrainingReplies, method: ConfiguredMethod
-    ) -> list[Statistics | None]:
-        """Return the clients' statistics; none under a wrapper, by whose noise they would pass."""
-        statistics = received.statistics
-        sent = sum(measured is not None for measured in statistics)
+    def _wanted_statistics(self, method: ConfiguredMethod) -> Wanted:
+        """Return what a round uses of the clients' statistics.
+
+        Under a wrapper nothing: they would pass by its noise.
+        """
+        if not self._runs_itself or not method.takes("statistics"):
+            return "none"
+        if method.reads_moments:
+            return "all"
+        repaired = method.repairs_from_statistics and any(
+            tracks_statistics(module)
+            for model in self._models.architectures.values()
+            for module in model.modules()
+        )
+        return "activations" if repaired else "none"
+
+    def _tell_of_statistics(self, received: TrainingReplies, method: ConfiguredMethod) -> None:
+        sent = any(STATISTICS_RECORD in update.content for update in received.updates)
         if sent and not self._runs_itself:
             log(WARNING, "statistics are used in rounds of the strategy's own start() only")
-            return [None] * len(statistics)
-        wanted = method.rule is not None and method.rule.needs_statistics
-        if wanted and sent < len(statistics):
+        lacking = sum(measured is None for measured in received.statistics)
+        if method.rule is not None and method.rule.needs_statistics and lacking:
             text = "%d of %d replies have no usable statistics; see flwr_fusion.client"
-            log(WARNING, text, len(statistics) - sent, len(statistics))
-        return statistics
+            log(WARNING, text, lacking, len(received.statistics))

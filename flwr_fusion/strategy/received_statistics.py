@@ -1,0 +1,152 @@
+"""What clients send beside their updates: statistics and class moments, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from flwr.app import ArrayRecord, RecordDict
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from flwr_fusion.client import CLASS_MOMENTS_RECORD, SAFETENSORS_KEY, STATISTICS_RECORD
+from flwr_fusion.errors import FusionError
+from flwr_fusion.statistics.classes import ClassMoments, unpack_classes
+from flwr_fusion.statistics.comparison import contradiction, outliers
+from flwr_fusion.statistics.moments import Statistics
+from flwr_fusion.statistics.wire import largest_size, unpack
+from flwr_fusion.strategy.array_checks import shared_state
+from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection
+
+Wanted = Literal["all", "activations", "none"]
+"""What of the clients' statistics a round uses."""
+_HEADER = 1_000_000
+"""Bytes of names and shapes beside the numbers of a record."""
+
+
+@dataclass(frozen=True)
+class Sender:
+    """A client whose update takes part, and what came with it.
+
+    Parameters
+    ----------
+    node_id : int
+        The node.
+    content : RecordDict
+        The whole reply.
+    arrays : ArrayRecord
+        Its checked arrays.
+    model : nn.Module
+        Its architecture.
+    """
+
+    node_id: int
+    content: RecordDict
+    arrays: ArrayRecord
+    model: nn.Module
+
+
+def read_statistics(
+    senders: Sequence[Sender], wanted: Wanted, max_layer_bytes: int
+) -> tuple[list[Statistics | None], list[Rejection]]:
+    """Return the statistics of every sender that can be used, and why others cannot.
+
+    Parameters
+    ----------
+    senders : sequence of Sender
+        Clients whose updates take part.
+    wanted : {"all", "activations", "none"}
+        What is read; nothing else is unpacked.
+    max_layer_bytes : int
+        How large a layer's second moments may be.
+
+    Returns
+    -------
+    tuple of (list, list of Rejection)
+        For each sender its statistics, or None; and the rejections.
+    """
+    read: dict[int, Statistics] = {}
+    rejections = []
+    for k, sender in enumerate(senders if wanted != "none" else ()):
+        try:
+            found = _read(sender, wanted, max_layer_bytes)
+        except RejectedReply as reason:
+            rejections.append(Rejection(sender.node_id, reason.reason, str(reason)))
+            continue
+        if found is not None:
+            read[k] = found
+    for model in {id(sender.model) for sender in senders}:
+        of_one_kind = {k: found for k, found in read.items() if id(senders[k].model) == model}
+        for k, text in outliers(of_one_kind).items():
+            del read[k]
+            text = f"its statistics cannot be used: {text}"
+            rejections.append(Rejection(senders[k].node_id, Reason.STATISTICS, text))
+    return [read.get(k) for k in range(len(senders))], rejections
+
+
+def _read(sender: Sender, wanted: Wanted, max_layer_bytes: int) -> Statistics | None:
+    """Return what `flwr_fusion.client.attach_statistics` put on a reply, or reject it."""
+    most = largest_size(sender.model, max_layer_bytes) + _HEADER
+    packed = _tensors(sender.content, STATISTICS_RECORD, Reason.STATISTICS, most)
+    if packed is None:
+        return None
+    if wanted == "activations":
+        kinds = ("activation_mean", "activation_variance")
+        packed = {key: t for key, t in packed.items() if key.rpartition(".")[2] in kinds}
+    with _rejecting(Reason.STATISTICS, "statistics"):
+        statistics = unpack(packed, sender.model, max_layer_bytes)
+        if not statistics:
+            raise FusionError("they are empty")
+        running = {n: t for n, t in sender.model.state_dict().items() if "running_" in n}
+        problem = contradiction(statistics, shared_state(sender.arrays, running))
+        if problem is not None:
+            raise FusionError(problem)
+    return statistics
+
+
+def read_class_moments(content: RecordDict, model: nn.Module, layer: str) -> ClassMoments | None:
+    """Return what `flwr_fusion.client.attach_class_moments` put on a reply, or reject it."""
+    head = model.get_submodule(layer)
+    assert isinstance(head, nn.Linear)
+    d, classes = head.in_features, head.out_features
+    most = 4 * (classes * (1 + d) + d * (d + 1) // 2) + _HEADER
+    packed = _tensors(content, CLASS_MOMENTS_RECORD, Reason.CLASS_MOMENTS, most)
+    if packed is None:
+        return None
+    with _rejecting(Reason.CLASS_MOMENTS, "class moments"):
+        moments = unpack_classes(packed, model, layer)
+        if bool(((moments.counts > 0) & (moments.counts < 1 - 1e-6)).any()):
+            raise FusionError("a class has less than one sample")
+        return moments
+
+
+def _tensors(
+    content: RecordDict, record: str, reason: Reason, most: int
+) -> dict[str, Tensor] | None:
+    """Return the tensors in a record of safetensors; None without the record."""
+    if record not in content:
+        return None
+    if record not in content.config_records:
+        raise RejectedReply(reason, f"its {record} are no ConfigRecord")
+    data = content.config_records[record].get(SAFETENSORS_KEY)
+    if not isinstance(data, bytes):
+        raise RejectedReply(reason, f"its {record} hold no bytes '{SAFETENSORS_KEY}'")
+    if len(data) > most:
+        raise RejectedReply(
+            reason,
+            f"its {record} have {len(data):,} bytes, of this network at most {most:,} are taken "
+            "(max_layer_bytes of Validation and of input_moments)",
+        )
+    with _rejecting(reason, record):
+        return load(data)
+
+
+@contextmanager
+def _rejecting(reason: Reason, what: str) -> Iterator[None]:
+    """Reject a reply for whatever its bytes make safetensors, PyTorch or a check raise."""
+    try:
+        yield
+    except Exception as error:
+        raise RejectedReply(reason, f"its {what} cannot be used: {error}") from error
