@@ -33,7 +33,7 @@ import flwr_fusion as ff
 from flwr_fusion.strategy import OTFusion
 from flwr_fusion.strategy.array_checks import decode_array
 from flwr_fusion.strategy.reasons import RejectedReply
-from tests.support.faults import Explosive, forged_header, npy_bytes, pickled
+from tests.support.faults import Explosive, error_for, forged_header, npy_bytes, pickled
 from tests.support.grid import InProcessGrid, Mutation
 
 NODES = 4
@@ -341,6 +341,44 @@ def test_metrics_that_do_not_fit_together_do_not_end_the_run(loss: Any) -> None:
     assert_same(result.arrays, expected([0, 1, 2, 3]))
 
 
+@pytest.mark.parametrize(
+    "loss", [math.nan, math.inf, -math.inf, 1e308, [1e308], 10**5000], ids=lambda v: str(type(v))
+)
+def test_one_clients_metric_does_not_become_the_rounds(loss: Any) -> None:
+    def mutate(partition: int, reply: Message) -> list[Message]:
+        values = reply.content.metric_records["metrics"].__dict__["_data"]
+        values["loss"] = [1.0] if isinstance(loss, list) else 1.0
+        if partition == BAD:
+            values["loss"] = loss
+        return [reply]
+
+    result = run(InProcessGrid(client_app(), NODES, mutate=mutate))
+    metrics = result.train_metrics_clientapp[1]
+    assert_same(result.arrays, expected([0, 1, 2, 3]))
+    assert metrics["loss"] == ([1.0] if isinstance(loss, list) else 1.0)
+    assert (metrics["rejected"], metrics["rejected-metrics"]) == (0, 1)
+
+
+@pytest.mark.parametrize("text", ["a\nERROR : all is lost", "\x1b[2J\r", "\ud800", "\u202e"])
+def test_texts_of_clients_cannot_forge_the_log(
+    text: str, flower_log: pytest.LogCaptureFixture
+) -> None:
+    def failing(partition: int, reply: Message) -> list[Message]:
+        return [error_for(reply, 2, text)] if partition == BAD else [reply]
+
+    def named(content: RecordDict) -> None:
+        content.array_records["arrays"][text] = Array(np.zeros(2))
+        content.metric_records["metrics"].__dict__["_data"][text] = text
+
+    for mutate in (failing, from_bad_client(named)):
+        flower_log.clear()
+        result = run(InProcessGrid(client_app(), NODES, mutate=mutate))
+        assert result.train_metrics_clientapp[1]["rejected"] == 1
+        rejected = [r.getMessage() for r in flower_log.records if "rejected node" in r.message]
+        assert rejected
+        assert all(line.isprintable() for line in rejected)
+
+
 # --- Replies that come twice, as errors, or not at all --------------------------------------------
 
 
@@ -478,11 +516,24 @@ def metrics(**values: Any) -> RecordDict:
         metrics(num_examples=0, accuracy=1.0),
         metrics(num_examples=math.nan, accuracy=1.0),
         metrics(num_examples="many", accuracy=1.0),
+        metrics(num_examples=10**5000, accuracy=1.0),
+        metrics(accuracy=math.nan),
+        metrics(accuracy=1e300),
         RecordDict({"metrics": MetricRecord({"accuracy": 1.0})}),
         RecordDict(),
         RecordDict({"a": MetricRecord({"num-examples": 1}), "b": MetricRecord()}),
     ],
-    ids=["weight 0", "weight nan", "weight text", "no weight", "empty", "two records"],
+    ids=[
+        "weight 0",
+        "weight nan",
+        "weight text",
+        "weight of 5,000 digits",
+        "accuracy nan",
+        "accuracy huge",
+        "no weight",
+        "empty",
+        "two records",
+    ],
 )
 def test_bad_evaluation_reply_is_left_out(bad: RecordDict) -> None:
     result = evaluated([metrics(accuracy=0.5), bad, metrics(accuracy=0.7)])

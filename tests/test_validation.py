@@ -49,7 +49,7 @@ def far(factor: float) -> Any:
     return mutate
 
 
-def run(grid: InProcessGrid, **limits: float) -> tuple[OTFusion, ArrayRecord, Any]:
+def run(grid: InProcessGrid, **limits: Any) -> tuple[OTFusion, ArrayRecord, Any]:
     validation = Validation(**limits)
     strategy = OTFusion(network(), INPUTS, min_train_nodes=NODES, validation=validation)
     result = strategy.start(grid, record(network().state_dict()), 1)
@@ -224,9 +224,8 @@ def test_fused_model_that_could_not_be_sent_keeps_the_last_one(
     """Each value passes the limit, the fused running variance would not."""
 
     def large(partition: int, reply: Message) -> list[Message]:
-        if partition == BAD:
-            arrays = reply.content.array_records["arrays"]
-            arrays["0.weight"] = Array(np.asarray(arrays["0.weight"].numpy() * 1e9))
+        arrays = reply.content.array_records["arrays"]
+        arrays["0.weight"] = Array(np.asarray(arrays["0.weight"].numpy() * 1e9))
         return [reply]
 
     def strategy(resume: bool) -> OTFusion:

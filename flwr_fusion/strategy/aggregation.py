@@ -19,14 +19,38 @@ from flwr_fusion.progress import progress_to
 from flwr_fusion.report import FusionReport, FusionResult
 from flwr_fusion.statistics.moments import Statistics, input_moments
 from flwr_fusion.strategy.configured_method import ConfiguredMethod
+from flwr_fusion.strategy.culprits import Contributions, without_culprits
 from flwr_fusion.strategy.global_models import (
     GlobalModels,
     load_arrays,
     network_over,
     usable_arrays,
 )
+from flwr_fusion.strategy.reasons import Rejection
 from flwr_fusion.strategy.refinement_steps import Refinement, check_refinement
 from flwr_fusion.strategy.replies import Update
+
+
+@dataclass(frozen=True)
+class FusedRound:
+    """What a round's fusion has come to.
+
+    Parameters
+    ----------
+    arrays : dict of str to ArrayRecord
+        The next global model by architecture.
+    reports : dict of str to FusionReport
+        The fusion's report by architecture.
+    given : Contributions
+        What was fused.
+    rejections : list of Rejection
+        Why some of what came was not.
+    """
+
+    arrays: dict[str, ArrayRecord]
+    reports: dict[str, FusionReport]
+    given: Contributions
+    rejections: list[Rejection]
 
 
 @dataclass(frozen=True)
@@ -105,36 +129,61 @@ class Aggregator:
         self,
         server_round: int,
         method: ConfiguredMethod,
-        updates: Sequence[Update],
-        statistics: Sequence[Statistics | None],
+        given: Contributions,
         model_of: Callable[[int], nn.Module],
         used: Collection[str],
-    ) -> tuple[dict[str, ArrayRecord], dict[str, FusionReport]]:
-        """Return the next global model and its report, for every architecture in use."""
+    ) -> FusedRound:
+        """Fuse a round's contributions into every architecture in use.
+
+        Where that fails, whoever makes it fail is left out.
+        """
+        rejections: list[Rejection] = []
+        targets = {n: model for n, model in self.models.architectures.items() if n in used}
+        with progress_to(partial(log, INFO, "aggregate_train: %s")):
+            try:
+                results = self._fused(method, given, targets, model_of)
+            except FusionError as failure:
+                log(WARNING, "round %s: looking for who makes it fail: %s", server_round, failure)
+                trial = method.to_try_out()
+
+                def attempt(part: Contributions) -> None:
+                    self._fused(trial, part, targets, model_of)
+
+                least = method.least_clients
+                given, rejections = without_culprits(attempt, given, least, failure)
+                if len(given.updates) < least:
+                    raise
+                results = self._fused(method, given, targets, model_of)
+        if self.refine is not None and server_round in self.refine.rounds:
+            results = {
+                name: self._refined(self.refine, server_round, result, given.updates, model_of)
+                for name, result in results.items()
+            }
+        arrays = {name: usable_arrays(r.model, targets[name]) for name, r in results.items()}
+        reports = {name: result.report for name, result in results.items()}
+        return FusedRound(arrays, reports, given, rejections)
+
+    def _fused(
+        self,
+        method: ConfiguredMethod,
+        given: Contributions,
+        targets: Mapping[str, nn.Module],
+        model_of: Callable[[int], nn.Module],
+    ) -> dict[str, FusionResult]:
+        """Return what contributions are fused into, for each architecture; what can be sent."""
 
         def network(k: int) -> nn.Module:
-            return network_over(model_of(updates[k].node_id), updates[k].arrays)
+            update = given.updates[k]
+            return network_over(model_of(update.node_id), update.arrays)
 
-        def own_network(k: int) -> nn.Module:
-            return load_arrays(model_of(updates[k].node_id), updates[k].arrays)
-
-        networks = BuiltOnAccess(len(updates), cache(network))
-        # A refinement, which may be the user's, gets networks that it may do anything with.
-        own_networks = BuiltOnAccess(len(updates), own_network)
-        weights = [update.weight for update in updates]
-        arrays: dict[str, ArrayRecord] = {}
-        reports: dict[str, FusionReport] = {}
-        for name, target in self.models.architectures.items():
-            if name not in used:
-                continue
+        networks = BuiltOnAccess(len(given.updates), cache(network))
+        weights = [update.weight for update in given.updates]
+        results = {}
+        for name, target in targets.items():
             sent = None if self.models.sent(name) is None else self.models.network(name)
-            with progress_to(partial(log, INFO, "aggregate_train: %s")):
-                fused = self._fuse(method, networks, weights, statistics, target, sent)
-            if self.refine is not None and server_round in self.refine.rounds:
-                fused = self._refined(self.refine, server_round, fused, own_networks, updates)
-            arrays[name] = usable_arrays(fused.model, target)
-            reports[name] = fused.report
-        return arrays, reports
+            results[name] = self._fuse(method, networks, weights, given.statistics, target, sent)
+            usable_arrays(results[name].model, target)
+        return results
 
     def _statistics(self, method: ConfiguredMethod, network: nn.Module) -> Statistics | None:
         """Return statistics on the example inputs for a rule that needs some."""
@@ -159,17 +208,25 @@ class Aggregator:
         refine: Refinement,
         server_round: int,
         fused: FusionResult,
-        networks: Sequence[nn.Module],
         updates: Sequence[Update],
+        model_of: Callable[[int], nn.Module],
     ) -> FusionResult:
         """Return the result of a fusion after the round's refinement."""
+
+        def own_network(k: int) -> nn.Module:
+            # The step may be the user's: it may do anything with the networks that it is given.
+            return load_arrays(model_of(updates[k].node_id), updates[k].arrays)
+
+        networks = BuiltOnAccess(len(updates), own_network)
         try:
             # A copy: what fails half-way must not have touched the fused model.
             weights = [update.weight for update in updates]
             refined = refine.refined(copied(fused.model), networks, weights)
             # In the fused model's own types, whatever the step has made of them.
             model = with_state(fused.model, refined.model.state_dict())
-            result = FusionResult(model, replace(fused.report, refinement=refined.report))
+            losses = tuple(float(loss) for loss in refined.report.losses)
+            report = replace(fused.report, refinement=replace(refined.report, losses=losses))
+            result = FusionResult(model, report)
             usable_arrays(result.model, fused.model)
         except Exception as error:  # The step may be the user's; the round must not be lost.
             text = "round %s: the fused model is not refined: %s (clients %s)"

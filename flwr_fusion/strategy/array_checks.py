@@ -6,6 +6,7 @@ import io
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,30 @@ def named_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> ArrayRe
     return ArrayRecord(dict(zip(template, arrays.values(), strict=True)))
 
 
-def check_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None:
-    """Reject arrays that are not a model's: names, shapes, kinds, not finite, huge."""
+@dataclass(frozen=True)
+class Largest:
+    """The largest absolute values in a network's arrays.
+
+    Parameters
+    ----------
+    values : float
+        Of all floating-point arrays but variances.
+    variances : float
+        Of running variances.
+    """
+
+    values: float = 0.0
+    variances: float = 0.0
+
+
+def check_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> Largest:
+    """Reject arrays that are not a model's: names, shapes, kinds, not finite, huge.
+
+    Returns
+    -------
+    Largest
+        How large their values are.
+    """
     missing, extra = template.keys() - arrays.keys(), arrays.keys() - template.keys()
     if missing or extra:
         raise RejectedReply(
@@ -43,8 +66,16 @@ def check_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None:
             f"the arrays are not the model's: missing {sorted(missing)[:5]}, "
             f"unknown {sorted(extra)[:5]}{_remedy(arrays, template)}",
         )
-    for name, like in template.items():
-        _check_array(name, arrays[name], like)
+    largest = {name: _check_array(name, arrays[name], like) for name, like in template.items()}
+    variances = {name for name in largest if _is_variance(name)}
+    return Largest(
+        max((size for name, size in largest.items() if name not in variances), default=0.0),
+        max((largest[name] for name in variances), default=0.0),
+    )
+
+
+def _is_variance(name: str) -> bool:
+    return name.rpartition(".")[2] == "running_var"
 
 
 def _remedy(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> str:
@@ -76,7 +107,7 @@ def check_plausible(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None
     Counters may be negative: noise that a client adds to all it sends makes them so.
     """
     for name, like in template.items():
-        is_variance = name.rpartition(".")[2] == "running_var"
+        is_variance = _is_variance(name)
         is_counter = like.numel() == 1 and not like.is_floating_point()
         if not is_variance and not is_counter:
             continue
@@ -87,7 +118,8 @@ def check_plausible(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None
             raise RejectedReply(Reason.MAGNITUDE, f"counter '{name}' is {values.item()}")
 
 
-def _check_array(name: str, array: Array, like: Tensor) -> None:
+def _check_array(name: str, array: Array, like: Tensor) -> float:
+    """Check one array; return its largest absolute value, 0 where it holds no real numbers."""
     values = decode_array(name, array, tuple(like.shape))
     expected = torch.empty(0, dtype=like.dtype).float() if like.is_floating_point() else like
     kind = np.asarray(expected.new_empty(0).cpu().numpy()).dtype.kind
@@ -95,13 +127,15 @@ def _check_array(name: str, array: Array, like: Tensor) -> None:
         raise RejectedReply(
             Reason.TYPE, f"array '{name}' holds {values.dtype}, not {_KINDS[kind]} numbers"
         )
-    if values.dtype.kind == "f" and values.size:
-        # Both are NaN where any value is.
-        largest = max(abs(float(values.max())), abs(float(values.min())))
-        if not math.isfinite(largest):
-            raise RejectedReply(Reason.NON_FINITE, f"array '{name}' has non-finite values")
-        if largest > min(_LARGEST_VALUE, torch.finfo(like.dtype).max):
-            raise RejectedReply(Reason.MAGNITUDE, f"array '{name}' has values up to {largest:.1e}")
+    if values.dtype.kind != "f" or not values.size:
+        return 0.0
+    # Both are NaN where any value is.
+    largest = max(abs(float(values.max())), abs(float(values.min())))
+    if not math.isfinite(largest):
+        raise RejectedReply(Reason.NON_FINITE, f"array '{name}' has non-finite values")
+    if largest > min(_LARGEST_VALUE, torch.finfo(like.dtype).max):
+        raise RejectedReply(Reason.MAGNITUDE, f"array '{name}' has values up to {largest:.1e}")
+    return largest
 
 
 def decode_array(name: str, array: Array, shape: tuple[int, ...]) -> NDArray[Any]:

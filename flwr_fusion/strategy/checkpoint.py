@@ -288,12 +288,13 @@ def _metrics_from_json(values: Mapping[str, Any]) -> MetricRecord:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value in which NaN and infinity, which JSON lacks, are text."""
+    """Return a value as JSON has them: NaN, infinity and what it does not know are text."""
     if isinstance(value, Mapping):
         return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
+    known = value is None or isinstance(value, (str, int, float))
+    if not known or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)
     return value
 

@@ -146,10 +146,22 @@ class ConfiguredMethod:
         statistics: Sequence[Statistics | None],
         **context: Any,
     ) -> FusionResult:
-        """Fuse networks, giving the method what it takes of the context."""
+        """Fuse networks, giving the method what it takes of the context.
+
+        Raises
+        ------
+        FusionError
+            Whatever the method, which may be the user's, raises.
+        """
         offered = {"statistics": statistics, **context}
         taken = {name: value for name, value in offered.items() if self.takes(name)}
-        result = self.function(models, weights, **taken, **self.options)
+        try:
+            result = self.function(models, weights, **taken, **self.options)
+        except FusionError:
+            raise
+        except Exception as error:
+            text = f"{self.name} failed: {type(error).__name__}: {error}"
+            raise FusionError(text) from error
         if not isinstance(result, FusionResult):
             raise FusionError(f"{self.name} must return a FusionResult, not {result!r:.60}")
         return result

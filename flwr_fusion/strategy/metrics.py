@@ -11,7 +11,7 @@ from flwr.common import log
 
 from flwr_fusion.report import FusionReport
 from flwr_fusion.statistics.moments import Statistics
-from flwr_fusion.strategy.reasons import Rejection
+from flwr_fusion.strategy.reasons import Rejection, shown
 from flwr_fusion.strategy.replies import Answer
 
 _STRATEGY_METRICS = (
@@ -32,7 +32,7 @@ def aggregated_metrics(
     try:
         return aggregate([answer.content for answer in answers], weight_key)
     except Exception as error:  # What clients put into their metrics must not end the run.
-        log(WARNING, "the clients' metrics cannot be aggregated: %r", error)
+        log(WARNING, "the clients' metrics cannot be aggregated: %s", shown(error))
         return MetricRecord()
 
 
@@ -60,6 +60,11 @@ def log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:
     """Log how many replies are good, and each one that is not, with its node and reason."""
     if good or rejections:
         log(INFO, "%s: %d good replies, %d rejections", where, good, len(rejections))
+    log_rejections(where, rejections)
+
+
+def log_rejections(where: str, rejections: Sequence[Rejection]) -> None:
+    """Log each rejection with its node and reason."""
     for rejection in rejections:
         if rejection.keeps_update:
             log(WARNING, "%s: node %s: %s", where, rejection.node_id, rejection.text)

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from flwr_fusion.client import ARCHITECTURE_KEY, ARCHITECTURE_RECORD
 from flwr_fusion.errors import FusionError
-from flwr_fusion.strategy.reasons import Reason, Rejection
+from flwr_fusion.strategy.reasons import Reason, Rejection, printable
 from flwr_fusion.strategy.replies import Answer, answers_of
 from flwr_fusion.strategy.waiting import KnownNodes
 
@@ -107,7 +107,7 @@ class NodeArchitectures:
 
     def _leave_out(self, node: int, reason: str) -> None:
         self._left_out.add(node)
-        log(WARNING, "node %s is left out: %.300s", node, reason)
+        log(WARNING, "node %s is left out: %.300s", node, printable(reason))
 
     def _declared(self, answer: Answer) -> tuple[str | None, str]:
         """Return the architecture that a node has declared, or why there is none."""

@@ -11,6 +11,24 @@ LONGEST_TEXT = 500
 """Characters of a rejection's text: what clients send can be of any length."""
 
 
+def printable(text: str) -> str:
+    """Return text in which line breaks, control characters and lone surrogates are escaped.
+
+    What clients send comes into the log: it must not look like lines of its own.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shown(value: object, most: int = 100) -> str:
+    """Return what a value looks like, of a limited length, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return f"a number of {value.bit_length()} bits"  # Python refuses to print it.
+    try:
+        return f"{value!r:.{most}}"
+    except Exception:
+        return f"a {type(value).__name__} that cannot be shown"
+
+
 class Reason(StrEnum):
     """Code of a rejection; ``rejected-CODE`` in a round's metrics counts how often it occurred."""
 
@@ -75,12 +93,15 @@ class Rejection:
     reason : Reason
         The code.
     text : str
-        What exactly was wrong.
+        What exactly was wrong, `printable`.
     """
 
     node_id: int
     reason: Reason
     text: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", printable(self.text)[:LONGEST_TEXT])
 
     @property
     def keeps_update(self) -> bool:

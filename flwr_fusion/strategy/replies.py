@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import median, median_low
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,17 +16,22 @@ from torch import Tensor, nn
 from flwr_fusion.errors import check_count, check_number, check_positive
 from flwr_fusion.statistics.moments import MAX_LAYER_BYTES, Statistics
 from flwr_fusion.strategy.array_checks import (
+    Largest,
     check_arrays,
     check_plausible,
     decode_array,
     named_arrays,
 )
-from flwr_fusion.strategy.reasons import LONGEST_TEXT, Reason, RejectedReply, Rejection
+from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection, shown
 from flwr_fusion.strategy.received_statistics import Sender, Wanted, read_statistics
 
 RecordT = TypeVar("RecordT", ArrayRecord, MetricRecord)
 
 _LARGEST_WEIGHT = 1e15
+# A metric so many times the median client's, or 1, would be the round's.
+_LARGEST_METRIC = 1e6
+# So many times the largest value of the median client, or of 1, no training leads to beside others.
+_LARGEST_RATIO = {"values": 1e3, "variances": 1e6}
 # Codes of errors that the SuperLink reports, not the ClientApp: message, reply or node are gone.
 _UNAVAILABLE = (3, 4, 5)
 
@@ -87,12 +92,15 @@ class Update:
         Arrays of the model's names, shapes and kinds, all finite.
     content : RecordDict
         The whole reply.
+    largest : Largest
+        Its largest values.
     """
 
     node_id: int
     weight: float
     arrays: ArrayRecord
     content: RecordDict
+    largest: Largest
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ def answers_of(
         rejections += [Rejection(node, Reason.DUPLICATE, text)] * len(others)
         if first.has_error():
             reason = Reason.UNAVAILABLE if first.error.code in _UNAVAILABLE else Reason.ERROR
-            rejections.append(Rejection(node, reason, str(first.error.reason)[:LONGEST_TEXT]))
+            rejections.append(Rejection(node, reason, str(first.error.reason)))
         else:
             answers.append(Answer(node, first.content))
     return answers, rejections
@@ -251,12 +259,13 @@ def _good_updates(
         except RejectedReply as rejection:
             rejections.append(Rejection(answer.node_id, rejection.reason, str(rejection)))
         except Exception as error:  # Whatever a forged reply makes the check do.
-            text = f"it cannot be checked: {error!r:.{LONGEST_TEXT}}"
+            text = f"it cannot be checked: {shown(error, 400)}"
             rejections.append(Rejection(answer.node_id, Reason.UNREADABLE, text))
+    too_large = _beyond_the_others(updates)
     if validation.max_update is not None:
-        too_large = _too_large(updates, expected.sent_to, validation.max_update)
-        updates = [u for u in updates if u.node_id not in {r.node_id for r in too_large}]
-        rejections += too_large
+        too_large += _too_large(updates, expected.sent_to, validation.max_update)
+    updates = [u for u in updates if u.node_id not in {r.node_id for r in too_large}]
+    rejections += too_large
     if validation.max_examples is not None:
         limit = validation.max_examples
         updates = [replace(update, weight=min(update.weight, limit)) for update in updates]
@@ -271,9 +280,9 @@ def read_update(
     received = _one_record(dict(content.array_records), arrays_key, "ArrayRecord")
     arrays = named_arrays(received, template)
     weight = read_weight(content, weight_key)
-    check_arrays(arrays, template)
+    largest = check_arrays(arrays, template)
     check_plausible(arrays, template)
-    return Update(answer.node_id, weight, arrays, content)
+    return Update(answer.node_id, weight, arrays, content, largest)
 
 
 def read_weight(content: RecordDict, weight_key: str) -> float:
@@ -281,11 +290,11 @@ def read_weight(content: RecordDict, weight_key: str) -> float:
     metrics: Mapping[str, object] = _one_record(dict(content.metric_records), None, "MetricRecord")
     weight = metrics.get(weight_key)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        text = f"metric '{weight_key}' is {weight!r:.100}, not a number"
+        text = f"metric '{weight_key}' is {shown(weight)}, not a number"
         raise RejectedReply(Reason.EXAMPLES, text)
     if not 0 < weight <= _LARGEST_WEIGHT:
         text = (
-            f"metric '{weight_key}' is {weight!r:.100}: it must be positive and at most "
+            f"metric '{weight_key}' is {shown(weight)}: it must be positive and at most "
             f"{_LARGEST_WEIGHT:.0e}"
         )
         raise RejectedReply(Reason.EXAMPLES, text)
@@ -295,22 +304,74 @@ def read_weight(content: RecordDict, weight_key: str) -> float:
 def fitting_metrics(
     answers: Sequence[Answer], weight_key: str, max_examples: float | None
 ) -> tuple[list[Answer], list[Rejection]]:
-    """Return the answers whose metrics can be aggregated, with limited numbers of examples."""
+    """Return the answers whose metrics can be aggregated, with limited numbers of examples.
+
+    Left out are metrics of other names or lengths than most clients', those that are not finite,
+    and those that are so large beside the others' that the round's would be this client's.
+    """
     metrics = [next(iter(answer.content.metric_records.values())) for answer in answers]
     shapes = [_shape_of(record) for record in metrics]
     usual = max(Counter(shapes).items(), key=lambda item: (item[1], str(item[0])), default=((), 0))
-    fitting, rejections = [], []
-    for answer, record, shape in zip(answers, metrics, shapes, strict=True):
-        if shape != usual[0]:
-            text = f"its metrics are {_named(shape)}, most clients' are {_named(usual[0])}"
-            rejections.append(Rejection(answer.node_id, Reason.METRICS, text[:LONGEST_TEXT]))
-            continue
-        if max_examples is not None and float(record[weight_key]) > max_examples:  # type: ignore[arg-type]
-            name = next(iter(answer.content.metric_records))
-            limited = MetricRecord({**record, weight_key: max_examples})
-            answer = replace(answer, content=RecordDict({**answer.content, name: limited}))
-        fitting.append(answer)
+    rejections = [
+        Rejection(
+            answer.node_id,
+            Reason.METRICS,
+            f"its metrics are {_named(shape)}, most clients' are {_named(usual[0])}",
+        )
+        for answer, shape in zip(answers, shapes, strict=True)
+        if shape != usual[0]
+    ]
+    alike = [a for a, shape in zip(answers, shapes, strict=True) if shape == usual[0]]
+    odd = _odd_values(alike, weight_key)
+    rejections += [Rejection(alike[k].node_id, Reason.METRICS, text) for k, text in odd.items()]
+    fitting = [
+        _limited_examples(answer, weight_key, max_examples)
+        for k, answer in enumerate(alike)
+        if k not in odd
+    ]
     return fitting, rejections
+
+
+def _limited_examples(answer: Answer, weight_key: str, most: float | None) -> Answer:
+    name, record = next(iter(answer.content.metric_records.items()))
+    if most is None or float(record[weight_key]) <= most:  # type: ignore[arg-type]
+        return answer
+    limited = MetricRecord({**record, weight_key: most})
+    return replace(answer, content=RecordDict({**answer.content, name: limited}))
+
+
+def _odd_values(answers: Sequence[Answer], weight_key: str) -> dict[int, str]:
+    """Return the answers with a metric that would spoil the round's, and why."""
+    sizes = [_sizes_of(answer, weight_key) for answer in answers]
+    odd: dict[int, str] = {}
+    for name in dict.fromkeys(name for own in sizes for name in own):
+        by_client = {k: own[name] for k, own in enumerate(sizes) if name in own}
+        finite = [size for size in by_client.values() if math.isfinite(size)]
+        usual = max(1.0, median_low(finite)) if finite else 1.0
+        for k, size in by_client.items():
+            if not size <= _LARGEST_METRIC * usual:
+                text = f"its metric '{name}' is {size:.3g}, the median client's {usual:.3g}"
+                odd.setdefault(k, text)
+    return odd
+
+
+def _sizes_of(answer: Answer, weight_key: str) -> dict[str, float]:
+    """Return the largest absolute value of each metric but the weight."""
+    record = next(iter(answer.content.metric_records.values()))
+    return {
+        name: max((_size(v) for v in (value if isinstance(value, list) else [value])), default=0.0)
+        for name, value in record.items()
+        if name != weight_key
+    }
+
+
+def _size(value: object) -> float:
+    """Return an absolute value; infinite where there is no such number."""
+    try:
+        size = abs(float(value))  # type: ignore[arg-type]
+    except (OverflowError, TypeError, ValueError):
+        return math.inf
+    return math.inf if math.isnan(size) else size
 
 
 _Shape = tuple[tuple[str, int | str], ...]
@@ -346,9 +407,23 @@ def _one_record(records: Mapping[str, RecordT], key: str | None, kind: str) -> R
         return records[key]
     if len(records) != 1:
         names = sorted(records)
-        text = f"it has {len(records)} {kind}s ({names!r:.200}), not one"
+        text = f"it has {len(records)} {kind}s ({shown(names, 200)}), not one"
         raise RejectedReply(Reason.RECORDS, text)
     return next(iter(records.values()))
+
+
+def _beyond_the_others(updates: Sequence[Update]) -> list[Rejection]:
+    """Return the rejections of updates with values far beyond those of all others."""
+    rejections = []
+    for what, most in _LARGEST_RATIO.items():
+        sizes = [float(getattr(update.largest, what)) for update in updates]
+        for k, update in enumerate(updates):
+            others = sizes[:k] + sizes[k + 1 :]
+            usual = max(1.0, median_low(others)) if others else math.inf
+            if sizes[k] > most * usual:
+                text = f"it has {what} up to {sizes[k]:.1e}, most others up to {usual:.1e}"
+                rejections.append(Rejection(update.node_id, Reason.MAGNITUDE, text))
+    return rejections
 
 
 def _too_large(

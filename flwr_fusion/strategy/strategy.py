@@ -24,12 +24,14 @@ from flwr_fusion.strategy.aggregation import Aggregator, check_own_start, nodes_
 from flwr_fusion.strategy.arguments import StrategyArguments, fedavg_arguments
 from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder
 from flwr_fusion.strategy.configured_method import ConfiguredMethod, FusionMethod, check_schedule
+from flwr_fusion.strategy.culprits import Contributions
 from flwr_fusion.strategy.global_models import GlobalModels, load_arrays, named_architectures
 from flwr_fusion.strategy.heads import NORMS, CalibratedHeads, Head
 from flwr_fusion.strategy.metrics import (
     aggregated_metrics,
     figures_of,
     log_nothing_fused,
+    log_rejections,
     log_replies,
     round_metrics,
 )
@@ -41,6 +43,7 @@ from flwr_fusion.strategy.replies import (
     Answer,
     Expected,
     TrainingReplies,
+    Update,
     Validation,
     counts_of,
     read_evaluation,
@@ -405,7 +408,8 @@ class FusionStrategy(FedAvg):
             log(INFO, "rounds of another strategy's start(): combine='auto' is the mean")
             method = method.by_the_mean()
         received = read_training(replies, self._expected(), self._wanted_statistics(method))
-        updates, rejections = received.updates, received.rejections
+        updates: Sequence[Update] = received.updates
+        rejections = received.rejections
         self.rejections[server_round] = rejections
         log_replies("aggregate_train", len(updates), rejections)
         if not updates and not rejections:
@@ -416,28 +420,32 @@ class FusionStrategy(FedAvg):
             text = "aggregate_train: %d good replies in round %s, %d are needed; the model stays"
             log(ERROR, text, len(updates), server_round, needed)
             return None, round_metrics(counts)
-        statistics = received.statistics
         self._tell_of_statistics(received, method)
         try:
+            given = Contributions(tuple(updates), tuple(received.statistics))
             model_of, used = self._expected().model_of, self._nodes.in_use()
-            fused, reports = self._aggregator.fuse_round(
-                server_round, method, updates, statistics, model_of, used
-            )
+            fused = self._aggregator.fuse_round(server_round, method, given, model_of, used)
         except FusionError as error:
             text = "aggregate_train: round %s cannot be fused, the model stays: %s (clients %s)"
             log(ERROR, text, server_round, error, nodes_of(updates))
             return None, round_metrics(counts)
-        self._models.replace(fused)
+        log_rejections("aggregate_train", fused.rejections)
+        rejections += fused.rejections
+        updates = fused.given.updates
+        self._models.replace(fused.arrays)
         if self._heads is not None:
-            self._heads.replaced(fused)
+            self._heads.replaced(fused.arrays)
             self._heads.note_norms(updates, self._nodes.name_of)
-        report = reports[self.architecture]
-        self.reports[server_round], self.architecture_reports[server_round] = report, reports
+        report = fused.reports[self.architecture]
+        self.reports[server_round] = report
+        self.architecture_reports[server_round] = fused.reports
         self.fused_nodes[server_round] = [update.node_id for update in updates]
+        left_out = {r.node_id for r in fused.rejections if not r.keeps_update}
+        measured = [answer for answer in received.measured if answer.node_id not in left_out]
         aggregate, key = self.train_metrics_aggr_fn, self.weighted_by_key
-        clients = aggregated_metrics(aggregate, received.measured, key)
-        figures = figures_of(report, statistics)
-        return fused[self.architecture], round_metrics(counts | figures, clients)
+        clients = aggregated_metrics(aggregate, measured, key)
+        figures = counts_of(rejections) | figures_of(report, fused.given.statistics)
+        return fused.arrays[self.architecture], round_metrics(figures, clients)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
