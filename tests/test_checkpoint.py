@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import nn
 
 import flwr_fusion as ff
 from flwr_fusion.strategy import CLAFusion, FusionStrategy, NeuronTransplantation, OTFusion
-from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder, History
+from flwr_fusion.strategy.checkpoint import Checkpoint, CheckpointFolder, History, _hash_of
 from tests.support.grid import InProcessGrid
 from tests.support.kill_and_resume import trial, undisturbed_run
 from tests.test_faults import client_app as mixed_app
@@ -185,10 +187,10 @@ def test_content_of_a_checkpoint(tmp_path: Path) -> None:
     result = run(tmp_path, 1, grid)
     folder = tmp_path / "round-00001"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "0-model.safetensors",
         "checkpoint.json",
-        "model.safetensors",
     ]
-    for name, array in load_file(folder / "model.safetensors").items():
+    for name, array in load_file(folder / "0-model.safetensors").items():
         np.testing.assert_array_equal(array, result.arrays[name].numpy())
     content = json.loads((folder / "checkpoint.json").read_text())
     assert content["round"] == 1
@@ -207,14 +209,30 @@ def test_every_architecture_has_a_file(tmp_path: Path) -> None:
     arrays = strategy.global_arrays(strategy.arrays["../a"])
     folder.write(Checkpoint(1, arrays, History(), {}))
     assert sorted(path.name for path in (tmp_path / "round-00001").iterdir()) == [
-        "..%2Fa.safetensors",
-        "2.safetensors",
-        "b%2Fc.safetensors",
+        "0-___a.safetensors",
+        "1-b_c.safetensors",
+        f"2-{'_' * 40}.safetensors",
         "checkpoint.json",
     ]
     latest = folder.latest()
     assert latest is not None
     assert latest.arrays.keys() == arrays.keys()
+
+
+def test_names_of_any_kind_come_back(tmp_path: Path) -> None:
+    odd = ["0", "x" * 120, "\ud800", "served", "a\nb", "../..", ".", "NUL"]
+    arrays = {name: ArrayRecord({"w": Array(np.full(2, k))}) for k, name in enumerate(odd)}
+    metrics = MetricRecord({"\ud800 loss": 1.0})
+    history = History(train_metrics_clientapp={1: metrics})
+    folder = CheckpointFolder(tmp_path)
+    folder.write(Checkpoint(1, arrays, history, {"text": "\ud800"}, {"served": arrays}))
+    latest = folder.latest()
+    assert latest is not None
+    assert latest.history.train_metrics_clientapp[1] == metrics
+    for found in (latest.arrays, latest.beside["served"]):
+        assert {n: int(a["w"].numpy()[0]) for n, a in found.items()} == {
+            name: k for k, name in enumerate(odd)
+        }
 
 
 def test_architectures_are_taken_over_from_a_checkpoint(tmp_path: Path) -> None:
@@ -283,15 +301,30 @@ def other_metrics(path: Path) -> None:
     path.write_text(json.dumps(content))
 
 
+def other_arrays(path: Path) -> None:
+    """Change a file together with all hashes, as a bug in a writer would."""
+    path.write_bytes(b"no safetensors")
+    description = path.parent / "checkpoint.json"
+    content = json.loads(description.read_text())
+    content["arrays"]["model"]["sha256"] = hashlib.sha256(b"no safetensors").hexdigest()
+    del content["sha256"]
+    description.write_text(json.dumps(content | {"sha256": _hash_of(content)}))
+
+
 DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "cut weights": ("model.safetensors", cut),
-    "changed weights": ("model.safetensors", flip),
-    "no weights": ("model.safetensors", Path.unlink),
+    "cut weights": ("0-model.safetensors", cut),
+    "changed weights": ("0-model.safetensors", flip),
+    "no weights": ("0-model.safetensors", Path.unlink),
     "cut description": ("checkpoint.json", cut),
     "changed metrics": ("checkpoint.json", other_metrics),
     "no description": ("checkpoint.json", Path.unlink),
     "empty description": ("checkpoint.json", lambda path: path.write_bytes(b"")),  # type: ignore[dict-item]
     "list for description": ("checkpoint.json", lambda path: path.write_text("[]")),  # type: ignore[dict-item]
+    "deeply nested description": (
+        "checkpoint.json",
+        lambda path: path.write_text("[" * 100_000),  # type: ignore[dict-item]
+    ),
+    "safetensors that are none": ("0-model.safetensors", other_arrays),
     "description of nothing": ("checkpoint.json", lambda path: path.write_text("{}")),  # type: ignore[dict-item]
 }
 
@@ -314,7 +347,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
     run(tmp_path, 2)
-    for path in tmp_path.glob("*/model.safetensors"):
+    for path in tmp_path.glob("*/0-model.safetensors"):
         cut(path)
     with pytest.raises(ff.FusionError, match=r"all checkpoints in .* are damaged \(\[1, 2\]\)"):
         run(tmp_path, 3, resume=True)
@@ -334,7 +367,7 @@ def test_checkpoint_under_another_rounds_name_is_not_used(tmp_path: Path) -> Non
 def test_number_of_checkpoints_is_bounded(tmp_path: Path) -> None:
     left = tmp_path / ".unfinished-killed"
     left.mkdir()
-    (left / "model.safetensors").write_bytes(b"half")
+    (left / "0-model.safetensors").write_bytes(b"half")
     run(tmp_path, 5, keep_checkpoints=2)
     assert names_in(tmp_path) == ["round-00004", "round-00005"]
     # All metrics are in the last one.
@@ -353,7 +386,7 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
 def test_damaged_later_rounds_do_not_push_whole_ones_out(tmp_path: Path) -> None:
     run(tmp_path, 5, keep_checkpoints=5)
     for number in (4, 5):
-        cut(tmp_path / f"round-{number:05d}" / "model.safetensors")
+        cut(tmp_path / f"round-{number:05d}" / "0-model.safetensors")
     grid = InProcessGrid(client_app(), NODES)
 
     def stop(server_round: int, arrays: ArrayRecord) -> None:
@@ -381,6 +414,83 @@ def test_folder_that_cannot_be_made_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ff.FusionError, match="cannot be written"):
         run(tmp_path / "file", 1, grid)
     assert not grid.sent
+
+
+def test_checkpoints_of_another_format_are_refused_and_kept(tmp_path: Path) -> None:
+    run(tmp_path, 3)
+    description = tmp_path / "round-00003" / "checkpoint.json"
+    description.write_text(json.dumps({"format": 2, "anything": [1]}))
+    with pytest.raises(ff.FusionError, match="format 2, this version of flwr_fusion reads format"):
+        run(tmp_path, 5, resume=True)
+    assert CheckpointFolder(tmp_path).rounds() == [1, 2, 3]
+
+
+def test_another_strategys_checkpoint_is_told(
+    tmp_path: Path, flower_log: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, 1)
+    assert "goes on with" not in flower_log.text
+    strategy = FusionStrategy(ff.average, network(), INPUTS, checkpoint_dir=tmp_path, resume=True)
+    strategy.start(InProcessGrid(client_app(), NODES), record(network().state_dict()), 2)
+    assert "was fused by ot_fusion, this strategy goes on with average" in flower_log.text
+
+
+def test_folder_that_is_removed_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+
+    def remove(server_round: int, arrays: ArrayRecord) -> None:
+        if server_round == 1:
+            shutil.rmtree(folder)
+
+    run(folder, 3, evaluate_fn=remove)
+    assert CheckpointFolder(folder).rounds() == [2, 3]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Yield a disk of 64 kB, of which a checkpoint takes about 8."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small disk needs root: {error}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_oldest_checkpoints_make_place_on_a_full_disk(
+    small_disk: Path, flower_log: pytest.LogCaptureFixture
+) -> None:
+    whole = run(small_disk.parent / "whole", 8)
+    run(small_disk, 4, keep_checkpoints=100)
+    written = CheckpointFolder(small_disk).rounds()
+    assert written == [1, 2, 3, 4]
+    # Nothing else is left of the disk.
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "other").write_bytes(bytes(max(0, free - 4096)))
+    run(small_disk, 6, resume=True, keep_checkpoints=100)
+    assert "makes place for that of round 5" in flower_log.text
+    assert CheckpointFolder(small_disk).rounds()[-1] == 6
+    resumed = run(small_disk, 8, resume=True, keep_checkpoints=100)
+    assert_same(resumed.arrays, state_in(whole.arrays))
+    assert not list(small_disk.glob(".unfinished-*"))
+
+
+def test_a_disk_without_any_place_is_an_error_in_the_log_only(
+    small_disk: Path, flower_log: pytest.LogCaptureFixture
+) -> None:
+    run(small_disk, 1)
+    (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    result = run(small_disk, 4, resume=True)
+    assert sorted(result.train_metrics_clientapp) == [1, 2, 3, 4]
+    assert "no checkpoint of round 4: [Errno 28]" in flower_log.text
+    # The one that there is stays, and nothing unfinished beside it.
+    assert CheckpointFolder(small_disk).rounds() == [1]
+    assert not list(small_disk.glob(".unfinished-*"))
+    (small_disk / "other").unlink()
+    assert_same(run(small_disk, 4, resume=True).arrays, state_in(result.arrays))
 
 
 def test_full_disk_does_not_end_the_federation(

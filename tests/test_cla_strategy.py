@@ -198,7 +198,7 @@ def test_nodes_without_a_known_architecture_are_left_out(
 
 def test_no_usable_node_is_an_error_that_says_what_to_add() -> None:
     strategy = cla_strategy()
-    with pytest.raises(ff.FusionError, match=r"none of 4 nodes .*declare_architecture.*'deep'"):
+    with pytest.raises(ff.FusionError, match=r"0 of 4 nodes .*declare_architecture.*'deep'"):
         strategy.start(InProcessGrid(mixed_app(declare=None), NODES), num_rounds=1)
 
 

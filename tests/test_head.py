@@ -499,8 +499,8 @@ def test_resumed_federations_have_the_same_heads(head: Any, tmp_path: Path) -> N
     assert largest_difference(whole.arrays, resumed.arrays) == 0
     assert len(models) == 1
     files = {path.name for path in (tmp_path / "whole" / "round-00003").iterdir()}
-    assert "model.safetensors" in files
-    assert ("served@model.safetensors" in files) == (head == "serve")
+    assert "0-model.safetensors" in files
+    assert ("served-0-model.safetensors" in files) == (head == "serve")
 
 
 def test_every_architecture_has_its_head() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -385,6 +386,25 @@ def in_place(model: nn.Module) -> None:
 
 def result_of(model: nn.Module) -> ff.RefinementResult:
     return ff.RefinementResult(model, ff.RefinementReport("own", (), (), 0, 0.0))
+
+
+def test_tensors_in_a_report_do_not_end_the_run(tmp_path: Path) -> None:
+    class Own:
+        rounds = (1, 2)
+        clients_teach = False
+
+        def refined(self, model: nn.Module, clients: Any, weights: Any) -> ff.RefinementResult:
+            loss: Any = torch.tensor(0.5)
+            report = ff.RefinementReport("own", (loss,), (loss,), loss, loss)
+            return ff.RefinementResult(model, report)
+
+        def try_out(self, model: nn.Module) -> None:
+            pass
+
+    strategy = OTFusion(digits_network(), DIGIT, refine=Own(), checkpoint_dir=tmp_path)
+    result, _ = run_digits(strategy, digits_app(), rounds=2)
+    assert result.train_metrics_clientapp[2]["refinement-loss"] == 0.5
+    assert len(list(tmp_path.glob("round-*/checkpoint.json"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 
 import flwr_fusion as ff
+from flwr_fusion.client import declare_architecture
 from flwr_fusion.strategy import CLAFusion, FusionStrategy, OTFusion
 from flwr_fusion.strategy.waiting import LONGEST, SHORTEST, Patience, PatientGrid
 from tests.support.grid import InProcessGrid
@@ -88,8 +89,8 @@ class Recording(InProcessGrid):
     ("timeout", "lost", "train"),
     [
         (None, (), [LONGEST, SHORTEST, SHORTEST]),
-        # Nobody knows how long the lost one would have taken, nor one that has raised.
-        (None, (2,), [LONGEST, LONGEST, LONGEST]),
+        # Nobody knows how long the lost one would have taken; after an hour nobody waits for it.
+        (None, (2,), [LONGEST, LONGEST, SHORTEST]),
         (7.0, (), [7.0, 7.0, 7.0]),
     ],
 )
@@ -101,6 +102,39 @@ def test_time_to_wait_for_replies(
     strategy = OTFusion(network(), INPUTS, min_train_nodes=NODES)
     start(strategy, grid, 3, timeout=timeout)
     assert [seconds for kind, seconds in grid.timeouts if kind == "train"] == train
+
+
+def test_a_node_that_never_answers_is_not_waited_for_again_and_again(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    grid = Recording(client_app(), NODES)
+    grid.timeouts = []
+    strategy = OTFusion(network(), INPUTS, min_train_nodes=NODES, fraction_evaluate=0.0)
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> None:
+        grid._lost = (2,) if 0 < server_round < 8 else ()
+
+    result = start(strategy, grid, 10, evaluate_fn=evaluate)
+    waits = [seconds for kind, seconds in grid.timeouts if kind == "train"]
+    # From the fourth on it gets as long as the others take, whatever the limit is.
+    assert waits == [LONGEST, 300, 600, 1200, *[300] * 6]
+    text = lines_about(flower_log, grid.node_ids[2])
+    assert text.count("gets as long as the others") == 1
+    rejected = [m["rejected"] for m in result.train_metrics_clientapp.values()]
+    assert rejected == [0, *[1] * 7, 0, 0]
+
+
+def test_if_nobody_else_is_asked_silent_nodes_are_waited_for() -> None:
+    patience = Patience()
+    patience.note(MessageType.TRAIN, [1, 2, 3], {1}, LONGEST)
+    assert patience.silent(MessageType.TRAIN, [1, 2]) == {2}
+    assert patience.silent(MessageType.TRAIN, [2, 3]) == set()
+    assert patience.silent(MessageType.EVALUATE, [1, 2]) == set()
+    patience.note(MessageType.TRAIN, [1, 2], {1, 2}, SHORTEST)
+    assert patience.silent(MessageType.TRAIN, [1, 2]) == set()
+    given = Patience(20)
+    given.note(MessageType.TRAIN, [1, 2], {1}, LONGEST)
+    assert given.silent(MessageType.TRAIN, [1, 2]) == set()
 
 
 def test_no_messages_need_no_waiting() -> None:
@@ -173,6 +207,25 @@ def test_first_round_waits_for_nodes_as_long_as_it_takes() -> None:
     grid.gone_from, grid.back_at = 1, 5
     result = start(strategy, grid, 1, timeout=0.5)
     assert_same(result.arrays, expected([0, 1, 2, 3]))
+
+
+def test_nodes_of_unknown_architectures_are_not_waited_for_for_ever() -> None:
+    app = mixed_app(True)
+    strange = type(app)()
+    strange.query()(
+        lambda message, context: (
+            declare_architecture(message, "huge")
+            if context.node_config["partition-id"] == 1
+            else app(message, context)
+        )
+    )
+    strategy = CLAFusion({"shallow": shallow(), "deep": deep()}, OTHER_INPUTS)
+    grid = InProcessGrid(strange, 2)
+    begin = time.monotonic()
+    message = rf"1 of 2 nodes run a known .*{grid.node_ids[1]}.*it runs 'huge'"
+    with pytest.raises(ff.FusionError, match=message):
+        strategy.start(grid, num_rounds=1, timeout=2)
+    assert time.monotonic() - begin < 10
 
 
 def test_missing_architecture_does_not_stop_the_others() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field
 from logging import WARNING
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -30,7 +30,6 @@ _DESCRIPTION = "checkpoint.json"
 _ROUND = "round-"
 _UNFINISHED = ".unfinished-"
 _LOCK = ".lock"
-_LONGEST_NAME = 100
 
 Metrics = dict[int, MetricRecord]
 
@@ -133,12 +132,41 @@ class CheckpointFolder:
             lock.release()
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint and delete those that are too old."""
+        """Write a checkpoint and delete those that are too old.
+
+        On a full disk the oldest ones make place for it; the latest before it is kept.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written even so; nothing unfinished is left.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
+        number = checkpoint.server_round
+        # Later ones, and one of this round, are damaged: the run would have gone on from them.
+        damaged = [other for other in self.rounds() if other >= number]
+        oldest = [other for other in self.rounds() if other < number][:-1]
+        for other in [*damaged, *oldest]:
+            try:
+                return self._write_whole(checkpoint)
+            except OSError as error:
+                self._remove_unfinished()
+                text = "the checkpoint of round %s makes place for that of round %s: %s"
+                log(WARNING, text, other, number, error)
+                shutil.rmtree(self._folder(other), ignore_errors=True)
+        try:
+            return self._write_whole(checkpoint)
+        except OSError:
+            self._remove_unfinished()
+            raise
+
+    def _write_whole(self, checkpoint: Checkpoint) -> None:
         unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path))
         files = {
             "arrays": _write_arrays(unfinished, checkpoint.arrays),
             "beside": {
-                kind: _write_arrays(unfinished, arrays, f"{kind}@")
+                kind: _write_arrays(unfinished, arrays, f"{kind}-")
                 for kind, arrays in checkpoint.beside.items()
             },
         }
@@ -167,7 +195,7 @@ class CheckpointFolder:
         Raises
         ------
         FusionError
-            If there are checkpoints, but all of them are damaged.
+            If there are checkpoints, but all of them are damaged, or one is of another format.
         """
         rounds = self.rounds()
         for server_round in reversed(rounds):
@@ -190,10 +218,16 @@ class CheckpointFolder:
         folder = self._folder(server_round)
         try:
             described = json.loads((folder / _DESCRIPTION).read_bytes())
+            if described["format"] != _FORMAT:
+                raise FusionError(
+                    f"checkpoint {folder} is of format {described['format']!r:.20}, this version "
+                    f"of flwr_fusion reads format {_FORMAT}: go on with the version that wrote it, "
+                    "or choose an empty checkpoint_dir"
+                )
             if described.pop("sha256", None) != _hash_of(described):
                 raise _DamagedError(f"{_DESCRIPTION} does not have the content it was written with")
-            if described["format"] != _FORMAT or described["round"] != server_round:
-                raise _DamagedError(f"{_DESCRIPTION} is of another format or round")
+            if described["round"] != server_round:
+                raise _DamagedError(f"{_DESCRIPTION} is of another round")
             arrays = {name: _arrays(folder, known) for name, known in described["arrays"].items()}
             history = {
                 kind: {int(r): _metrics_from_json(values) for r, values in rounds.items()}
@@ -206,18 +240,24 @@ class CheckpointFolder:
             return Checkpoint(
                 server_round, arrays, History(**history), described["details"], beside
             )
-        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-            raise _DamagedError(f"it cannot be read: {error!r}") from error
+        except (FusionError, _DamagedError):
+            raise
+        except Exception as error:  # Whatever its bytes make JSON or safetensors raise.
+            raise _DamagedError(f"it cannot be read: {error!r:.300}") from error
 
     def _tidy(self, written: int) -> None:
-        """Delete checkpoints that are too old, and what killed processes left."""
-        # Later rounds are damaged: the run would have gone on from them.
+        """Delete checkpoints that are too old, and later ones, which are damaged."""
         later = [number for number in self.rounds() if number > written]
         earlier = [number for number in self.rounds() if number <= written]
-        old = [self._folder(number) for number in [*later, *earlier[: -self._keep]]]
-        left = [path for path in self.path.glob(f"{_UNFINISHED}*") if path.is_dir()]
-        for path in [*old, *left]:
-            shutil.rmtree(path, ignore_errors=True)
+        for number in [*later, *earlier[: -self._keep]]:
+            shutil.rmtree(self._folder(number), ignore_errors=True)
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        """Remove what killed processes and failed writes left."""
+        for path in self.path.glob(f"{_UNFINISHED}*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 class _DamagedError(Exception):
@@ -251,8 +291,9 @@ def _write_arrays(
     files = {}
     for number, (name, arrays) in enumerate(by_name.items()):
         data = save({key: _in_order(array) for key, array in arrays.items()})
-        quoted = quote(name, safe="")
-        file = f"{prefix}{quoted if len(quoted) <= _LONGEST_NAME else number}.safetensors"
+        # A name can be anything: what tells the files apart is the number.
+        readable = re.sub(r"[^A-Za-z0-9_]", "_", name)[:40]
+        file = f"{prefix}{number}-{readable}.safetensors"
         _write(folder / file, data)
         files[name] = {"file": file, "sha256": hashlib.sha256(data).hexdigest()}
     return files

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from logging import WARNING
 from typing import cast
@@ -40,15 +42,17 @@ class NodeArchitectures:
         self._chosen = chosen
         self._query_timeout = query_timeout
         self.by_node: dict[int, str] = {}
-        self._left_out: set[int] = set()
+        self._left_out: dict[int, str] = {}
         self._questions: dict[int, int] = {}
         self._present: set[int] = set()
+        self._too_few_since: float | None = None
 
     def forget(self) -> None:
         """Forget all nodes, as in a new run."""
         self.by_node.clear()
         self._left_out.clear()
         self._questions.clear()
+        self._too_few_since = None
 
     def name_of(self, node: int) -> str:
         """Return the architecture that a node runs."""
@@ -58,13 +62,34 @@ class NodeArchitectures:
         """Return the architectures of the nodes that were there last, and the chosen one."""
         return {self._chosen, *(n for node, n in self.by_node.items() if node in self._present)}
 
-    def answered(self, grid: Grid, make_messages: MakeMessages, needed: int) -> Grid:
-        """Return the grid without the nodes whose architecture is not known."""
+    def answered(
+        self, grid: Grid, make_messages: MakeMessages, needed: int, seconds: float
+    ) -> Grid:
+        """Return the grid without the nodes whose architecture is not known.
+
+        Parameters
+        ----------
+        grid : Grid
+            Of all nodes.
+        make_messages : callable
+            Makes messages of a content, nodes and type.
+        needed : int
+            How many nodes an exchange needs.
+        seconds : float
+            How long nodes of known architectures are waited for where there are enough others.
+        """
         if len(self._architectures) == 1:
             return grid
-        return cast(Grid, KnownNodes(grid, lambda g: self._nodes(g, make_messages, needed)))
+        self._too_few_since = None
 
-    def _nodes(self, grid: Grid, make_messages: MakeMessages, needed: int) -> list[int]:
+        def nodes(grid: Grid) -> list[int]:
+            return self._nodes(grid, make_messages, needed, seconds)
+
+        return cast(Grid, KnownNodes(grid, nodes))
+
+    def _nodes(
+        self, grid: Grid, make_messages: MakeMessages, needed: int, seconds: float
+    ) -> list[int]:
         """Return the nodes that take part, asking those that have not answered yet."""
         nodes = list(grid.get_node_ids())
         new = [n for n in nodes if n not in self.by_node and n not in self._left_out]
@@ -72,12 +97,19 @@ class NodeArchitectures:
             self._ask(new, grid, make_messages)
         answered = [node for node in nodes if node in self.by_node]
         self._present = set(answered)
-        hopeless = nodes and self._left_out.issuperset(nodes)
-        if not self.by_node and hopeless and len(nodes) >= needed:
+        strangers = {n: self._left_out[n] for n in nodes if n in self._left_out}
+        too_few = len(answered) < needed <= len(nodes) == len(answered) + len(strangers)
+        if not too_few:
+            self._too_few_since = None
+        elif self._too_few_since is None:
+            self._too_few_since = time.monotonic()
+        waited = time.monotonic() - (self._too_few_since or math.inf)
+        if too_few and (not self.by_node or waited > seconds):
             raise FusionError(
-                f"none of {len(nodes)} nodes runs a known architecture: its ClientApp must answer "
-                "queries with flwr_fusion.client.declare_architecture, and one of the names "
-                f"{sorted(self._architectures)}"
+                f"{len(answered)} of {len(nodes)} nodes run a known architecture, {needed} are "
+                "needed: a ClientApp must answer queries with "
+                "flwr_fusion.client.declare_architecture, and one of the names "
+                f"{sorted(self._architectures)}. Left out are {strangers}"
             )
         return answered
 
@@ -106,8 +138,8 @@ class NodeArchitectures:
             self._leave_out(node, f"it did not say which architecture it runs: {rejection.text}")
 
     def _leave_out(self, node: int, reason: str) -> None:
-        self._left_out.add(node)
-        log(WARNING, "node %s is left out: %.300s", node, printable(reason))
+        self._left_out[node] = printable(reason)[:300]
+        log(WARNING, "node %s is left out: %s", node, self._left_out[node])
 
     def _declared(self, answer: Answer) -> tuple[str | None, str]:
         """Return the architecture that a node has declared, or why there is none."""

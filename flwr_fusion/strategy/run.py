@@ -152,8 +152,9 @@ class Run(Strategy):
             return
         try:
             self._folder.update(self._written)
-        except OSError as error:
-            log(ERROR, "the checkpoint of round %s: %s", self._written.server_round, error)
+        except (OSError, ValueError, KeyError) as error:  # It may have been removed or changed.
+            text = "the metrics of round %s are not in its checkpoint: %r"
+            log(ERROR, text, self._written.server_round, error)
 
     @staticmethod
     def _keep(

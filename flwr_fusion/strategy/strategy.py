@@ -36,7 +36,7 @@ from flwr_fusion.strategy.metrics import (
     round_metrics,
 )
 from flwr_fusion.strategy.nodes import NodeArchitectures
-from flwr_fusion.strategy.reasons import Rejection
+from flwr_fusion.strategy.reasons import Rejection, printable
 from flwr_fusion.strategy.received_statistics import Wanted
 from flwr_fusion.strategy.refinement_steps import Refinement
 from flwr_fusion.strategy.replies import (
@@ -331,6 +331,7 @@ class FusionStrategy(FedAvg):
         with nullcontext() if self._checkpoints is None else self._checkpoints.reserved():
             done = self._checkpoint_to_resume()
             if done is not None:
+                self._tell_of_another_method(done)
                 self._models.restore(done)
                 if self._heads is not None:
                     self._heads.restore(done)
@@ -372,7 +373,7 @@ class FusionStrategy(FedAvg):
             check_own_start(self.method, self._aggregator, self._checkpoints, self.head)
         self._models.set_chosen(arrays, "the arrays to send")
         configure = partial(super().configure_train, server_round, arrays, config)
-        return self._asking(configure, grid)
+        return self._asking(configure, grid, self.min_train_nodes)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -380,7 +381,7 @@ class FusionStrategy(FedAvg):
         """Configure evaluation as training; leave it out if too few nodes are connected."""
         self._models.arrays[self.architecture] = arrays
         configure = partial(super().configure_evaluate, server_round, arrays, config)
-        return self._asking(configure, grid)
+        return self._asking(configure, grid, self.min_evaluate_nodes)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -526,15 +527,21 @@ class FusionStrategy(FedAvg):
             )
         return None
 
+    def _tell_of_another_method(self, done: Checkpoint) -> None:
+        written, own = done.details.get("method"), self.method_of_round(done.server_round).name
+        if written not in (None, own):
+            text = "the checkpoint of round %s was fused by %s, this strategy goes on with %s"
+            log(WARNING, text, done.server_round, printable(str(written)), own)
+
     def _asking(
-        self, configure: Callable[[Grid], Iterable[Message]], grid: Grid
+        self, configure: Callable[[Grid], Iterable[Message]], grid: Grid, least: int
     ) -> Iterable[Message]:
         """Return the messages of an exchange, and remember who is asked; none without nodes."""
+        seconds = (patience_of(grid) or Patience()).for_nodes()
         if self._had_nodes:
-            patience = patience_of(grid) or Patience()
-            grid = cast(Grid, ImpatientGrid(grid, patience.for_nodes()))
-        needed = self.min_available_nodes
-        known = self._nodes.answered(grid, self._construct_messages, needed)
+            grid = cast(Grid, ImpatientGrid(grid, seconds))
+        needed = max(least, self.min_available_nodes)
+        known = self._nodes.answered(grid, self._construct_messages, needed, seconds)
         try:
             messages = self._addressed(configure(known))
         except NotEnoughNodesError as reason:

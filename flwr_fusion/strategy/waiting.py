@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from logging import WARNING
 from typing import Any
 
 from flwr.app import Message, MessageType
+from flwr.common import log
 from flwr.serverapp import Grid
 
 LONGEST = 3600.0
@@ -14,6 +16,7 @@ LONGEST = 3600.0
 SHORTEST = 300.0
 """Seconds that a round waits at least, however fast the ones before were."""
 _FACTOR = 3.0
+_MOST_UNANSWERED = 2
 _TIMED = (MessageType.TRAIN, MessageType.EVALUATE)
 
 
@@ -26,13 +29,15 @@ class Patience:
         Seconds to wait in every round. Default for replies: an hour until all clients have
         answered once, then three times the longest that a complete exchange has taken, doubled
         for every exchange since then in which replies were missing, between five minutes and an
-        hour. For nodes: five minutes.
+        hour; a node that has left two exchanges of a kind unanswered, or one of an hour, gets as
+        long as the others take. For nodes: five minutes.
     """
 
     def __init__(self, timeout: float | None = None) -> None:
         self._timeout = timeout
         self._longest: dict[str, float] = {}
         self._incomplete: dict[str, int] = {}
+        self._unanswered: dict[str, dict[int, float]] = {}
 
     def for_replies(self, message_type: str) -> float:
         """Return the seconds to wait for the replies to messages of a type."""
@@ -47,14 +52,52 @@ class Patience:
         """Return the seconds to wait for nodes that were there before."""
         return SHORTEST if self._timeout is None else self._timeout
 
+    def silent(self, message_type: str, nodes: Iterable[int]) -> set[int]:
+        """Return the nodes that are not waited for; none where no other is asked."""
+        asked = set(nodes)
+        if self._timeout is not None:
+            return set()
+        unanswered = self._unanswered.get(message_type, {})
+        silent = {n for n in asked if unanswered.get(n, 0) >= _MOST_UNANSWERED}
+        return set() if silent == asked else silent
+
     def learn(self, message_type: str, seconds: float, complete: bool) -> None:
-        """Remember how long an exchange has taken, and whether all clients answered."""
+        """Remember how long an exchange has taken, and whether all that were waited for answered.
+
+        Parameters
+        ----------
+        message_type : str
+            Kind of the exchange.
+        seconds : float
+            How long it took.
+        complete : bool
+            Whether all replies came.
+        """
         if complete:
             self._longest[message_type] = max(seconds, self._longest.get(message_type, 0.0))
             self._incomplete[message_type] = 0
         elif message_type in self._longest:
             # A slow client that was not asked before must not be shut out for ever.
             self._incomplete[message_type] += 1
+
+    def note(
+        self,
+        message_type: str,
+        asked: Iterable[int],
+        answered: Collection[int | None],
+        limit: float,
+    ) -> None:
+        """Remember which nodes have left an exchange unanswered that waited up to a limit."""
+        unanswered = self._unanswered.setdefault(message_type, {})
+        for node in asked:
+            if node in answered:
+                unanswered.pop(node, None)
+                continue
+            before = unanswered.get(node, 0)
+            unanswered[node] = before + (_MOST_UNANSWERED if limit >= LONGEST else 1)
+            if before < _MOST_UNANSWERED <= unanswered[node] and self._timeout is None:
+                text = "node %s does not answer (%s): from now on it gets as long as the others"
+                log(WARNING, text, node, message_type)
 
 
 class GridView:
@@ -87,11 +130,21 @@ class PatientGrid(GridView):
             return self._grid.send_and_receive(sent, timeout=timeout)
         begin = time.monotonic()
         limit = self.patience.for_replies(kind)
-        replies = list(self._grid.send_and_receive(sent, timeout=limit))
+        nodes = [message.metadata.dst_node_id for message in sent]
+        silent = self.patience.silent(kind, nodes)
+        awaited = [message for message in sent if message.metadata.dst_node_id not in silent]
+        others = [message for message in sent if message.metadata.dst_node_id in silent]
+        pushed = list(self._grid.push_messages(others)) if others else []
+        replies = list(self._grid.send_and_receive(awaited, timeout=limit))
         # How long those took that raised says nothing of training.
         if not any(reply.has_error() for reply in replies):
             seconds = time.monotonic() - begin
-            self.patience.learn(kind, seconds, complete=len(replies) >= len(sent))
+            self.patience.learn(kind, seconds, complete=len(replies) >= len(awaited))
+        if pushed:
+            replies += self._grid.pull_messages(pushed)
+        node_of = {m.metadata.message_id: m.metadata.dst_node_id for m in sent}
+        answered = {node_of.get(reply.metadata.reply_to_message_id) for reply in replies}
+        self.patience.note(kind, nodes, answered, limit)
         return replies
 
 

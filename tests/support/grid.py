@@ -72,6 +72,7 @@ class InProcessGrid(Grid):
         self.node_ids = [self._random.getrandbits(63) for _ in range(nodes)]
         self.contexts = [_context(node, k, nodes) for k, node in enumerate(self.node_ids)]
         self.sent: list[tuple[str, int]] = []
+        self._pushed: dict[str, list[Message]] = {}
 
     def get_node_ids(self) -> list[int]:
         return list(self.node_ids)
@@ -118,11 +119,16 @@ class InProcessGrid(Grid):
     def create_message(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError
 
-    def push_messages(self, messages: Iterable[Message]) -> NoReturn:
-        raise NotImplementedError
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            replies = self._replies(message)
+            ids.append(str(message.metadata.message_id))
+            self._pushed[ids[-1]] = replies
+        return ids
 
-    def pull_messages(self, message_ids: Iterable[str]) -> NoReturn:
-        raise NotImplementedError
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [reply for message in message_ids for reply in self._pushed.pop(message, [])]
 
 
 def _context(node_id: int, partition: int, nodes: int) -> Context:
