@@ -460,5 +460,5 @@ def test_the_clients_networks_are_not_built_for_fine_tuning(
 def test_under_a_wrapper_it_is_refused() -> None:
     strategy = OTFusion(digits_network(), DIGIT, refine=FineTuning(LABELLED))
     grid: Any = InProcessGrid(digits_app(), NODES)
-    with pytest.raises(ff.FusionError, match="refine= works with the strategy's own start"):
+    with pytest.raises(ff.FusionError, match="refine= works in rounds that"):
         strategy.configure_train(1, record(digits_network()), ConfigRecord(), grid)

@@ -749,6 +749,12 @@ def another_network(models: Sequence[nn.Module], weights: Sequence[float]) -> ff
         (lambda: FusionStrategy("ot", small_network(), SMALL), "a fusion method is a function"),  # type: ignore[arg-type]
         (lambda: FusionStrategy(ff.average, {"a": 3}, SMALL), "architecture 'a' must be a network"),  # type: ignore[dict-item]
         (lambda: FusionStrategy(ff.average, small_network(), SMALL, options=5), "options must be"),  # type: ignore[arg-type]
+        (lambda: OTFusion(nn.Linear, SMALL), "model must be a network, not the class Linear: call"),  # type: ignore[arg-type]
+        (lambda: OTFusion(small_network().state_dict(), SMALL), "not a state dict"),  # type: ignore[arg-type]
+        (lambda: OTFusion("resnet18", SMALL), "model must be a network, not str"),  # type: ignore[arg-type]
+        (lambda: OTFusion(torch.compile(small_network()), SMALL), "wrapped by OptimizedModule"),  # type: ignore[arg-type]
+        (lambda: OTFusion(torch.jit.script(small_network()), SMALL), "compiled by TorchScript"),
+        (lambda: OTFusion(small_network(), (1, 64)), r"Is \(1, 64\) a shape\?"),
         (lambda: small_strategy(validation="strict"), "validation must be"),
         (lambda: small_strategy(only_first_rounds={"combine": 3}), "which is no option given"),
         (lambda: small_strategy(only_first_rounds=3), "only_first_rounds must be"),

@@ -268,6 +268,7 @@ def check_own_start(
     for what, (asked_for, reason) in refused.items():
         if asked_for:
             raise FusionError(
-                f"{what} works with the strategy's own start() alone: under a wrapper, such as "
-                f"Flower's for differential privacy, {reason}"
+                f"{what} works in rounds that the strategy's own start() runs. Here another "
+                "strategy's runs them, which wraps this one, as those of Flower for differential "
+                f"privacy do: {reason}"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from flwr.app import ArrayRecord
-from torch import nn
+from torch import Tensor, nn
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.networks import assemble_unchanged, check_network, with_state
@@ -27,7 +27,13 @@ def named_architectures(model: nn.Module | Mapping[str, nn.Module]) -> dict[str,
     """Return architectures by name; refuse what is none."""
     if isinstance(model, nn.Module):
         return {ONLY_ARCHITECTURE: model}
-    if not isinstance(model, Mapping) or not model:
+    if isinstance(model, Mapping) and any(isinstance(value, Tensor) for value in model.values()):
+        raise FusionError(
+            "model must be a network, or networks by name, not a state dict: load it into a network"
+        )
+    if not isinstance(model, Mapping):
+        check_network("model", model)
+    if not model:
         raise FusionError("model must be a network, or networks by name, at least one")
     odd = [name for name in model if not isinstance(name, str) or not name]
     if odd:

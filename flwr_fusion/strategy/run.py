@@ -84,12 +84,19 @@ class Run(Strategy):
         """Aggregate, then write the checkpoint."""
         number = self._done + server_round
         arrays, metrics = self._strategy.aggregate_train(number, replies)
+        self.record_train(number, arrays, metrics)
+        return arrays, metrics
+
+    def record_train(
+        self, number: int, arrays: ArrayRecord | None, metrics: MetricRecord | None
+    ) -> None:
+        """Keep what a round's training has come to, and write its checkpoint."""
         if arrays is not None:
-            self._arrays = self._strategy.arrays[self._strategy.architecture] = arrays
+            self._strategy.arrays[self._strategy.architecture] = arrays
+        self._arrays = self._strategy.arrays[self._strategy.architecture]
         self._keep(self._history.train_metrics_clientapp, number, metrics)
         if self._strategy.head is None:
             self._write(number)
-        return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -101,19 +108,20 @@ class Run(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Aggregate, then add the metrics to the checkpoint.
-
-        A calibrated head is made now: only now the round is whole.
-        """
+        """Aggregate, then add the metrics to the checkpoint."""
         number = self._done + server_round
         metrics = self._strategy.aggregate_evaluate(number, replies)
+        self.record_evaluate(number, metrics)
+        return metrics
+
+    def record_evaluate(self, number: int, metrics: MetricRecord | None) -> None:
+        """Keep a round's evaluation; with a head the round is whole, and written, only now."""
         self._keep(self._history.evaluate_metrics_clientapp, number, metrics)
         if self._strategy.head is None:
             self._add_to_checkpoint()
         else:
             self._arrays = self._strategy.arrays[self._strategy.architecture]
             self._write(number)
-        return metrics
 
     def summary(self) -> None:
         """Log the strategy's own summary."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from logging import ERROR, INFO, WARNING
 from typing import Any, Unpack, cast
 
@@ -50,7 +50,7 @@ from flwr_fusion.strategy.replies import (
     read_training,
     read_weight,
 )
-from flwr_fusion.strategy.run import EvaluateFunction, run_of
+from flwr_fusion.strategy.run import EvaluateFunction, Run, run_of
 from flwr_fusion.strategy.waiting import (
     ImpatientGrid,
     NotEnoughNodesError,
@@ -178,6 +178,7 @@ class FusionStrategy(FedAvg):
         self._checkpoints = None if folder is None else CheckpointFolder(folder, kept)
         self._asked: list[Metadata] = []
         self._runs_itself = False
+        self._recorder: Run | None = None
         self._had_nodes = False
         check_count("min_train_replies", self.min_train_replies)
         if self.resume and folder is None:
@@ -198,6 +199,12 @@ class FusionStrategy(FedAvg):
         if self._models.has_several and not early:
             start = common_start(start, example_inputs=example_inputs)
         self._models.set_all(start)
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        # A loop of a subclass's own is the strategy's own start, too; only a wrapper's is not.
+        if cls.start is not FusionStrategy.start and not hasattr(cls.start, "__wrapped__"):
+            setattr(cls, "start", _as_own_start(cls.start))  # noqa: B010
 
     @property
     def architecture(self) -> str:
@@ -340,11 +347,9 @@ class FusionStrategy(FedAvg):
                 if self._heads is not None:
                     self._heads.forget()
                 self._aggregator.bring_up_to_date(self.method, self._models.architectures)
-            # Under a wrapper of Flower's, another strategy's start() runs the rounds.
-            self._runs_itself = True
             self.fused_nodes.clear()
             self.rejections.clear()
-            try:
+            with self._own_rounds():
                 result = run_of(self, self._checkpoints, done).rounds_of(
                     cast(Grid, PatientGrid(grid, Patience(timeout))),
                     self._models.arrays[self.architecture],
@@ -353,8 +358,6 @@ class FusionStrategy(FedAvg):
                     train_config=train_config,
                     evaluate_config=evaluate_config,
                 )
-            finally:
-                self._runs_itself = False
             first = 1 if done is None else done.server_round + 1
             if first <= num_rounds and not self.fused_nodes:
                 log_nothing_fused(first, num_rounds, self.rejections)
@@ -368,9 +371,12 @@ class FusionStrategy(FedAvg):
         From the second round on, a round for which too few nodes are connected in time is left
         out.
         """
-        self._runs_itself = self._runs_itself or patience_of(grid) is not None
-        if not self._runs_itself:
+        if patience_of(grid) is not None:
+            self._runs_itself = True
+        elif not self._runs_itself:
             check_own_start(self.method, self._aggregator, self._checkpoints, self.head)
+        elif self._checkpoints is not None and self._recorder is None:
+            self._recorder = self._recorder_of_own_loop(self._checkpoints)
         self._models.set_chosen(arrays, "the arrays to send")
         configure = partial(super().configure_train, server_round, arrays, config)
         return self._asking(configure, grid, self.min_train_nodes)
@@ -404,6 +410,23 @@ class FusionStrategy(FedAvg):
             the fusion moved); after a refinement ``refinement-loss``, that of its last epoch;
             where clients attached statistics ``with-statistics``, the number of usable ones.
         """
+        arrays, metrics = self._aggregated(server_round, replies)
+        if self._recorder is not None:
+            self._recorder.record_train(server_round, arrays, metrics)
+        return arrays, metrics
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Aggregate the metrics of all good replies, and of each architecture's on their own."""
+        metrics = self._aggregated_evaluation(server_round, replies)
+        if self._recorder is not None:
+            self._recorder.record_evaluate(server_round, metrics)
+        return metrics
+
+    def _aggregated(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         method = self.method_of_round(server_round)
         if not self._runs_itself and method.is_auto:
             log(INFO, "rounds of another strategy's start(): combine='auto' is the mean")
@@ -448,10 +471,9 @@ class FusionStrategy(FedAvg):
         figures = counts_of(rejections) | figures_of(report, fused.given.statistics)
         return fused.arrays[self.architecture], round_metrics(figures, clients)
 
-    def aggregate_evaluate(
+    def _aggregated_evaluation(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Aggregate the metrics of all good replies, and of each architecture's on their own."""
         good, rejections = read_evaluation(replies, self._expected())
         used: dict[str, float] = {}
         if self._heads is not None:
@@ -585,6 +607,25 @@ class FusionStrategy(FedAvg):
         aggregate, key = self.evaluate_metrics_aggr_fn, self.weighted_by_key
         return round_metrics(counts, aggregated_metrics(aggregate, answers, key))
 
+    @contextmanager
+    def _own_rounds(self) -> Iterator[None]:
+        """Mark rounds as those of the strategy itself, not of another one that wraps it."""
+        before, self._runs_itself = self._runs_itself, True
+        try:
+            yield
+        finally:
+            self._runs_itself, self._recorder = before, None
+
+    def _recorder_of_own_loop(self, folder: CheckpointFolder) -> Run:
+        """Return what writes the checkpoints of rounds that a subclass's start() runs."""
+        if folder.rounds():
+            raise FusionError(
+                f"{folder.path} holds checkpoints of rounds {folder.rounds()}, and the start() of "
+                f"{type(self).__name__} runs its rounds itself: only FusionStrategy.start goes on "
+                "from them; choose an empty checkpoint_dir"
+            )
+        return run_of(self, folder, None)
+
     def _wanted_statistics(self, method: ConfiguredMethod) -> Wanted:
         """Return what a round uses of the clients' statistics.
 
@@ -609,3 +650,12 @@ class FusionStrategy(FedAvg):
         if method.rule is not None and method.rule.needs_statistics and lacking:
             text = "%d of %d replies have no usable statistics; see flwr_fusion.client"
             log(WARNING, text, lacking, len(received.statistics))
+
+
+def _as_own_start(start: Callable[..., Result]) -> Callable[..., Result]:
+    @wraps(start)
+    def own(self: FusionStrategy, *arguments: Any, **named: Any) -> Result:
+        with self._own_rounds():
+            return start(self, *arguments, **named)
+
+    return own
