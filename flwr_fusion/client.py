@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from logging import INFO
+from logging import INFO, WARNING
 from operator import length_hint
 from typing import Any
 
@@ -12,10 +12,10 @@ from flwr.common import log
 from safetensors.torch import save
 from torch import nn
 
-from flwr_fusion.errors import FusionError
+from flwr_fusion.errors import FusionError, TooFewSamplesError, check_count
 from flwr_fusion.observe import first_of
 from flwr_fusion.statistics.classes import class_moments, pack_classes
-from flwr_fusion.statistics.moments import input_moments
+from flwr_fusion.statistics.moments import measured_moments
 from flwr_fusion.statistics.wire import pack
 
 __all__ = ["attach_class_moments", "attach_statistics", "declare_architecture"]
@@ -33,6 +33,7 @@ def attach_statistics(
     loader: Iterable[Any],
     *,
     inputs: Callable[[Any], Any] | None = None,
+    least_samples: int = 2,
     **options: Any,
 ) -> Message:
     """Measure moments of every layer's inputs and outputs, and put them on a training reply.
@@ -46,12 +47,15 @@ def attach_statistics(
     reply : Message
         The reply to a training message; the record is added to its content.
     model : nn.Module
-        The network as it is sent.
+        The network as it is sent; or as it was received, the only one of which ``clip`` and
+        ``noise`` bound what a sample changes.
     loader : iterable of batches
         The client's training data; a data loader, or any iterable.
     inputs : callable, optional
         Returns what the network is called with from a batch. Default: the batch itself if it is a
         tensor, its first element if it is a tuple or list.
+    least_samples : int
+        With fewer samples nothing is attached, which is logged: moments of one are the sample.
     **options
         Options of `flwr_fusion.statistics.input_moments` (``samples``, ``detail``,
         ``convolutions``, ``max_layer_bytes``, ``clip``, ``noise``).
@@ -77,7 +81,11 @@ def attach_statistics(
             return attach_statistics(reply, model, train_loader)
     """
     batches = _Parts(loader, inputs or first_of)
-    statistics = input_moments(model, batches, **options)
+    check_count("least_samples", least_samples)
+    statistics, seen = measured_moments(model, batches, **options)
+    if seen < least_samples:
+        log(WARNING, "no statistics are sent: %d samples, least_samples=%d", seen, least_samples)
+        return reply
     data = save(pack(statistics))
     reply.content[STATISTICS_RECORD] = ConfigRecord({SAFETENSORS_KEY: data})
     reduced = {
@@ -119,12 +127,12 @@ def attach_class_moments(
     Returns
     -------
     Message
-        The same reply.
+        The same reply; without the record where no class has enough samples, which is logged.
 
     Raises
     ------
     FusionError
-        If the moments cannot be measured, or no class has enough samples.
+        If the moments cannot be measured.
 
     Examples
     --------
@@ -137,7 +145,12 @@ def attach_class_moments(
             return attach_class_moments(reply, model, train_loader)
     """
     batches = loader if labelled is None else _Parts(loader, labelled)
-    data = save(pack_classes(class_moments(model, batches, **options)))
+    try:
+        moments = class_moments(model, batches, **options)
+    except TooFewSamplesError as reason:
+        log(WARNING, "no class moments are sent: %s", reason)
+        return reply
+    data = save(pack_classes(moments))
     reply.content[CLASS_MOMENTS_RECORD] = ConfigRecord({SAFETENSORS_KEY: data})
     return reply
 

@@ -9,6 +9,10 @@ class FusionError(ValueError):
     """A model, client, tensor, group or option that cannot be used, with what to do about it."""
 
 
+class TooFewSamplesError(FusionError):
+    """Data of which nothing is told, because sums over so few samples would tell of each."""
+
+
 def check_option(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Refuse a value that is not allowed, and say what is."""
     if not isinstance(value, str) or value not in allowed:

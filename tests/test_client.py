@@ -17,7 +17,13 @@ from safetensors.torch import load, save
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import flwr_fusion as ff
-from flwr_fusion.client import SAFETENSORS_KEY, STATISTICS_RECORD, attach_statistics
+from flwr_fusion.client import (
+    CLASS_MOMENTS_RECORD,
+    SAFETENSORS_KEY,
+    STATISTICS_RECORD,
+    attach_class_moments,
+    attach_statistics,
+)
 from flwr_fusion.statistics import unpack
 from flwr_fusion.strategy import FusionStrategy, NeuronTransplantation, OTFusion
 from tests.test_strategy import (
@@ -233,3 +239,22 @@ def test_less_can_be_sent() -> None:
         for options in ({}, {"detail": "diagonal"})
     ]  # fmt: skip
     assert sizes[1] < sizes[0] / 5
+
+
+def test_moments_of_too_few_samples_are_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("flwr").propagate = True
+    one = [torch.randn(1, 64)]
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        assert (
+            STATISTICS_RECORD
+            not in attach_statistics(reply_to_nothing(), digits_network(), one).content
+        )
+        reply = attach_statistics(reply_to_nothing(), digits_network(), one * 9, least_samples=10)
+        assert STATISTICS_RECORD not in reply.content
+        labelled = [(torch.randn(5, 64), torch.arange(5))]
+        reply = attach_class_moments(reply_to_nothing(), digits_network(), labelled, least_count=2)
+        assert CLASS_MOMENTS_RECORD not in reply.content
+    assert "9 samples, least_samples=10" in caplog.text
+    assert "no class has 2 samples" in caplog.text
+    enough = attach_statistics(reply_to_nothing(), digits_network(), one * 9, least_samples=9)
+    assert STATISTICS_RECORD in enough.content

@@ -15,6 +15,7 @@ from flwr_fusion import FusionError
 from flwr_fusion.statistics import check, input_moments, pack, size_in_bytes, unpack
 from flwr_fusion.statistics.moments import diagonal_blocks
 from tests.support.architectures import SMALL, Architecture, named, sequential_mlp
+from tests.support.sensitivity import largest_changes
 
 
 def test_batches_add_up_to_the_moments_of_all_samples() -> None:
@@ -249,3 +250,20 @@ def test_layers_that_are_used_in_other_ways() -> None:
     measured = input_moments(model, batches, samples=None)
     assert measured.keys() == {"single", "keyword", "routed"}
     check(measured, model)
+
+
+def test_noise_does_not_come_from_a_seed_that_others_know() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(50, 3)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        measured = input_moments(model, [x], clip=1.0, noise=1.0)[""]
+        drawn.append(measured.activation_mean)
+    assert not torch.equal(*drawn)
+
+
+def test_the_bound_holds_for_the_network_that_was_received_alone() -> None:
+    received, trained = largest_changes(trained=False), largest_changes(trained=True)
+    assert max(received.values()) <= 1.001
+    assert trained["0"] <= 1.001  # What the first layer reads are the samples themselves.
+    assert max(trained.values()) > 2

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_fusion.errors import FusionError, check_count
+from flwr_fusion.errors import FusionError, TooFewSamplesError, check_count
 from flwr_fusion.networks import key_of
 from flwr_fusion.observe import evaluation_mode, output_of, watch
 from flwr_fusion.statistics.moments import (
@@ -21,6 +21,7 @@ from flwr_fusion.statistics.moments import (
     clipped,
     evenly,
     nearest_positive,
+    source_of_noise,
     with_noise,
     with_symmetric_noise,
 )
@@ -88,8 +89,9 @@ def class_moments(
     The counts are the client's histogram of labels, and the sum of a class with one sample is that
     sample's features: `least_count` leaves out rare classes. With `clip` every vector of inputs is
     scaled down to this norm, and replacing one sample changes the counts by at most ``sqrt(2)``,
-    the sums by ``2 clip`` and the second moments by ``sqrt(2) clip**2`` (Euclidean); Gaussian noise
-    of ``noise`` times these is the Gaussian mechanism for each of the tensors. Noise comes first:
+    the sums by ``2 clip`` and the second moments by ``sqrt(2) clip**2`` (Euclidean), **where the
+    network does not depend on the samples**, or has been released with noise; Gaussian noise of
+    ``noise`` times these is the Gaussian mechanism for each of the tensors. Noise comes first:
     which classes are rare is then decided by the noisy counts, and at least by one sample.
 
     Parameters
@@ -109,7 +111,7 @@ def class_moments(
     noise : float
         Standard deviation of the noise, relative to the sensitivity. Needs `clip`.
     generator : torch.Generator, optional
-        Source of the noise, on the CPU.
+        Source of the noise, on the CPU. Default: one of its own, seeded by the system.
 
     Returns
     -------
@@ -119,7 +121,8 @@ def class_moments(
     Raises
     ------
     FusionError
-        If there are no batches, no single last layer, or no labels of its classes.
+        If there are no batches, no single last layer, or no labels of its classes; a
+        `flwr_fusion.errors.TooFewSamplesError` if no class has enough samples.
 
     References
     ----------
@@ -149,7 +152,7 @@ def class_moments(
         sums = part if sums is None else added([sums, part])
     if sums is None:
         raise FusionError("there are no labelled batches to measure class moments on")
-    return _released(sums, least_count, clip, noise, generator)
+    return _released(sums, least_count, clip, noise, source_of_noise(generator))
 
 
 def last_layer(model: nn.Module, inputs: Any) -> tuple[str, Tensor]:
@@ -300,7 +303,7 @@ def _released(
     least_count: int,
     clip: float | None,
     noise: float,
-    generator: torch.Generator | None,
+    generator: torch.Generator,
 ) -> ClassMoments:
     """Return what a client tells: without rare classes, with noise where it is asked for."""
     counts, sums, second = moments.counts, moments.sums, moments.second
@@ -320,5 +323,6 @@ def _released(
         second = second - within + nearest_positive(within[None])[0]
     released = ClassMoments(counts.float(), sums.float(), second.float(), moments.layer)
     if not released.samples > 0:
-        raise FusionError(f"no class has {max(least_count, 1)} samples: there is nothing to tell")
+        text = f"no class has {max(least_count, 1)} samples: there is nothing to tell"
+        raise TooFewSamplesError(text)
     return released

@@ -87,15 +87,18 @@ def input_moments(
     the first layer's are moments of the data themselves: a client with very few samples, or
     samples that are all alike, reveals them. To send less, send the diagonal alone, or clip every
     input vector and add noise. Where the batch is the first axis and every sample gives a layer
-    equally many inputs, replacing one of ``n`` samples changes a layer's means by at most
-    ``2 clip / n`` and its second moments by at most ``sqrt(2) clip**2 / n`` (Euclidean); Gaussian
-    noise of ``noise`` times these is the Gaussian mechanism for each of the tensors. Sequences
-    whose batch is the second axis are outside this statement.
+    equally many inputs, and **the network does not depend on the samples**, replacing one of ``n``
+    samples changes a layer's means by at most ``2 clip / n`` and its second moments by at most
+    ``sqrt(2) clip**2 / n`` (Euclidean); Gaussian noise of ``noise`` times these is the Gaussian
+    mechanism for each of the tensors. Such a network is the one that was received, or one already
+    released with noise; a network that was trained on the samples moves its hidden layers with each
+    of them, by far more. Sequences whose batch is the second axis are outside this statement.
 
     Parameters
     ----------
     model : nn.Module
-        The client's network, as it will be sent. It is run in evaluation mode, not modified.
+        The client's network, as it will be sent, or as it was received where `noise` must count. It
+        is run in evaluation mode, not modified.
     batches : iterable of inputs
         What the network is called with, batch by batch. Where the iterable has a length, batches
         are taken evenly from all of it; otherwise its first ones, so shuffle it.
@@ -113,7 +116,8 @@ def input_moments(
     noise : float
         Standard deviation of the noise, relative to the sensitivity. Needs `clip`.
     generator : torch.Generator, optional
-        Source of the noise, on the CPU.
+        Source of the noise, on the CPU. Default: one of its own, seeded by the system, because
+        noise from a seed that others know hides nothing.
 
     Returns
     -------
@@ -142,7 +146,34 @@ def input_moments(
     >>> moments["2"].second.shape
     torch.Size([1, 8, 8])
     """
+    return measured_moments(
+        model,
+        batches,
+        samples=samples,
+        detail=detail,
+        convolutions=convolutions,
+        max_layer_bytes=max_layer_bytes,
+        clip=clip,
+        noise=noise,
+        generator=generator,
+    )[0]
+
+
+def measured_moments(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    samples: int | None = 2048,
+    detail: Literal["full", "block", "diagonal"] = "full",
+    convolutions: bool = False,
+    max_layer_bytes: int = MAX_LAYER_BYTES,
+    clip: float | None = None,
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[dict[str, LayerStatistics], int]:
+    """Return `input_moments` and the number of samples that they are of."""
     _check_arguments(detail, clip, noise)
+    generator = source_of_noise(generator)
 
     def measures_inputs(module: nn.Module) -> bool:
         return isinstance(module, (nn.Linear, *CONVOLUTIONS) if convolutions else nn.Linear)
@@ -170,7 +201,7 @@ def input_moments(
     for name, layer in measured.items():
         if not all(bool(torch.isfinite(t).all()) for t in tensors_of(layer).values()):
             raise FusionError(f"the moments of layer '{name}' are not finite")
-    return measured
+    return measured, seen
 
 
 def tensors_of(layer: LayerStatistics) -> dict[str, Tensor]:
@@ -375,9 +406,7 @@ class _Accumulator:
             values, axis = clipped(rows, self._clip), 1
         self._outputs.add(values, axis)
 
-    def finish(
-        self, samples: int, noise: float, generator: torch.Generator | None
-    ) -> LayerStatistics:
+    def finish(self, samples: int, noise: float, generator: torch.Generator) -> LayerStatistics:
         """Return the moments, with noise where it is asked for."""
         second = None if self._second is None else (self._second / self._rows).float().cpu()
         mean = None if self._mean is None else (self._mean / self._rows).float().cpu()
@@ -407,14 +436,20 @@ def clipped(rows: Tensor, norm: float | None) -> Tensor:
     return rows * scale
 
 
-def with_noise(tensor: Tensor, deviation: float, generator: torch.Generator | None) -> Tensor:
+def source_of_noise(generator: torch.Generator | None) -> torch.Generator:
+    """Return a generator, or a new one seeded by the system: a client's own seed may be known."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    return generator
+
+
+def with_noise(tensor: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
     """Return a tensor with Gaussian noise."""
     return tensor + deviation * torch.randn(tensor.shape, generator=generator)
 
 
-def with_symmetric_noise(
-    blocks: Tensor, deviation: float, generator: torch.Generator | None
-) -> Tensor:
+def with_symmetric_noise(blocks: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
     """Return symmetric blocks with Gaussian noise that is symmetric, too."""
     drawn = deviation * torch.randn(blocks.shape, generator=generator)
     return blocks + drawn.triu() + drawn.triu(1).transpose(1, 2)
