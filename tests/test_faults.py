@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,21 +17,39 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 import flwr_fusion as ff
-from flwr_fusion.client import attach_statistics, declare_architecture
+from flwr_fusion.client import (
+    CLASS_MOMENTS_RECORD,
+    STATISTICS_RECORD,
+    attach_class_moments,
+    attach_statistics,
+    declare_architecture,
+)
 from flwr_fusion.strategy import (
     CLAFusion,
     FusionStrategy,
     NeuronTransplantation,
     OTFusion,
+    Reason,
 )
+from flwr_fusion.strategy.reasons import Rejection
 from flwr_fusion.strategy.waiting import Patience, PatientGrid
-from tests.support.faults import FAULTS, Explosive, Fault
-from tests.support.grid import InProcessGrid
+from tests.support.beside import (
+    ARCHITECTURE_FAULTS,
+    CLASS_FAULTS,
+    EVALUATION_FAULTS,
+    METRICS_FAULTS,
+    STATISTICS_FAULTS,
+)
+from tests.support.faults import FAULTS, RELATIVE_FAULTS, Explosive, Fault, lost
+from tests.support.grid import InProcessGrid, ReplayingGrid
 from tests.test_replies import lines_about, record, state_in, trained
 
 GOOD = 6
-BAD = tuple(range(GOOD, GOOD + 13))
-"""In each of 18 rounds 13 bad replies: 234 for every strategy, 13 of each fault."""
+BAD = tuple(range(GOOD, GOOD + 53))
+"""In each of 18 rounds 53 bad replies: 954 for every strategy, 53 of each fault."""
+FEW_BAD = (2, 5, 8)
+"""Of ten nodes, in each of 22 rounds: 66 for every strategy that other replies must tell."""
+FEW_ROUNDS = 22
 NODES = GOOD + len(BAD)
 INPUTS = torch.zeros(2, 3)
 
@@ -114,7 +132,7 @@ class Harness:
     def __init__(self, strategy: FedAvg, nodes: int = NODES) -> None:
         self.strategy = strategy
         several = isinstance(strategy, CLAFusion)
-        self.grid = InProcessGrid(client_app(several), nodes)
+        self.grid = ReplayingGrid(client_app(several), nodes)
         self._start = record(shallow().state_dict())
         self._kept: dict[str, ArrayRecord] = {}
         if isinstance(strategy, CLAFusion):
@@ -195,6 +213,60 @@ def test_bad_replies_are_named_and_have_no_effect(
     assert not Explosive.exploded
 
 
+READ_ALL = ("ot", "ot least squares", "cla")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_the_other_replies_tell_is_named_or_harmless(
+    strategy: str, flower_log: pytest.LogCaptureFixture
+) -> None:
+    harness = Harness(STRATEGIES[strategy](), 10)
+    assert isinstance(harness.strategy, FusionStrategy)
+    draw = random.Random(0)
+    kinds = [*STATISTICS_FAULTS, *METRICS_FAULTS, *RELATIVE_FAULTS]
+    drawn = draw.sample(kinds * len(FEW_BAD), FEW_ROUNDS * len(FEW_BAD))
+    expected: dict[tuple[tuple[int, str], ...], list[ArrayRecord]] = {}
+    for k in range(FEW_ROUNDS):
+        faults = dict(zip(FEW_BAD, drawn[3 * k :], strict=False))
+        flower_log.clear()
+        arrays, metrics = harness.round(faults, draw)
+        assert metrics is not None
+        assert np.isfinite([v for v in metrics.values() if isinstance(v, (int, float))]).all()
+        found = harness.models(arrays)
+        treatment = {}
+        for partition, fault in faults.items():
+            node = harness.node(partition)
+            rejections = [r for r in harness.strategy.rejections[1] if r.node_id == node]
+            codes = {r.reason for r in rejections}
+            read = fault not in STATISTICS_FAULTS or strategy in READ_ALL
+            assert codes or not read, fault.name
+            assert codes <= set(fault.reasons), (fault.name, rejections)
+            assert all(lines_about(flower_log, node) for _ in codes), fault.name
+            assert all(metrics[f"rejected-{code}"] for code in codes), fault.name
+            treatment[partition] = (
+                "lost"
+                if any(not r.keeps_update for r in rejections)
+                else "without statistics"
+                if Reason.STATISTICS in codes
+                else "as it is"
+            )
+        key = tuple(sorted(treatment.items()))
+        if key not in expected:
+            expected[key] = harness.models(harness.round(treated(treatment), draw)[0])
+        assert_equal(found, expected[key])
+
+
+def treated(treatment: dict[int, str]) -> dict[int, Fault]:
+    """Return what becomes of replies whose rejected parts are missing from the beginning."""
+
+    def without(reply: Message, draw: random.Random) -> list[Message]:
+        del reply.content[STATISTICS_RECORD]
+        return [reply]
+
+    spoilers = {"lost": lost, "without statistics": without, "as it is": lambda reply, _: [reply]}
+    return {partition: Fault(what, (), spoilers[what]) for partition, what in treatment.items()}
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
 def test_one_bad_reply_among_good_ones(fault: Fault) -> None:
     harness = Harness(STRATEGIES["average"](), GOOD + 1)
@@ -202,3 +274,112 @@ def test_one_bad_reply_among_good_ones(fault: Fault) -> None:
     expected, _ = harness.round({BAD[0]: lost}, random.Random(0))
     arrays, _ = harness.round({BAD[0]: fault}, random.Random(1))
     assert_equal(harness.models(arrays), harness.models(expected))
+
+
+# --- Replies to evaluation and to the question for the architecture -------------------------------
+
+
+def evaluating_app() -> ClientApp:
+    """Return a ClientApp that evaluates, and attaches class moments."""
+    app = client_app(False)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        partition = int(context.node_config["partition-id"])
+        model = known(False)
+        model.load_state_dict(state_in(message.content["arrays"]))
+        generator = torch.Generator().manual_seed(partition)
+        x = torch.randn(40, 3, generator=generator)
+        metrics = MetricRecord({"num-examples": 40 + partition, "loss": 0.1 * partition})
+        reply = Message(RecordDict({"metrics": metrics}), reply_to=message)
+        return attach_class_moments(reply, model, [(x, (x[:, 0] > 0).long())])
+
+    return app
+
+
+def test_bad_replies_to_evaluation_are_named_and_have_no_effect() -> None:
+    draw = random.Random(0)
+    faults: dict[int, Fault] = {}
+
+    def mutate(partition: int, reply: Message) -> list[Message]:
+        return faults[partition].spoil(reply, draw) if partition in faults else [reply]
+
+    grid = ReplayingGrid(evaluating_app(), 10, mutate=mutate, mutated="evaluate")
+    start = record(shallow().state_dict())
+
+    def evaluated() -> tuple[dict[str, Any], ArrayRecord, list[Rejection]]:
+        strategy = OTFusion(shallow(), INPUTS, head="serve")
+        named: list[Rejection] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "flwr_fusion.strategy.strategy.log_replies",
+                lambda where, good, found: named.extend(found if "evaluate" in where else ()),
+            )
+            result = strategy.start(grid, start, num_rounds=1)
+        return dict(result.evaluate_metrics_clientapp[1]), result.arrays, named
+
+    expected: dict[tuple[Any, ...], tuple[dict[str, Any], ArrayRecord]] = {}
+    kinds = [*CLASS_FAULTS, *EVALUATION_FAULTS]
+    drawn = draw.sample(kinds * 3, 3 * len(kinds))
+    for k in range(len(kinds)):
+        faults = dict(zip(FEW_BAD, drawn[3 * k :], strict=False))
+        metrics, arrays, rejections = evaluated()
+        treatment: dict[int, str] = {}
+        for partition, fault in faults.items():
+            own = [r for r in rejections if r.node_id == grid.node_ids[partition]]
+            assert own, fault.name
+            assert {r.reason for r in own} <= set(fault.reasons), (fault.name, own)
+            assert all(r.text.isprintable() for r in own)
+            treatment[partition] = "metrics" if fault in METRICS_FAULTS else "lost"
+            if fault in CLASS_FAULTS:
+                treatment[partition] = "class moments"
+        faults = {n: Fault(what, (), EVALUATION[what]) for n, what in treatment.items()}
+        key = tuple(sorted(treatment.items()))
+        if key not in expected:
+            expected[key] = evaluated()[:2]
+        other, other_arrays = expected[key]
+        assert_equal([arrays], [other_arrays])
+        for name in ("loss", "with-class-moments"):
+            assert metrics[name] == pytest.approx(other[name])
+
+
+def without_class_moments(reply: Message, draw: random.Random) -> list[Message]:
+    del reply.content[CLASS_MOMENTS_RECORD]
+    return [reply]
+
+
+def without_metrics_but_the_examples(reply: Message, draw: random.Random) -> list[Message]:
+    examples = reply.content.metric_records["metrics"]["num-examples"]
+    reply.content["metrics"] = MetricRecord({"num-examples": examples})
+    return [reply]
+
+
+EVALUATION: dict[str, Any] = {
+    "lost": lost,
+    "class moments": without_class_moments,
+    "metrics": without_metrics_but_the_examples,
+}
+
+
+def test_bad_answers_to_the_question_for_the_architecture_are_named(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    draw = random.Random(0)
+    good = STRATEGIES["cla"]()
+    good.start(InProcessGrid(client_app(True), 6), num_rounds=1)
+    for k in range(40):
+        fault = ARCHITECTURE_FAULTS[k % len(ARCHITECTURE_FAULTS)]
+
+        def mutate(partition: int, reply: Message, fault: Fault = fault) -> list[Message]:
+            return fault.spoil(reply, draw) if partition >= 6 else [reply]
+
+        flower_log.clear()
+        strategy = STRATEGIES["cla"]()
+        grid = InProcessGrid(client_app(True), 7, mutate=mutate, mutated="query")
+        strategy.start(grid, num_rounds=1)
+        assert_equal(list(strategy.arrays.values()), list(good.arrays.values()))
+        if fault.spoil is not lost:  # A silent node is asked again.
+            assert "is left out" in lines_about(flower_log, grid.node_ids[6])
+        assert all(
+            line.isprintable() for line in lines_about(flower_log, grid.node_ids[6]).split("\n")
+        )

@@ -228,13 +228,32 @@ def with_records(reply: Message, draw: Draw) -> list[Message]:
 def with_examples(reply: Message, draw: Draw) -> list[Message]:
     metrics = reply.content.metric_records["metrics"]
     values: list[Any] = [0, -1, -0.5, math.nan, math.inf, -math.inf, 1e16, 10**400]
-    values += [True, False, "100", b"100", [100], [], None]
+    values += [True, False, "100", b"100", [100], [], None, 10**5000, -(10**5000)]
     value = draw.choice([*values, "absent"])
     if value == "absent":
         del metrics["num-examples"]
     else:
         # Past MetricRecord's own check, as a forged message would be.
         metrics.__dict__["_data"]["num-examples"] = value
+    return [reply]
+
+
+# --- Faults that only the other replies tell ------------------------------------------------------
+
+
+def beyond_the_others(reply: Message, draw: Draw) -> list[Message]:
+    """Send a value that no training leads to beside the others'."""
+    key = draw.choice([n for n in arrays_in(reply) if n.endswith(("weight", "bias"))])
+    array = np.array(arrays_in(reply)[key].numpy())
+    array.reshape(-1)[draw.randrange(array.size)] = draw.choice([1e4, -1e6, 1e9, 1e12])
+    arrays_in(reply)[key] = Array(array)
+    return [reply]
+
+
+def with_variance_beyond_the_others(reply: Message, draw: Draw) -> list[Message]:
+    arrays = arrays_in(reply)
+    key = draw.choice([name for name in arrays if name.endswith("running_var")])
+    arrays[key] = Array(np.full_like(arrays[key].numpy(), draw.choice([1e8, 1e11])))
     return [reply]
 
 
@@ -302,3 +321,9 @@ FAULTS = (
     Fault("the reply is of another round", (Reason.UNEXPECTED, Reason.NO_REPLY), late),
     Fault("two different replies", (Reason.DUPLICATE,), two_different),
 )
+
+RELATIVE_FAULTS = (
+    Fault("a value far beyond the others'", (Reason.MAGNITUDE,), beyond_the_others),
+    Fault("a variance far beyond", (Reason.MAGNITUDE,), with_variance_beyond_the_others),
+)
+"""Faults that are told by the other clients, which must be more than they are."""

@@ -42,7 +42,9 @@ class InProcessGrid(Grid):
     lost : collection of int
         Partitions whose replies to training never arrive.
     mutate : callable, optional
-        Changes replies to training on their way.
+        Changes replies on their way.
+    mutated : str
+        Type of the messages whose replies it changes.
     seed : int
         Decides node ids and the order of the replies.
 
@@ -64,9 +66,11 @@ class InProcessGrid(Grid):
         failing: Collection[int] = (),
         lost: Collection[int] = (),
         mutate: Mutation | None = None,
+        mutated: str = "train",
         seed: int = 0,
     ) -> None:
         self._app = app
+        self._mutated = mutated
         self._failing, self._lost, self._mutate = failing, lost, mutate
         self._random = random.Random(seed)
         self.node_ids = [self._random.getrandbits(63) for _ in range(nodes)]
@@ -94,11 +98,11 @@ class InProcessGrid(Grid):
         # The id comes from a copy: computing it caches memoryviews, which cannot be pickled.
         message.metadata.__dict__["_message_id"] = _copy(message).object_id
         reply = self._answer(partition, _copy(message))
-        if message.metadata.message_type != "train":
-            return [_copy(reply)]
-        if partition in self._lost:
+        kind = message.metadata.message_type
+        if kind == "train" and partition in self._lost:
             return []
-        replies = [reply] if self._mutate is None else self._mutate(partition, reply)
+        mutate = self._mutate if kind == self._mutated else None
+        replies = [reply] if mutate is None else mutate(partition, reply)
         return [_copy(reply) for reply in replies]
 
     def _answer(self, partition: int, message: Message) -> Message:
@@ -129,6 +133,20 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         return [reply for message in message_ids for reply in self._pushed.pop(message, [])]
+
+
+class ReplayingGrid(InProcessGrid):
+    """Asks every node once, and gives its first answer to all messages of a type."""
+
+    def __init__(self, app: ClientApp, nodes: int, **arguments: Any) -> None:
+        super().__init__(app, nodes, **arguments)
+        self._kept: dict[tuple[int, str], bytes] = {}
+
+    def _answer(self, partition: int, message: Message) -> Message:
+        key = partition, message.metadata.message_type
+        if key not in self._kept:
+            self._kept[key] = pickle.dumps(super()._answer(partition, message).content)
+        return Message(pickle.loads(self._kept[key]), reply_to=message)
 
 
 def _context(node_id: int, partition: int, nodes: int) -> Context:
