@@ -345,6 +345,42 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert CheckpointFolder(tmp_path).latest().server_round == 3  # type: ignore[union-attr]
 
 
+def test_random_damage_is_told_or_harmless(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    run(whole, 2)
+    expected = CheckpointFolder(whole).latest()
+    assert expected is not None
+    draw = random.Random(0)
+    for k in range(150):
+        folder = tmp_path / str(k)
+        shutil.copytree(whole, folder)
+        path = draw.choice(sorted((folder / "round-00002").iterdir()))
+        data = bytearray(path.read_bytes())
+        kind = draw.choice(["flip", "cut", "insert", "zeros", "remove", "swap"])
+        place = draw.randrange(len(data))
+        if kind == "flip":
+            data[place] ^= 1 << draw.randrange(8)
+        elif kind == "cut":
+            del data[place:]
+        elif kind == "insert":
+            data[place:place] = draw.randbytes(draw.randrange(1, 20))
+        elif kind == "zeros":
+            data[place:] = bytes(len(data) - place)
+        elif kind == "swap":
+            data = bytearray((folder / "round-00001" / path.name).read_bytes())
+        path.write_bytes(data)
+        if kind == "remove":
+            path.unlink()
+        try:
+            latest = CheckpointFolder(folder).latest()
+        except ff.FusionError as error:  # A digit of the format.
+            if "is of format" not in str(error):
+                raise
+            continue
+        assert latest is not None
+        assert latest.server_round == 1 or latest == expected
+
+
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
     run(tmp_path, 2)
     for path in tmp_path.glob("*/0-model.safetensors"):
