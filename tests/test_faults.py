@@ -279,14 +279,14 @@ def test_one_bad_reply_among_good_ones(fault: Fault) -> None:
 # --- Replies to evaluation and to the question for the architecture -------------------------------
 
 
-def evaluating_app() -> ClientApp:
-    """Return a ClientApp that evaluates, and attaches class moments."""
-    app = client_app(False)
+def evaluating_app(architectures: bool = False) -> ClientApp:
+    """Return the same ClientApp, which also evaluates, and attaches class moments."""
+    app = client_app(architectures)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         partition = int(context.node_config["partition-id"])
-        model = known(False)
+        model = known(architectures and partition % 3 == 1)
         model.load_state_dict(state_in(message.content["arrays"]))
         generator = torch.Generator().manual_seed(partition)
         x = torch.randn(40, 3, generator=generator)

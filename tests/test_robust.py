@@ -18,7 +18,10 @@ from torch import Tensor, nn
 import flwr_fusion as ff
 from flwr_fusion.rules.robust import krum_selection, trimmed_mean
 from flwr_fusion.strategy import CLAFusion, FusionStrategy, NeuronTransplantation, OTFusion
+from tests.support.faults import Fault
 from tests.support.grid import InProcessGrid
+from tests.support.hostile import HOSTILE, LIES, accuracies, hostile_app
+from tests.support.hostile import strategy as hostile_strategy
 from tests.test_faults import INPUTS, client_app, deep, shallow
 from tests.test_replies import record
 from tests.test_strategy import (
@@ -273,3 +276,23 @@ def test_several_architectures_are_tried_out_with_as_many_clients_as_krum_needs(
     method = partial(ff.ot_fusion, combine="krum")
     FusionStrategy(method, shallow(), INPUTS)
     NeuronTransplantation(shallow(), INPUTS, otherwise=method)
+
+
+@pytest.mark.parametrize("fault", LIES, ids=[fault.name for fault in LIES])
+def test_no_lie_of_one_client_in_ten_costs_a_robust_rule_two_points(
+    fault: Fault, honest_accuracy: float
+) -> None:
+    assert accuracies(hostile_strategy("median"), hostile_app(), fault)[-1] > honest_accuracy - 0.02
+
+
+@pytest.mark.parametrize("attached", [lambda k: k == HOSTILE, lambda k: False])
+def test_statistics_of_one_client_alone_repair_nothing(
+    attached: Callable[[int], bool], honest_accuracy: float
+) -> None:
+    found = accuracies(hostile_strategy("median"), hostile_app(attached=attached))
+    assert found[-1] > honest_accuracy - 0.02
+
+
+@pytest.fixture(scope="module")
+def honest_accuracy() -> float:
+    return accuracies(hostile_strategy("median"), hostile_app())[-1]

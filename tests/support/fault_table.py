@@ -44,7 +44,7 @@ def main() -> None:
 
 def expected_models(harness: Harness) -> dict[str, ArrayRecord]:
     """Return the model after a round in which the bad client's reply is treated in some way."""
-    models = {}
+    models: dict[str, ArrayRecord] = {}
     for treatment, name in TREATMENTS.items():
         arrays, _ = harness.round(treated({BAD[0]: treatment}), random.Random(0))
         assert arrays is not None
@@ -71,13 +71,13 @@ def outcome(
     spoilt = "" if sensible(metrics) else ", the round's loss is spoilt"
     for name, model in expected.items():
         if gap(arrays, model) < 1e-6:
-            rejected = (metrics or {}).get("rejected-metrics")
+            rejected = metrics is not None and "rejected-metrics" in metrics
             return "its metrics are left out" if rejected else f"{name}{spoilt}"
     return what_is_wrong(arrays, expected["left out"]) + spoilt
 
 
 def sensible(metrics: MetricRecord | None) -> bool:
-    loss = (metrics or {}).get("loss", 0.0)
+    loss = 0.0 if metrics is None else metrics.get("loss", 0.0)
     return isinstance(loss, (int, float)) and math.isfinite(loss) and abs(loss) < 1e6
 
 

@@ -2,8 +2,9 @@
 
     python -m tests.support.kill_and_resume --kills 20
 
-Every trial is a federation of five rounds in a process of its own, which is killed at a random
-time and started again with ``resume=True``. What is compared is the last global model in every
+Every trial is a federation of five rounds in a process of its own, with a calibrated head, a
+refinement in every second round, and statistics, which is killed at a random time and started again
+with ``resume=True``. What is compared is the last global model in every
 architecture, and the metrics of all rounds.
 """
 
@@ -24,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, MetricRecord
 
-from flwr_fusion.strategy import CLAFusion, FusionStrategy, OTFusion
+from flwr_fusion.strategy import CLAFusion, FineTuning, FusionStrategy, OTFusion, every
 from flwr_fusion.strategy.checkpoint import CheckpointFolder
 from tests.support.grid import InProcessGrid
-from tests.test_faults import INPUTS, client_app, deep, shallow
+from tests.test_faults import INPUTS, deep, evaluating_app, shallow
 from tests.test_replies import record
 
 ROUNDS = 5
@@ -58,12 +60,18 @@ def federation(name: str, folder: Path) -> Outcome:
     """Run five rounds, or those that are left."""
     several = name == "cla"
     strategy: FusionStrategy
+    # A calibrated head, a refinement, and statistics, which the clients attach.
+    refine = FineTuning(labelled(), rounds=every(2))
     if several:
         architectures = {"shallow": shallow(), "deep": deep()}
-        strategy = CLAFusion(architectures, INPUTS, checkpoint_dir=folder, resume=True)
+        strategy = CLAFusion(
+            architectures, INPUTS, checkpoint_dir=folder, resume=True, head="send", refine=refine
+        )
     else:
-        strategy = OTFusion(shallow(), INPUTS, checkpoint_dir=folder, resume=True)
-    grid = InProcessGrid(client_app(several), NODES)
+        strategy = OTFusion(
+            shallow(), INPUTS, checkpoint_dir=folder, resume=True, head="serve", refine=refine
+        )
+    grid = InProcessGrid(evaluating_app(several), NODES)
     result = strategy.start(grid, start(strategy), ROUNDS, evaluate_fn=weight_norm)
     return Outcome(
         {
@@ -72,9 +80,19 @@ def federation(name: str, folder: Path) -> Outcome:
         },
         {
             kind: {r: dict(metrics) for r, metrics in getattr(result, kind).items()}
-            for kind in ("train_metrics_clientapp", "evaluate_metrics_serverapp")
+            for kind in (
+                "train_metrics_clientapp",
+                "evaluate_metrics_clientapp",
+                "evaluate_metrics_serverapp",
+            )
         },
     )
+
+
+def labelled() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the server's own data, always the same."""
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+    return [(x, (x[:, 0] > 0).long())]
 
 
 def start(strategy: FusionStrategy) -> ArrayRecord:
