@@ -13,9 +13,9 @@ from safetensors.torch import save
 from torch import nn
 
 from flwr_fusion.errors import FusionError, TooFewSamplesError, check_count
-from flwr_fusion.observe import first_of
+from flwr_fusion.observe import batch_size, first_of
 from flwr_fusion.statistics.classes import class_moments, pack_classes
-from flwr_fusion.statistics.moments import measured_moments
+from flwr_fusion.statistics.moments import input_moments
 from flwr_fusion.statistics.wire import pack
 
 __all__ = ["attach_class_moments", "attach_statistics", "declare_architecture"]
@@ -82,7 +82,9 @@ def attach_statistics(
     """
     batches = _Parts(loader, inputs or first_of)
     check_count("least_samples", least_samples)
-    statistics, seen = measured_moments(model, batches, **options)
+    statistics = input_moments(model, batches, **options)
+    # Between the batches that are measured others may have been passed over.
+    seen = min(batches.samples, options.get("samples") or batches.samples)
     if seen < least_samples:
         log(WARNING, "no statistics are sent: %d samples, least_samples=%d", seen, least_samples)
         return reply
@@ -193,14 +195,18 @@ def declare_architecture(message: Message, name: str) -> Message:
 
 
 class _Parts:
-    """What is taken of a loader's batches."""
+    """What is taken of a loader's batches, and how many samples there were."""
 
     def __init__(self, loader: Iterable[Any], take: Callable[[Any], Any]) -> None:
         self._loader = loader
         self._take = take
+        self.samples = 0
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self._take, self._loader)
+        for batch in self._loader:
+            part = self._take(batch)
+            self.samples += batch_size(part)
+            yield part
 
     def __length_hint__(self) -> int:
         return length_hint(self._loader)

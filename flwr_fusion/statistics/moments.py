@@ -146,32 +146,6 @@ def input_moments(
     >>> moments["2"].second.shape
     torch.Size([1, 8, 8])
     """
-    return measured_moments(
-        model,
-        batches,
-        samples=samples,
-        detail=detail,
-        convolutions=convolutions,
-        max_layer_bytes=max_layer_bytes,
-        clip=clip,
-        noise=noise,
-        generator=generator,
-    )[0]
-
-
-def measured_moments(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    samples: int | None = 2048,
-    detail: Literal["full", "block", "diagonal"] = "full",
-    convolutions: bool = False,
-    max_layer_bytes: int = MAX_LAYER_BYTES,
-    clip: float | None = None,
-    noise: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> tuple[dict[str, LayerStatistics], int]:
-    """Return `input_moments` and the number of samples that they are of."""
     _check_arguments(detail, clip, noise)
     generator = source_of_noise(generator)
 
@@ -201,7 +175,7 @@ def measured_moments(
     for name, layer in measured.items():
         if not all(bool(torch.isfinite(t).all()) for t in tensors_of(layer).values()):
             raise FusionError(f"the moments of layer '{name}' are not finite")
-    return measured, seen
+    return measured
 
 
 def tensors_of(layer: LayerStatistics) -> dict[str, Tensor]:

@@ -54,6 +54,14 @@ class FusedRound:
 
 
 @dataclass(frozen=True)
+class _Usable:
+    """A fusion's result, and its arrays, which can be sent."""
+
+    result: FusionResult
+    arrays: ArrayRecord
+
+
+@dataclass(frozen=True)
 class Aggregator:
     """Fuses networks of a federation into its architectures.
 
@@ -156,11 +164,11 @@ class Aggregator:
                 results = self._fused(method, given, targets, model_of)
         if self.refine is not None and server_round in self.refine.rounds:
             results = {
-                name: self._refined(self.refine, server_round, result, given.updates, model_of)
-                for name, result in results.items()
+                name: self._refined(self.refine, server_round, fused, given.updates, model_of)
+                for name, fused in results.items()
             }
-        arrays = {name: usable_arrays(r.model, targets[name]) for name, r in results.items()}
-        reports = {name: result.report for name, result in results.items()}
+        arrays = {name: fused.arrays for name, fused in results.items()}
+        reports = {name: fused.result.report for name, fused in results.items()}
         return FusedRound(arrays, reports, given, rejections)
 
     def _fused(
@@ -169,8 +177,8 @@ class Aggregator:
         given: Contributions,
         targets: Mapping[str, nn.Module],
         model_of: Callable[[int], nn.Module],
-    ) -> dict[str, FusionResult]:
-        """Return what contributions are fused into, for each architecture; what can be sent."""
+    ) -> dict[str, _Usable]:
+        """Return what contributions are fused into, for each architecture."""
 
         def network(k: int) -> nn.Module:
             update = given.updates[k]
@@ -181,8 +189,8 @@ class Aggregator:
         results = {}
         for name, target in targets.items():
             sent = None if self.models.sent(name) is None else self.models.network(name)
-            results[name] = self._fuse(method, networks, weights, given.statistics, target, sent)
-            usable_arrays(results[name].model, target)
+            result = self._fuse(method, networks, weights, given.statistics, target, sent)
+            results[name] = _Usable(result, usable_arrays(result.model, target))
         return results
 
     def _statistics(self, method: ConfiguredMethod, network: nn.Module) -> Statistics | None:
@@ -207,11 +215,12 @@ class Aggregator:
         self,
         refine: Refinement,
         server_round: int,
-        fused: FusionResult,
+        fused: _Usable,
         updates: Sequence[Update],
         model_of: Callable[[int], nn.Module],
-    ) -> FusionResult:
+    ) -> _Usable:
         """Return the result of a fusion after the round's refinement."""
+        before = fused.result
 
         def own_network(k: int) -> nn.Module:
             # The step may be the user's: it may do anything with the networks that it is given.
@@ -221,19 +230,17 @@ class Aggregator:
         try:
             # A copy: what fails half-way must not have touched the fused model.
             weights = [update.weight for update in updates]
-            refined = refine.refined(copied(fused.model), networks, weights)
+            refined = refine.refined(copied(before.model), networks, weights)
             # In the fused model's own types, whatever the step has made of them.
-            model = with_state(fused.model, refined.model.state_dict())
+            model = with_state(before.model, refined.model.state_dict())
             losses = tuple(float(loss) for loss in refined.report.losses)
-            report = replace(fused.report, refinement=replace(refined.report, losses=losses))
-            result = FusionResult(model, report)
-            usable_arrays(result.model, fused.model)
+            report = replace(before.report, refinement=replace(refined.report, losses=losses))
+            return _Usable(FusionResult(model, report), usable_arrays(model, before.model))
         except Exception as error:  # The step may be the user's; the round must not be lost.
             text = "round %s: the fused model is not refined: %s (clients %s)"
             reason = error if isinstance(error, FusionError) else repr(error)
             log(ERROR, text, server_round, reason, nodes_of(updates))
             return fused
-        return result
 
 
 def nodes_of(updates: Sequence[Update]) -> dict[int, int]:

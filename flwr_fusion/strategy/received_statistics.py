@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import RecordDict
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -20,43 +19,29 @@ from flwr_fusion.statistics.wire import largest_size, unpack
 from flwr_fusion.strategy.array_checks import shared_state
 from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection
 
+if TYPE_CHECKING:
+    from flwr_fusion.strategy.replies import Update
+
 Wanted = Literal["all", "activations", "none"]
 """What of the clients' statistics a round uses."""
 _HEADER = 1_000_000
 """Bytes of names and shapes beside the numbers of a record."""
 
 
-@dataclass(frozen=True)
-class Sender:
-    """A client whose update takes part, and what came with it.
-
-    Parameters
-    ----------
-    node_id : int
-        The node.
-    content : RecordDict
-        The whole reply.
-    arrays : ArrayRecord
-        Its checked arrays.
-    model : nn.Module
-        Its architecture.
-    """
-
-    node_id: int
-    content: RecordDict
-    arrays: ArrayRecord
-    model: nn.Module
-
-
 def read_statistics(
-    senders: Sequence[Sender], wanted: Wanted, max_layer_bytes: int
+    updates: Sequence[Update],
+    model_of: Callable[[int], nn.Module],
+    wanted: Wanted,
+    max_layer_bytes: int,
 ) -> tuple[list[Statistics | None], list[Rejection]]:
-    """Return the statistics of every sender that can be used, and why others cannot.
+    """Return the statistics of every client that can be used, and why others cannot.
 
     Parameters
     ----------
-    senders : sequence of Sender
-        Clients whose updates take part.
+    updates : sequence of Update
+        What takes part.
+    model_of : callable
+        Returns a network of the architecture that a node trains.
     wanted : {"all", "activations", "none"}
         What is read; nothing else is unpacked.
     max_layer_bytes : int
@@ -65,42 +50,45 @@ def read_statistics(
     Returns
     -------
     tuple of (list, list of Rejection)
-        For each sender its statistics, or None; and the rejections.
+        For each client its statistics, or None; and the rejections.
     """
     read: dict[int, Statistics] = {}
     rejections = []
-    for k, sender in enumerate(senders if wanted != "none" else ()):
+    models = [model_of(update.node_id) for update in updates]
+    for k, update in enumerate(updates if wanted != "none" else ()):
         try:
-            found = _read(sender, wanted, max_layer_bytes)
+            found = _read(update, models[k], wanted, max_layer_bytes)
         except RejectedReply as reason:
-            rejections.append(Rejection(sender.node_id, reason.reason, str(reason)))
+            rejections.append(Rejection(update.node_id, reason.reason, str(reason)))
             continue
         if found is not None:
             read[k] = found
-    for model in {id(sender.model) for sender in senders}:
-        of_one_kind = {k: found for k, found in read.items() if id(senders[k].model) == model}
+    for architecture in {id(model) for model in models}:
+        of_one_kind = {k: found for k, found in read.items() if id(models[k]) == architecture}
         for k, text in outliers(of_one_kind).items():
             del read[k]
             text = f"its statistics cannot be used: {text}"
-            rejections.append(Rejection(senders[k].node_id, Reason.STATISTICS, text))
-    return [read.get(k) for k in range(len(senders))], rejections
+            rejections.append(Rejection(updates[k].node_id, Reason.STATISTICS, text))
+    return [read.get(k) for k in range(len(updates))], rejections
 
 
-def _read(sender: Sender, wanted: Wanted, max_layer_bytes: int) -> Statistics | None:
+def _read(
+    update: Update, model: nn.Module, wanted: Wanted, max_layer_bytes: int
+) -> Statistics | None:
     """Return what `flwr_fusion.client.attach_statistics` put on a reply, or reject it."""
-    most = largest_size(sender.model, max_layer_bytes) + _HEADER
-    packed = _tensors(sender.content, STATISTICS_RECORD, Reason.STATISTICS, most)
+    most = largest_size(model, max_layer_bytes) + _HEADER
+    packed = _tensors(update.content, STATISTICS_RECORD, Reason.STATISTICS, most)
     if packed is None:
         return None
     if wanted == "activations":
         kinds = ("activation_mean", "activation_variance")
         packed = {key: t for key, t in packed.items() if key.rpartition(".")[2] in kinds}
     with _rejecting(Reason.STATISTICS, "statistics"):
-        statistics = unpack(packed, sender.model, max_layer_bytes)
+        statistics = unpack(packed, model, max_layer_bytes)
         if not statistics:
             raise FusionError("they are empty")
-        running = {n: t for n, t in sender.model.state_dict().items() if "running_" in n}
-        problem = contradiction(statistics, shared_state(sender.arrays, running))
+        running = {n: t for n, t in model.state_dict().items() if "running_" in n}
+        problem = contradiction(statistics, shared_state(update.arrays, running))
         if problem is not None:
             raise FusionError(problem)
     return statistics

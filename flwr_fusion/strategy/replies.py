@@ -23,7 +23,7 @@ from flwr_fusion.strategy.array_checks import (
     named_arrays,
 )
 from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection, shown
-from flwr_fusion.strategy.received_statistics import Sender, Wanted, read_statistics
+from flwr_fusion.strategy.received_statistics import Wanted, read_statistics
 
 RecordT = TypeVar("RecordT", ArrayRecord, MetricRecord)
 
@@ -218,11 +218,10 @@ def read_training(
     """Return what is usable of the replies to training, and why the rest is not."""
     answers, rejections = answers_of(replies, expected.asked)
     updates, bad = _good_updates(answers, expected)
-    senders = [
-        Sender(u.node_id, u.content, u.arrays, expected.model_of(u.node_id)) for u in updates
-    ]
     limits = expected.validation
-    usable, unusable = read_statistics(senders, statistics, limits.max_layer_bytes)
+    usable, unusable = read_statistics(
+        updates, expected.model_of, statistics, limits.max_layer_bytes
+    )
     contents = [Answer(update.node_id, update.content) for update in updates]
     measured, odd = fitting_metrics(contents, expected.weight_key, limits.max_examples)
     return TrainingReplies(updates, usable, measured, [*rejections, *bad, *unusable, *odd])

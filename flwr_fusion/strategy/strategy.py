@@ -59,6 +59,9 @@ from flwr_fusion.strategy.waiting import (
     patience_of,
 )
 
+_OWN_STARTS: set[Callable[..., Result]] = set()
+"""The start() of subclasses that have been marked as their own."""
+
 
 class FusionStrategy(FedAvg):
     """Federated learning in which a fusion method takes the place of the average.
@@ -203,7 +206,7 @@ class FusionStrategy(FedAvg):
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         # A loop of a subclass's own is the strategy's own start, too; only a wrapper's is not.
-        if cls.start is not FusionStrategy.start and not hasattr(cls.start, "__wrapped__"):
+        if cls.start is not FusionStrategy.start and cls.start not in _OWN_STARTS:
             setattr(cls, "start", _as_own_start(cls.start))  # noqa: B010
 
     @property
@@ -658,4 +661,5 @@ def _as_own_start(start: Callable[..., Result]) -> Callable[..., Result]:
         with self._own_rounds():
             return start(self, *arguments, **named)
 
+    _OWN_STARTS.add(own)
     return own

@@ -37,7 +37,7 @@ class Patience:
         self._timeout = timeout
         self._longest: dict[str, float] = {}
         self._incomplete: dict[str, int] = {}
-        self._unanswered: dict[str, dict[int, float]] = {}
+        self._unanswered: dict[str, dict[int, int]] = {}
 
     def for_replies(self, message_type: str) -> float:
         """Return the seconds to wait for the replies to messages of a type."""
