@@ -9,6 +9,7 @@ from benchmarks.experiments import (
     mixed_federation,
     one_round,
     one_shot,
+    passes,
     pruning,
     robust,
     rounds,
@@ -32,6 +33,7 @@ EXPERIMENTS = {
         mixed_federation,
         robust,
         cost,
+        passes,
         speed,
         architectures,
     )

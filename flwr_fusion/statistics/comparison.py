@@ -5,41 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from statistics import median
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flwr_fusion.networks import key_of
-from flwr_fusion.statistics.moments import LayerStatistics, Statistics
+from flwr_fusion.statistics.moments import NORMS, LayerStatistics, Statistics
 
-# With momentum 0.1 the running variance is a tenth of the true one after a single step.
-_LARGEST_OWN = 100.0
 # All ran networks of one architecture: what they measure differs by their data alone.
 _LARGEST_USUAL = 10.0
 _FEWEST = 3
 
 
-def contradiction(statistics: Statistics, state: Mapping[str, Tensor]) -> str | None:
+def contradiction(
+    statistics: Statistics, model: nn.Module, state: Mapping[str, Tensor]
+) -> str | None:
     """Return what of a client's statistics its own BatchNorm layers contradict.
 
     Parameters
     ----------
     statistics : mapping of str to LayerStatistics
         What it sent.
+    model : nn.Module
+        Its architecture.
     state : mapping of str to Tensor
         Running means and variances of its network.
 
     Returns
     -------
     str or None
-        Naming the layer whose activations have a mean square more than 100 times that of the
-        layer's running statistics.
+        Naming the layer whose activations have a mean square more than ten times what its running
+        statistics allow after a single step.
     """
     for name, layer in statistics.items():
+        module = model.get_submodule(name)
         keys = key_of(name, "running_mean"), key_of(name, "running_var")
-        if not state.keys() >= set(keys):
+        if not isinstance(module, NORMS) or not state.keys() >= set(keys):
             continue
+        # running <- (1 - momentum) running + momentum true: at least this share of the true one.
+        share = min(0.1, module.momentum or 0.1)
         running = mean_square_of(state[keys[0]], state[keys[1]])
         found = mean_square_of(layer.activation_mean, layer.activation_variance)
-        if found > _LARGEST_OWN * max(running, 1e-12):
+        if found * share > _LARGEST_USUAL * max(running, 1e-12):
             return (
                 f"the mean square of the activations of layer '{name}' is {found:.3g}, by the "
                 f"layer's own running statistics {running:.3g}"
@@ -69,7 +74,7 @@ def outliers(statistics: Mapping[int, Statistics]) -> dict[int, str]:
     for what, sizes in by_figure.items():
         usual = median(sizes.values())
         for client, size in sizes.items() if len(sizes) >= _FEWEST else ():
-            if size > _LARGEST_USUAL * max(usual, 1e-12):
+            if size > _LARGEST_USUAL * usual > 0:  # Dead layers are no measure.
                 odd.setdefault(client, f"{what} is {size:.3g}, the median client's {usual:.3g}")
     return odd
 

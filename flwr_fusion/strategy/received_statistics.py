@@ -88,7 +88,7 @@ def _read(
         if not statistics:
             raise FusionError("they are empty")
         running = {n: t for n, t in model.state_dict().items() if "running_" in n}
-        problem = contradiction(statistics, shared_state(update.arrays, running))
+        problem = contradiction(statistics, model, shared_state(update.arrays, running))
         if problem is not None:
             raise FusionError(problem)
     return statistics
