@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
-from safetensors.torch import load, save
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
 
 import flwr_fusion as ff
-from flwr_fusion.client import SAFETENSORS_KEY, STATISTICS_RECORD
 from flwr_fusion.strategy import CLAFusion, OTFusion, Reason, Validation
 from tests.support.faults import Fault
 from tests.support.grid import InProcessGrid
 from tests.test_faults import INPUTS as OTHER_INPUTS
-from tests.test_faults import STRATEGIES, Harness, assert_equal, deep, shallow
+from tests.test_faults import Harness, deep, shallow
 from tests.test_faults import client_app as bn_app
 from tests.test_replies import (
     BAD,
@@ -109,68 +107,6 @@ def test_limit_of_examples_bounds_the_weight() -> None:
 def test_bad_limits_are_refused(limits: dict[str, Any]) -> None:
     with pytest.raises(ff.FusionError, match=next(iter(limits))):
         Validation(**limits)
-
-
-# --- Statistics -----------------------------------------------------------------------------------
-
-
-KINDS = ("nan", "huge", "negative", "shape", "type", "layer", "missing", "cut", "garbage")
-
-
-def spoiled(tensors: dict[str, torch.Tensor], draw: random.Random) -> bytes:
-    """Return statistics of a network that cannot be right."""
-    name = draw.choice(sorted(tensors))
-    tensor = tensors[name].clone()
-    kind = draw.choice(KINDS)
-    if kind == "negative":
-        name = draw.choice([n for n in sorted(tensors) if n.endswith("variance")])
-        tensor = -1 - tensors[name].abs()
-    if kind in ("nan", "huge"):
-        tensor.view(-1)[draw.randrange(tensor.numel())] = float("nan") if kind == "nan" else 1e30
-    if kind == "shape":
-        tensor = torch.cat([tensor, tensor])
-    if kind == "type":
-        tensor = tensor.to(draw.choice([torch.int64, torch.complex64, torch.bool]))
-    changed = {**tensors, name: tensor}
-    if kind == "layer":
-        changed = {f"other{key}": value for key, value in tensors.items()}
-    if kind == "missing":
-        del changed[draw.choice([n for n in sorted(tensors) if n.endswith("mean")])]
-    data = save({key: value.contiguous() for key, value in changed.items()})
-    if kind == "cut":
-        return data[: draw.randrange(len(data))]
-    return draw.randbytes(50) if kind == "garbage" else data
-
-
-@pytest.mark.parametrize("strategy", ["ot least squares", "cla"])
-def test_bad_statistics_are_named_and_the_update_is_kept(
-    strategy: str, flower_log: pytest.LogCaptureFixture
-) -> None:
-    harness = Harness(STRATEGIES[strategy](), 7)
-
-    def absent(reply: Message, draw: random.Random) -> list[Message]:
-        del reply.content[STATISTICS_RECORD]
-        return [reply]
-
-    def bad(reply: Message, draw: random.Random) -> list[Message]:
-        data = reply.content.config_records[STATISTICS_RECORD][SAFETENSORS_KEY]
-        assert isinstance(data, bytes)
-        data = spoiled(load(data), draw)
-        reply.content[STATISTICS_RECORD] = ConfigRecord({SAFETENSORS_KEY: data})
-        return [reply]
-
-    draw = random.Random(0)
-    arrays, _ = harness.round({2: Fault("absent", (), absent)}, draw)
-    without = harness.models(arrays)
-    for _ in range(10):
-        flower_log.clear()
-        arrays, metrics = harness.round({2: Fault("bad", (), bad)}, draw)
-        assert metrics is not None
-        assert_equal(harness.models(arrays), without)
-        assert metrics["rejected"] == 0
-        assert metrics["rejected-statistics"] == 1
-        assert metrics["with-statistics"] == 6
-        assert "statistics" in lines_about(flower_log, harness.grid.node_ids[2])
 
 
 # --- Metrics --------------------------------------------------------------------------------------

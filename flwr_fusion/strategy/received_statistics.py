@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from flwr_fusion.client import CLASS_MOMENTS_RECORD, SAFETENSORS_KEY, STATISTICS
 from flwr_fusion.errors import FusionError
 from flwr_fusion.statistics.classes import ClassMoments, unpack_classes
 from flwr_fusion.statistics.comparison import contradiction, outliers
-from flwr_fusion.statistics.moments import Statistics
+from flwr_fusion.statistics.moments import MAX_LAYER_BYTES, Statistics
 from flwr_fusion.statistics.wire import largest_size, unpack
 from flwr_fusion.strategy.array_checks import shared_state
 from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection
@@ -57,7 +57,7 @@ def read_statistics(
     models = [model_of(update.node_id) for update in updates]
     for k, update in enumerate(updates if wanted != "none" else ()):
         try:
-            found = _read(update, models[k], wanted, max_layer_bytes)
+            found = statistics_in(update.content, update.arrays, models[k], wanted, max_layer_bytes)
         except RejectedReply as reason:
             rejections.append(Rejection(update.node_id, reason.reason, str(reason)))
             continue
@@ -72,12 +72,38 @@ def read_statistics(
     return [read.get(k) for k in range(len(updates))], rejections
 
 
-def _read(
-    update: Update, model: nn.Module, wanted: Wanted, max_layer_bytes: int
+def statistics_in(
+    content: RecordDict,
+    arrays: ArrayRecord,
+    model: nn.Module,
+    wanted: Wanted = "all",
+    max_layer_bytes: int = MAX_LAYER_BYTES,
 ) -> Statistics | None:
-    """Return what `flwr_fusion.client.attach_statistics` put on a reply, or reject it."""
+    """Return what `flwr_fusion.client.attach_statistics` put on a reply.
+
+    Parameters
+    ----------
+    content : RecordDict
+        The reply.
+    arrays : ArrayRecord
+        Its checked arrays.
+    model : nn.Module
+        Its architecture.
+    wanted, max_layer_bytes
+        As for `read_statistics`.
+
+    Returns
+    -------
+    mapping of str to LayerStatistics, or None
+        None where there are none.
+
+    Raises
+    ------
+    RejectedReply
+        If they cannot be used.
+    """
     most = largest_size(model, max_layer_bytes) + _HEADER
-    packed = _tensors(update.content, STATISTICS_RECORD, Reason.STATISTICS, most)
+    packed = _tensors(content, STATISTICS_RECORD, Reason.STATISTICS, most)
     if packed is None:
         return None
     if wanted == "activations":
@@ -88,7 +114,7 @@ def _read(
         if not statistics:
             raise FusionError("they are empty")
         running = {n: t for n, t in model.state_dict().items() if "running_" in n}
-        problem = contradiction(statistics, model, shared_state(update.arrays, running))
+        problem = contradiction(statistics, model, shared_state(arrays, running))
         if problem is not None:
             raise FusionError(problem)
     return statistics

@@ -23,7 +23,7 @@ from flwr_fusion.strategy import (
     OTFusion,
 )
 from flwr_fusion.strategy.checkpoint import CheckpointFolder
-from flwr_fusion.strategy.replies import read_statistics
+from flwr_fusion.strategy.received_statistics import statistics_in
 from fusion_simulation.comparison import ClientModel
 from fusion_simulation.data import MixedImages
 from fusion_simulation.settings import Settings
@@ -198,7 +198,7 @@ def _client_model(content: RecordDict, build: Callable[[str], nn.Module]) -> Cli
 
 def _statistics(content: RecordDict, model: nn.Module) -> Statistics | None:
     try:
-        return read_statistics(content, model)
+        return statistics_in(content, content.array_records["arrays"], model)
     except FusionError as error:
         print(f"a client's statistics are not in the report: {error!r:.300}", flush=True)
         return None
