@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from logging import INFO, WARNING
 from operator import length_hint
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common import log
 from safetensors.torch import save
 from torch import nn
 
 from flwr_fusion.errors import FusionError, TooFewSamplesError, check_count
+from flwr_fusion.exchanged import ALL, Exchanged, exchanged_of
 from flwr_fusion.observe import batch_size, first_of
 from flwr_fusion.statistics.classes import class_moments, pack_classes
 from flwr_fusion.statistics.moments import input_moments
 from flwr_fusion.statistics.wire import pack
 
-__all__ = ["attach_class_moments", "attach_statistics", "declare_architecture"]
+__all__ = [
+    "attach_class_moments",
+    "attach_statistics",
+    "declare_architecture",
+    "load_global",
+    "shared_arrays",
+]
 
 STATISTICS_RECORD = "statistics"
 SAFETENSORS_KEY = "safetensors"
 CLASS_MOMENTS_RECORD = "class-moments"
 ARCHITECTURE_RECORD = "architecture"
 ARCHITECTURE_KEY = "name"
+EXCHANGED_KEYS = {"keep_local": "keep-local", "only": "only"}
+"""Names in the config of the patterns of the tensors that travel."""
+LOCAL_RECORD = "local-arrays"
 
 
 def attach_statistics(
@@ -192,6 +202,100 @@ def declare_architecture(message: Message, name: str) -> Message:
         raise FusionError(f"an architecture is declared by its name, not by {name!r}")
     content = RecordDict({ARCHITECTURE_RECORD: ConfigRecord({ARCHITECTURE_KEY: name})})
     return Message(content=content, reply_to=message)
+
+
+def load_global(model: nn.Module, message: Message, context: Context | None = None) -> None:
+    """Load what a message brings of the global model, and the client's own part beside it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The client's network; loaded in place.
+    message : Message
+        A message to train or to evaluate. Its config says which tensors travel, where the strategy
+        has ``keep_local=`` or ``only=``.
+    context : Context, optional
+        The client's; its state holds the part that stays, as `shared_arrays` has left it there.
+        Before the first time it is as the model has it.
+
+    Raises
+    ------
+    FusionError
+        If the arrays are not the ones of this network that travel.
+
+    Examples
+    --------
+    In a ClientApp::
+
+        @app.train()
+        def train(message, context):
+            model = Net()
+            load_global(model, message, context)
+            ...
+            arrays = shared_arrays(model, message, context)
+            return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+    """
+    own = model.state_dict()
+    given = _only_arrays(message).to_torch_state_dict()
+    _check_names(given.keys(), exchanged_in(message).part_of(own).keys(), "the message's arrays")
+    state = dict(given)
+    if context is not None and LOCAL_RECORD in context.state:
+        kept = context.state.array_records[LOCAL_RECORD].to_torch_state_dict()
+        _check_names(kept.keys(), exchanged_in(message).rest_of(own).keys(), "the client's state")
+        state |= kept
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)}, the network's is {tuple(own[name].shape)}"
+            raise FusionError(f"tensor '{name}' has shape {shapes}")
+    model.load_state_dict(own | state)
+
+
+def shared_arrays(
+    model: nn.Module, message: Message, context: Context | None = None
+) -> ArrayRecord:
+    """Return the arrays of a network that travel, and keep the others in the client's state.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The client's network.
+    message : Message
+        The message that is replied to; its config says which tensors travel.
+    context : Context, optional
+        The client's; the part that stays is put into its state, for `load_global`.
+
+    Returns
+    -------
+    ArrayRecord
+        For the reply.
+    """
+    exchanged, state = exchanged_in(message), model.state_dict()
+    if context is not None and exchanged.rest_of(state):
+        context.state[LOCAL_RECORD] = ArrayRecord(exchanged.rest_of(state))
+    return ArrayRecord(exchanged.part_of(state))
+
+
+def exchanged_in(message: Message) -> Exchanged:
+    """Return which tensors travel by a message's config; all where it says nothing."""
+    for config in message.content.config_records.values():
+        if any(key in config for key in EXCHANGED_KEYS.values()):
+            return exchanged_of(*(config.get(key) for key in EXCHANGED_KEYS.values()))
+    return ALL
+
+
+def _only_arrays(message: Message) -> ArrayRecord:
+    records = list(message.content.array_records.values())
+    if len(records) != 1:
+        raise FusionError(f"the message has {len(records)} array records, not one")
+    return records[0]
+
+
+def _check_names(found: Collection[str], expected: Collection[str], what: str) -> None:
+    if set(found) != set(expected):
+        missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+        raise FusionError(
+            f"{what} lack {missing[:5]} of the network and have {extra[:5]} beside it"
+        )
 
 
 class _Parts:

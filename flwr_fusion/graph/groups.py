@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -244,6 +246,17 @@ class ChannelGraph:
             and owner_of(place.tensor) in self.called_layers
         ]
 
+    def holding(self, stays: Callable[[str], bool]) -> ChannelGraph:
+        """Return the graph with the groups fixed that index a tensor which stays where it is."""
+
+        def held(group: ChannelGroup) -> ChannelGroup:
+            local = next((p.tensor for p in group.places if stays(p.tensor)), None)
+            if group.fixed or local is None:
+                return group
+            return replace(group, fixed_because=f"'{local}' stays at the clients")
+
+        return replace(self, groups=tuple(held(group) for group in self.groups))
+
     def permute(
         self, state: Mapping[str, Tensor], permutations: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -313,7 +326,24 @@ def verified_graph(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             _BY_ARCHITECTURE[key] = known
         remembered = (key, known)
         _VERIFIED[model] = remembered
-    return remembered[1]
+    stays = _STAYS.get()
+    return remembered[1] if stays is None else remembered[1].holding(stays)
+
+
+_STAYS: ContextVar[Callable[[str], bool] | None] = ContextVar("stays", default=None)
+
+
+@contextmanager
+def holding(stays: Callable[[str], bool]) -> Iterator[None]:
+    """Fix the groups of all networks that index a tensor which stays at the clients.
+
+    A private layer reads, or writes, channels in the order that its client has learnt.
+    """
+    token = _STAYS.set(stays)
+    try:
+        yield
+    finally:
+        _STAYS.reset(token)
 
 
 _VERIFIED: WeakKeyDictionary[nn.Module, tuple[Any, ChannelGraph]] = WeakKeyDictionary()

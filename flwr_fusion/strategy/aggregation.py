@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from logging import ERROR, INFO, WARNING
@@ -13,7 +14,7 @@ from flwr.common import log
 from torch import nn
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.graph.groups import verified_graph
+from flwr_fusion.graph.groups import holding, verified_graph
 from flwr_fusion.networks import BuiltOnAccess, copied, with_state
 from flwr_fusion.progress import progress_to
 from flwr_fusion.report import FusionReport, FusionResult
@@ -24,7 +25,6 @@ from flwr_fusion.strategy.global_models import (
     GlobalModels,
     load_arrays,
     network_over,
-    usable_arrays,
 )
 from flwr_fusion.strategy.reasons import Rejection
 from flwr_fusion.strategy.refinement_steps import Refinement, check_refinement
@@ -98,7 +98,7 @@ class Aggregator:
         for name, target in architectures.items():
             try:
                 fused = self._fuse(method, networks, weights, statistics, target, target)
-                usable_arrays(fused.model, target)
+                self.models.usable_arrays(name, fused.model)
             except FusionError as error:
                 if not self.models.has_several:
                     raise
@@ -164,7 +164,7 @@ class Aggregator:
                 results = self._fused(method, given, targets, model_of)
         if self.refine is not None and server_round in self.refine.rounds:
             results = {
-                name: self._refined(self.refine, server_round, fused, given.updates, model_of)
+                name: self._refined(self.refine, server_round, name, fused, given.updates, model_of)
                 for name, fused in results.items()
             }
         arrays = {name: fused.arrays for name, fused in results.items()}
@@ -190,7 +190,7 @@ class Aggregator:
         for name, target in targets.items():
             sent = None if self.models.sent(name) is None else self.models.network(name)
             result = self._fuse(method, networks, weights, given.statistics, target, sent)
-            results[name] = _Usable(result, usable_arrays(result.model, target))
+            results[name] = _Usable(result, self.models.usable_arrays(name, result.model))
         return results
 
     def _statistics(self, method: ConfiguredMethod, network: nn.Module) -> Statistics | None:
@@ -209,12 +209,15 @@ class Aggregator:
         reference: nn.Module | None,
     ) -> FusionResult:
         context = {"target": target, "reference": reference, "example_inputs": self.example_inputs}
-        return method.fuse(networks, weights, statistics, **context)
+        exchanged = self.models.exchanged
+        with nullcontext() if exchanged.is_all else holding(lambda key: not exchanged.takes(key)):
+            return method.fuse(networks, weights, statistics, **context)
 
     def _refined(
         self,
         refine: Refinement,
         server_round: int,
+        name: str,
         fused: _Usable,
         updates: Sequence[Update],
         model_of: Callable[[int], nn.Module],
@@ -235,7 +238,7 @@ class Aggregator:
             model = with_state(before.model, refined.model.state_dict())
             losses = tuple(float(loss) for loss in refined.report.losses)
             report = replace(before.report, refinement=replace(refined.report, losses=losses))
-            return _Usable(FusionResult(model, report), usable_arrays(model, before.model))
+            return _Usable(FusionResult(model, report), self.models.usable_arrays(name, model))
         except Exception as error:  # The step may be the user's; the round must not be lost.
             text = "round %s: the fused model is not refined: %s (clients %s)"
             reason = error if isinstance(error, FusionError) else repr(error)

@@ -38,6 +38,8 @@ class StrategyArguments(FedAvgArguments, total=False):
     only_first_rounds: Mapping[str, int] | None
     validation: Validation | None
     refine: Refinement | None
+    keep_local: Sequence[str] | None
+    only: Sequence[str] | None
     head: Head | None
     min_train_replies: int
     checkpoint_dir: str | Path | None

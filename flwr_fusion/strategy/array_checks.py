@@ -14,7 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from flwr_fusion.strategy.reasons import Reason, RejectedReply
 
@@ -98,6 +98,15 @@ _PREFIXES = {
     "_module.": "model._module",
     "_orig_mod.": "model._orig_mod",
 }
+
+
+def without_local(
+    arrays: ArrayRecord, template: Mapping[str, Tensor], model: nn.Module
+) -> ArrayRecord:
+    """Return arrays without those of a model's tensors that do not travel."""
+    if len(template) == len(arrays) or not arrays.keys() <= model.state_dict().keys():
+        return arrays
+    return ArrayRecord({name: array for name, array in arrays.items() if name in template})
 
 
 def check_plausible(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> None:

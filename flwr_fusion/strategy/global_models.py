@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
 from flwr_fusion.errors import FusionError
+from flwr_fusion.exchanged import ALL, Exchanged
 from flwr_fusion.networks import assemble_unchanged, check_network, with_state
 from flwr_fusion.strategy.array_checks import (
     arrays_of,
@@ -15,6 +16,7 @@ from flwr_fusion.strategy.array_checks import (
     check_plausible,
     shared_state,
     state_of,
+    without_local,
 )
 from flwr_fusion.strategy.checkpoint import Checkpoint
 from flwr_fusion.strategy.reasons import RejectedReply
@@ -52,10 +54,22 @@ class GlobalModels:
         The networks of the federation.
     chosen : str, optional
         The one that ``evaluate_fn`` and Flower's ``Result`` see. Default: the first.
+    exchanged : Exchanged
+        Which tensors travel. The arrays hold these alone; networks have the architecture's own
+        values beside them.
     """
 
-    def __init__(self, architectures: Mapping[str, nn.Module], chosen: str | None) -> None:
+    def __init__(
+        self,
+        architectures: Mapping[str, nn.Module],
+        chosen: str | None,
+        exchanged: Exchanged = ALL,
+    ) -> None:
         self.architectures = dict(architectures)
+        self.exchanged = exchanged
+        for name, model in self.architectures.items():
+            whose = "the model" if len(self.architectures) == 1 else f"architecture {name!r}"
+            exchanged.check(model.state_dict().keys(), whose)
         self.chosen = next(iter(architectures)) if chosen is None else chosen
         if self.chosen not in self.architectures:
             raise FusionError(f"architecture {chosen!r} is not among {sorted(architectures)}")
@@ -73,13 +87,30 @@ class GlobalModels:
         """The chosen architecture."""
         return self.architectures[self.chosen]
 
+    def template(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of an architecture that travel."""
+        return self.exchanged.part_of(self.architectures[name].state_dict())
+
+    def usable_arrays(self, name: str, model: nn.Module) -> ArrayRecord:
+        """Return a fused model's arrays; refuse what could not be sent in the next round."""
+        arrays = arrays_of(self.exchanged.part_of(model.state_dict()))
+        try:
+            check_arrays(arrays, self.template(name))
+            check_plausible(arrays, self.template(name))
+        except RejectedReply as error:
+            raise FusionError(f"the fused model cannot be used: {error}") from error
+        return arrays
+
     def network(self, name: str) -> nn.Module:
         """Return the global model in an architecture, as a new network."""
         return load_arrays(self.architectures[name], self.arrays[name])
 
     def set_all(self, networks: Mapping[str, nn.Module]) -> None:
         """Take networks, one for each architecture, for the global model."""
-        self.arrays = {name: arrays_of(model.state_dict()) for name, model in networks.items()}
+        self.arrays = {
+            name: arrays_of(self.exchanged.part_of(model.state_dict()))
+            for name, model in networks.items()
+        }
         self._up_to_date = set(networks)
 
     def set_chosen(self, arrays: ArrayRecord, who: str) -> None:
@@ -90,7 +121,8 @@ class GlobalModels:
                 f"{type(arrays).__name__}"
             )
         try:
-            check_arrays(arrays, self.model.state_dict())
+            arrays = without_local(arrays, self.template(self.chosen), self.model)
+            check_arrays(arrays, self.template(self.chosen))
         except RejectedReply as error:
             whose = f"architecture {self.chosen!r}" if self.has_several else "the model"
             raise FusionError(f"{who} do not fit {whose}: {error}") from error
@@ -122,7 +154,7 @@ class GlobalModels:
         """Fuse the global model into an architecture that nobody has run so far."""
         if name not in self._up_to_date:
             fused = fuse(self.network(self.chosen), self.architectures[name])
-            self.put(name, arrays_of(fused.state_dict()))
+            self.put(name, arrays_of(self.exchanged.part_of(fused.state_dict())))
 
     def present(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
         """Return the arrays to keep in a checkpoint, given those of the chosen architecture.
@@ -142,48 +174,43 @@ class GlobalModels:
                 f"which are not among {sorted(self.architectures)}: it is of another strategy"
             )
         names = {self.chosen, *checkpoint.arrays}
-        restored = {name: _checked(checkpoint, name, self.architectures[name]) for name in names}
+        restored = {name: _checked(checkpoint, name, self.template(name)) for name in names}
         self.replace(restored)
 
 
 def load_arrays(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
-    """Return a network of a model's architecture with the values of checked arrays."""
-    return with_state(model, state_of(arrays, model.state_dict()))
+    """Return a network of a model's architecture with the values of checked arrays.
+
+    What does not travel has the model's own values.
+    """
+    state = model.state_dict()
+    return with_state(model, state | state_of(arrays, {n: state[n] for n in state if n in arrays}))
 
 
 def network_over(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
     """Return such a network whose parameters lie in the arrays' memory, to read only."""
-    state = shared_state(arrays, model.state_dict())
+    own = model.state_dict()
+    state = own | shared_state(arrays, {name: own[name] for name in own if name in arrays})
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     # Buffers are copies: layers may write into them when they run.
     owned = {name: t if name in parameters else t.clone() for name, t in state.items()}
     return assemble_unchanged(model, owned)
 
 
-def usable_arrays(model: nn.Module, template: nn.Module) -> ArrayRecord:
-    """Return a fused model's arrays; refuse what could not be sent in the next round."""
-    arrays = arrays_of(model.state_dict())
-    try:
-        check_arrays(arrays, template.state_dict())
-        check_plausible(arrays, template.state_dict())
-    except RejectedReply as error:
-        raise FusionError(f"the fused model cannot be used: {error}") from error
-    return arrays
-
-
-def _checked(checkpoint: Checkpoint, name: str, model: nn.Module) -> ArrayRecord:
+def _checked(checkpoint: Checkpoint, name: str, template: Mapping[str, Tensor]) -> ArrayRecord:
     """Return a checkpoint's arrays of an architecture, in the order of its model."""
     if name not in checkpoint.arrays:
         raise FusionError(
             f"the checkpoint of round {checkpoint.server_round} holds {sorted(checkpoint.arrays)}, "
             f"not {name!r}: it is of another strategy or other architectures"
         )
-    return checked_arrays(checkpoint.arrays[name], model, checkpoint.server_round)
+    return checked_arrays(checkpoint.arrays[name], template, checkpoint.server_round)
 
 
-def checked_arrays(arrays: ArrayRecord, model: nn.Module, server_round: int) -> ArrayRecord:
+def checked_arrays(
+    arrays: ArrayRecord, template: Mapping[str, Tensor], server_round: int
+) -> ArrayRecord:
     """Return arrays of a checkpoint in the order of their model; refuse another network's."""
-    template = model.state_dict()
     try:
         check_arrays(arrays, template)
     except RejectedReply as error:

@@ -26,7 +26,7 @@ from flwr_fusion.statistics.classes import (
 )
 from flwr_fusion.strategy.array_checks import arrays_of, state_of
 from flwr_fusion.strategy.checkpoint import Checkpoint
-from flwr_fusion.strategy.global_models import GlobalModels, checked_arrays, usable_arrays
+from flwr_fusion.strategy.global_models import GlobalModels, checked_arrays
 from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection
 from flwr_fusion.strategy.received_statistics import read_class_moments
 from flwr_fusion.strategy.replies import Answer, Update
@@ -80,6 +80,9 @@ class CalibratedHeads:
             name: _last_layer(name, model, example_inputs)
             for name, model in models.architectures.items()
         }
+        for layer in self._layers.values():
+            if not models.exchanged.takes(key_of(layer, "weight")):
+                raise FusionError(f"head={use!r}: the last layer '{layer}' stays at the clients")
         self._moments: dict[str, ClassMoments] = {}
         self._norms: dict[str, float] = {}
         self.served: dict[str, ArrayRecord] = {}
@@ -150,8 +153,10 @@ class CalibratedHeads:
         """Go on from what `kept` and `norms` have kept; from none, if there was no head before."""
         self.forget()
         for name, arrays in checkpoint.beside.get(SERVED, {}).items():
-            network = self._known(checkpoint, name)
-            self.served[name] = checked_arrays(arrays, network, checkpoint.server_round)
+            self._known(checkpoint, name)
+            self.served[name] = checked_arrays(
+                arrays, self._models.template(name), checkpoint.server_round
+            )
         for name, arrays in checkpoint.beside.get(CLASS_MOMENTS, {}).items():
             network, layer = self._known(checkpoint, name), self._layers[name]
             packed = {key: torch.from_numpy(array.numpy()) for key, array in arrays.items()}
@@ -211,7 +216,7 @@ class CalibratedHeads:
             ridge=RIDGES[self.use],
             largest_norm=largest if sent else None,
         )
-        arrays = usable_arrays(model, self._models.architectures[name])
+        arrays = self._models.usable_arrays(name, model)
         self._moments[name] = moments
         if sent:
             self._models.put(name, arrays)

@@ -113,7 +113,7 @@ def statistics_in(
         statistics = unpack(packed, model, max_layer_bytes)
         if not statistics:
             raise FusionError("they are empty")
-        running = {n: t for n, t in model.state_dict().items() if "running_" in n}
+        running = {n: t for n, t in model.state_dict().items() if "running_" in n and n in arrays}
         problem = contradiction(statistics, model, shared_state(arrays, running))
         if problem is not None:
             raise FusionError(problem)

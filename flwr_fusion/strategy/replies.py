@@ -6,11 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from logging import INFO
 from statistics import median, median_low
 from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, Metadata, MetricRecord, RecordDict
+from flwr.common import log
 from torch import Tensor, nn
 
 from flwr_fusion.errors import check_count, check_number, check_positive
@@ -21,6 +23,7 @@ from flwr_fusion.strategy.array_checks import (
     check_plausible,
     decode_array,
     named_arrays,
+    without_local,
 )
 from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection, shown
 from flwr_fusion.strategy.received_statistics import Wanted, read_statistics
@@ -174,6 +177,8 @@ class Expected:
         Metadata of the messages that were sent.
     model_of : callable
         Returns a network of the architecture that a node trains.
+    template_of : callable
+        Returns the tensors that a node is to send.
     sent_to : callable
         Returns the arrays that a node was sent, which its update is measured from.
     validation : Validation
@@ -184,6 +189,7 @@ class Expected:
 
     asked: Sequence[Metadata]
     model_of: Callable[[int], nn.Module]
+    template_of: Callable[[int], Mapping[str, Tensor]]
     sent_to: Callable[[int], ArrayRecord | None]
     validation: Validation
     arrays_key: str
@@ -251,15 +257,19 @@ def _good_updates(
     updates, rejections = [], []
     validation = expected.validation
     for answer in answers:
-        template = expected.model_of(answer.node_id).state_dict()
         try:
-            update = read_update(answer, template, expected.arrays_key, expected.weight_key)
+            update = read_update(answer, expected)
             updates.append(update)
         except RejectedReply as rejection:
             rejections.append(Rejection(answer.node_id, rejection.reason, str(rejection)))
         except Exception as error:  # Whatever a forged reply makes the check do.
             text = f"it cannot be checked: {shown(error, 400)}"
             rejections.append(Rejection(answer.node_id, Reason.UNREADABLE, text))
+    more = sum(
+        len(u.content.array_records.get(expected.arrays_key, ())) > len(u.arrays) for u in updates
+    )
+    if more:
+        log(INFO, "%d clients sent tensors that stay with them; they are left out", more)
     too_large = _beyond_the_others(updates)
     if validation.max_update is not None:
         too_large += _too_large(updates, expected.sent_to, validation.max_update)
@@ -271,14 +281,14 @@ def _good_updates(
     return updates, rejections
 
 
-def read_update(
-    answer: Answer, template: Mapping[str, Tensor], arrays_key: str, weight_key: str
-) -> Update:
+def read_update(answer: Answer, expected: Expected) -> Update:
     """Return a checked answer to a training message; raise `RejectedReply` where it is bad."""
-    content = answer.content
-    received = _one_record(dict(content.array_records), arrays_key, "ArrayRecord")
-    arrays = named_arrays(received, template)
-    weight = read_weight(content, weight_key)
+    content, template = answer.content, expected.template_of(answer.node_id)
+    received = _one_record(dict(content.array_records), expected.arrays_key, "ArrayRecord")
+    arrays = without_local(
+        named_arrays(received, template), template, expected.model_of(answer.node_id)
+    )
+    weight = read_weight(content, expected.weight_key)
     largest = check_arrays(arrays, template)
     check_plausible(arrays, template)
     return Update(answer.node_id, weight, arrays, content, largest)

@@ -12,12 +12,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord,
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
-from torch import nn
+from torch import Tensor, nn
 
 from flwr_fusion.after.repair import tracks_statistics
-from flwr_fusion.client import STATISTICS_RECORD
+from flwr_fusion.client import EXCHANGED_KEYS, STATISTICS_RECORD
 from flwr_fusion.depth.start import common_start
 from flwr_fusion.errors import FusionError, check_count
+from flwr_fusion.exchanged import exchanged_of
 from flwr_fusion.graph.groups import verified_graph
 from flwr_fusion.report import FusionReport
 from flwr_fusion.strategy.aggregation import Aggregator, check_own_start, nodes_of
@@ -97,6 +98,14 @@ class FusionStrategy(FedAvg):
     refine : FineTuning, Distillation or an object like them, optional
         What is done with the fused network after the fusion, in the rounds that it names. If it
         fails, the fused network stays as it is.
+    keep_local : sequence of str, optional
+        Patterns of the names of tensors that stay at the clients, such as ``("head.*", "*.bn*")``:
+        they are neither sent, expected nor fused. Channels that they index do not move. The
+        clients learn them from the config (`flwr_fusion.client.load_global`, `shared_arrays`).
+        ``evaluate_fn`` and the ``Result`` have the arrays that travel; `global_models` the
+        model's own values beside them.
+    only : sequence of str, optional
+        Patterns of the only tensors that travel, such as ``("*lora_*",)``.
     head : {"serve", "send"}, optional
         What becomes of the calibrated head (`flwr_fusion.calibrated_head`), which is made every
         round of the class moments that clients attach to their replies to evaluation
@@ -144,7 +153,7 @@ class FusionStrategy(FedAvg):
     Examples
     --------
     >>> import torch
-    >>> from torch import nn
+    >>> from torch import Tensor, nn
     >>> import flwr_fusion as ff
     >>> from flwr_fusion.strategy import FusionStrategy
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -174,7 +183,14 @@ class FusionStrategy(FedAvg):
         self.architecture_metrics: dict[int, dict[str, MetricRecord]] = {}
         self.fused_nodes: dict[int, list[int]] = {}
         self.rejections: dict[int, list[Rejection]] = {}
-        self._models = GlobalModels(named_architectures(model), arguments.get("architecture"))
+        exchanged = exchanged_of(arguments.get("keep_local"), arguments.get("only"))
+        networks = named_architectures(model)
+        if len(networks) > 1 and not exchanged.is_all:
+            raise FusionError(
+                "keep_local and only need a federation of one architecture: parts of networks of "
+                "different depth do not correspond"
+            )
+        self._models = GlobalModels(networks, arguments.get("architecture"), exchanged)
         names, chosen = list(self._models.architectures), self.architecture
         self._nodes = NodeArchitectures(names, chosen, arguments.get("query_timeout", 60.0))
         folder, kept = arguments.get("checkpoint_dir"), arguments.get("keep_checkpoints", 3)
@@ -381,6 +397,7 @@ class FusionStrategy(FedAvg):
         elif self._checkpoints is not None and self._recorder is None:
             self._recorder = self._recorder_of_own_loop(self._checkpoints)
         self._models.set_chosen(arrays, "the arrays to send")
+        arrays, config = self._models.arrays[self.architecture], self._with_patterns(config)
         configure = partial(super().configure_train, server_round, arrays, config)
         return self._asking(configure, grid, self.min_train_nodes)
 
@@ -389,6 +406,7 @@ class FusionStrategy(FedAvg):
     ) -> Iterable[Message]:
         """Configure evaluation as training; leave it out if too few nodes are connected."""
         self._models.arrays[self.architecture] = arrays
+        config = self._with_patterns(config)
         configure = partial(super().configure_evaluate, server_round, arrays, config)
         return self._asking(configure, grid, self.min_evaluate_nodes)
 
@@ -529,6 +547,13 @@ class FusionStrategy(FedAvg):
             NORMS: {} if self._heads is None else self._heads.norms(),
         }
 
+    def _with_patterns(self, config: ConfigRecord) -> ConfigRecord:
+        """Return a config that tells clients which tensors travel."""
+        if self._models.exchanged.is_all:
+            return config
+        patterns = {key: list(v) for key, v in self._models.exchanged.named().items()}
+        return ConfigRecord({**config, **{EXCHANGED_KEYS[k]: v for k, v in patterns.items()}})
+
     def _calibrated_heads(self, head: Head | None) -> CalibratedHeads | None:
         if head is None:
             return None
@@ -599,8 +624,11 @@ class FusionStrategy(FedAvg):
         def sent_to(node: int) -> ArrayRecord | None:
             return self._models.sent(self._nodes.name_of(node))
 
+        def template_of(node: int) -> Mapping[str, Tensor]:
+            return self._models.template(self._nodes.name_of(node))
+
         keys = self.arrayrecord_key, self.weighted_by_key
-        return Expected(self._asked, model_of, sent_to, self.validation, *keys)
+        return Expected(self._asked, model_of, template_of, sent_to, self.validation, *keys)
 
     def _evaluated(
         self, answers: Sequence[Answer], counts: Mapping[str, float]
