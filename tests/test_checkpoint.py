@@ -471,6 +471,22 @@ def test_another_strategys_checkpoint_is_told(
     assert "was fused by ot_fusion, this strategy goes on with average" in flower_log.text
 
 
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, "{}", "\x00"])
+def test_a_description_that_is_overwritten_does_not_end_the_run(text: str, tmp_path: Path) -> None:
+    def overwrite(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        for path in tmp_path.glob("*/checkpoint.json"):
+            path.write_text(text)
+        return MetricRecord({"round": server_round})
+
+    result = run(tmp_path, 2, evaluate_fn=overwrite)
+    assert sorted(result.train_metrics_clientapp) == [1, 2]
+
+
+def test_a_path_that_no_system_has_is_refused() -> None:
+    with pytest.raises(ff.FusionError, match="cannot be written"):
+        run(Path("a\0b"), 1)
+
+
 def test_folder_that_is_removed_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
 

@@ -459,6 +459,26 @@ def test_bad_class_moments_are_named_and_left_out(name: str, head: Any) -> None:
     assert largest_difference(models[1], expected[1]) < 1e-5
 
 
+@pytest.mark.parametrize("head", ["serve", "send"])
+def test_two_liars_among_three_cannot_end_the_run(head: Any) -> None:
+    def scaled(content: RecordDict, counts: float, examples: int) -> None:
+        def change(tensors: dict[str, Tensor]) -> None:
+            for name in tensors:
+                tensors[name] = (counts if name.endswith("counts") else 1e-9) * tensors[name]
+
+        changed(content, change)
+        content.metric_records["metrics"]["num-examples"] = examples
+
+    def spoil(partition: int, content: RecordDict) -> None:
+        if partition < 2:
+            scaled(content, [1.0, 1e5][partition], [10**6, 60][partition])
+
+    strategy = OTFusion(digits_network(), DIGIT, head=head)
+    result, _ = run_digits(strategy, head_app(spoil, without=(3,)), rounds=1)
+    # Who is not believed is no measure of the others.
+    assert result.evaluate_metrics_clientapp[1]["with-class-moments"] in (1, 2)
+
+
 def test_a_class_is_kept_whose_client_is_silent_for_a_round() -> None:
     def keeps_the_fused_rows(since: int) -> bool:
         """Return whether the classes of a client that falls silent have the fused head's rows."""

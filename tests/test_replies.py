@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import flwr_fusion as ff
 from flwr_fusion.strategy import OTFusion
 from flwr_fusion.strategy.array_checks import decode_array
-from flwr_fusion.strategy.reasons import RejectedReply
+from flwr_fusion.strategy.reasons import Reason, RejectedReply, Rejection, shown
 from tests.support.faults import Explosive, error_for, forged_header, npy_bytes, pickled
 from tests.support.grid import InProcessGrid, Mutation
 
@@ -377,6 +377,29 @@ def test_texts_of_clients_cannot_forge_the_log(
         rejected = [r.getMessage() for r in flower_log.records if "rejected node" in r.message]
         assert rejected
         assert all(line.isprintable() for line in rejected)
+
+
+@pytest.mark.parametrize("content", [None, MetricRecord({"num-examples": 5}), "text"])
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_content_that_is_none_is_left_out(content: Any, kind: str) -> None:
+    def mutate(partition: int, reply: Message) -> list[Message]:
+        if partition == BAD:
+            reply.__dict__["_content"] = content
+        return [reply]
+
+    grid = InProcessGrid(client_app(), NODES, mutate=mutate, mutated=kind)
+    result = OTFusion(network(), INPUTS, min_train_nodes=NODES).start(
+        grid, record(network().state_dict()), 1
+    )
+    left_out = [BAD] if kind == "train" else []
+    assert_same(result.arrays, expected([k for k in range(NODES) if k not in left_out]))
+
+
+def test_long_texts_are_cut_before_they_are_escaped() -> None:
+    begin = time.perf_counter()
+    assert len(Rejection(1, Reason.ERROR, "\n" * 10**8).text) == 500
+    assert len(shown("x" * 10**8)) == 100
+    assert time.perf_counter() - begin < 2
 
 
 # --- Replies that come twice, as errors, or not at all --------------------------------------------

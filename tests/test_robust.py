@@ -278,6 +278,24 @@ def test_several_architectures_are_tried_out_with_as_many_clients_as_krum_needs(
     NeuronTransplantation(shallow(), INPUTS, otherwise=method)
 
 
+@pytest.mark.parametrize("rule", ["mean", "median", "trimmed-mean", "krum"])
+def test_no_client_can_make_batchnorm_divide_by_zero(rule: str) -> None:
+    """With momentum None, PyTorch divides by the number of batches."""
+
+    def counted(batches: int) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 2))
+        model.get_buffer("1.num_batches_tracked").fill_(batches)
+        return model
+
+    for lie in (-41, -(10**12), 10**12):
+        models = [*(counted(6) for _ in range(6)), counted(lie)]
+        fused = ff.average(models, combine=rule).model
+        found = int(fused.get_buffer("1.num_batches_tracked"))
+        assert found >= 0
+        assert found == 6 or rule == "mean"
+
+
 @pytest.mark.parametrize("fault", LIES, ids=[fault.name for fault in LIES])
 def test_no_lie_of_one_client_in_ten_costs_a_robust_rule_two_points(
     fault: Fault, honest_accuracy: float

@@ -37,37 +37,58 @@ def start(strategy: FusionStrategy, grid: Grid, rounds: int, **arguments: Any) -
 # --- Replies --------------------------------------------------------------------------------------
 
 
+TRAIN, EVALUATE = MessageType.TRAIN, MessageType.EVALUATE
+
+
 def test_patience_learns_from_complete_exchanges() -> None:
     patience = Patience()
-    assert patience.for_replies(MessageType.TRAIN) == LONGEST
-    patience.learn(MessageType.TRAIN, 200, complete=True)
-    patience.learn(MessageType.TRAIN, 150, complete=True)
-    assert patience.for_replies(MessageType.TRAIN) == 600
-    assert patience.for_replies(MessageType.EVALUATE) == LONGEST
-    patience.learn(MessageType.EVALUATE, 1, complete=True)
-    assert patience.for_replies(MessageType.EVALUATE) == SHORTEST
-    patience.learn(MessageType.TRAIN, 5000, complete=True)
-    assert patience.for_replies(MessageType.TRAIN) == LONGEST
+    assert patience.for_replies(TRAIN) == LONGEST
+    patience.learn(TRAIN, 200)
+    patience.learn(TRAIN, 150)
+    assert patience.for_replies(TRAIN) == 600
+    assert patience.for_replies(EVALUATE) == LONGEST
+    patience.learn(EVALUATE, 1)
+    assert patience.for_replies(EVALUATE) == SHORTEST
+    patience.learn(TRAIN, 5000)
+    assert patience.for_replies(TRAIN) == LONGEST
 
 
-def test_patience_grows_while_replies_are_missing() -> None:
+@pytest.mark.parametrize(
+    ("answers", "waits"),
+    [
+        # A node that is gone, one that is slow, one that answers every other time.
+        ("-------", [300, 600, 1200, 0, 0, 0, 0]),
+        ("--+++++", [300, 600, 1200, 600, 600, 300, 300]),
+        ("-+-+-+-+-+", [300, 600, 300, 600, 600, 1200, 600, 0, 1200, 0]),
+    ],
+)
+def test_patience_with_a_node_that_leaves_exchanges_unanswered(
+    answers: str, waits: list[float]
+) -> None:
+    """Zero: it is not waited for."""
     patience = Patience()
-    patience.learn(MessageType.TRAIN, 3600, complete=False)
-    assert patience.for_replies(MessageType.TRAIN) == LONGEST
-    patience.learn(MessageType.TRAIN, 1, complete=True)
+    patience.learn(TRAIN, 1)
+    found = []
+    for answer in answers:
+        limit = patience.for_replies(TRAIN, {1, 2} - patience.silent(TRAIN, {1, 2}))
+        found.append(0 if patience.silent(TRAIN, {1, 2}) else limit)
+        patience.note(TRAIN, [1, 2], {1, 2} if answer == "+" else {1}, limit)
+    assert found == waits
+
+
+def test_nodes_that_are_silent_in_turn_do_not_add_up() -> None:
+    patience = Patience()
+    patience.learn(TRAIN, 1)
     waits = []
-    for _ in range(20):
-        waits.append(patience.for_replies(MessageType.TRAIN))
-        patience.learn(MessageType.TRAIN, waits[-1], complete=False)
-    assert waits[:5] == [300, 600, 1200, 2400, 3600]
-    assert set(waits[4:]) == {LONGEST}
-    patience.learn(MessageType.TRAIN, 500, complete=True)
-    assert patience.for_replies(MessageType.TRAIN) == 1500
+    for k in range(30):
+        waits.append(patience.for_replies(TRAIN, range(6)))
+        patience.note(TRAIN, range(6), set(range(6)) - {k % 3}, waits[-1])
+    assert max(waits) <= 600
 
 
 def test_given_timeout_holds_in_every_round() -> None:
     patience = Patience(20)
-    patience.learn(MessageType.TRAIN, 200, complete=True)
+    patience.learn(TRAIN, 200)
     assert patience.for_replies(MessageType.TRAIN) == 20
     assert patience.for_nodes() == 20
 
@@ -116,7 +137,7 @@ def test_a_node_that_never_answers_is_not_waited_for_again_and_again(
 
     result = start(strategy, grid, 10, evaluate_fn=evaluate)
     waits = [seconds for kind, seconds in grid.timeouts if kind == "train"]
-    # From the fourth on it gets as long as the others take, whatever the limit is.
+    # From the fifth on it gets as long as the others take.
     assert waits == [LONGEST, 300, 600, 1200, *[300] * 6]
     text = lines_about(flower_log, grid.node_ids[2])
     assert "gets as long as the others" in text

@@ -128,6 +128,8 @@ class RunningMean:
                 found[name] = self._quotient(name, take(name), uncovered)
             else:
                 found[name] = uncovered[name].to(like.device, like.dtype, copy=True)
+            if is_batch_counter(name):
+                found[name].clamp_(min=0)
         return found
 
     def _quotient(self, name: str, total: Tensor, uncovered: Mapping[str, Tensor]) -> Tensor:
@@ -155,6 +157,14 @@ def _accumulator(value: Tensor) -> torch.dtype:
 
 def _is_number(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def is_batch_counter(name: str) -> bool:
+    """Whether a tensor counts the batches of a BatchNorm layer.
+
+    One below zero, as noise that a client adds may make it, has the layer divide by zero.
+    """
+    return name.rpartition(".")[2] == "num_batches_tracked"
 
 
 def is_table(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from flwr_fusion.errors import check_count, check_number
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps
-from flwr_fusion.rules.mean import Mean, RunningMean
+from flwr_fusion.rules.mean import Mean, RunningMean, is_batch_counter
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ class Krum:
         """Return the mean of the selected clients; all are in memory at once."""
         chosen = krum_selection(squared_distances(fusion, maps), self)
         selected = replace(fusion, clients=[fusion.clients[k] for k in chosen])
-        return Mean().combine(selected, [maps[k] for k in chosen])
+        mean = Mean().combine(selected, [maps[k] for k in chosen])
+        # Counters are in no distance.
+        return mean | _middle_counters(fusion.clients, fusion.target, 0.5)
 
 
 def trimmed_mean(values: Tensor, present: Tensor, share: float) -> Tensor:
@@ -166,6 +168,7 @@ def _middle_counters(
         if counts:
             values = torch.stack(counts).double()
             middle = trimmed_mean(values, torch.ones_like(values, dtype=torch.bool), share)
+            middle = middle.clamp(min=0) if is_batch_counter(name) else middle
             found[name] = middle.round().to(like.dtype)
     return found
 

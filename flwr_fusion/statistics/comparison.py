@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from flwr_fusion.networks import key_of
 from flwr_fusion.statistics.moments import NORMS, LayerStatistics, Statistics
 
-# All ran networks of one architecture: what they measure differs by their data alone.
-_LARGEST_USUAL = 10.0
+# Beyond what the momentum explains.
+_LARGEST_OWN = 10.0
+# Every client measures the network that it has trained, and training makes activations grow.
+_LARGEST_ACTIVATIONS = 100.0
+_LARGEST_INPUTS = 1000.0
 _FEWEST = 3
 
 
@@ -33,7 +36,7 @@ def contradiction(
     -------
     str or None
         Naming the layer whose activations have a mean square more than ten times what its running
-        statistics allow after a single step.
+        statistics allow after a single step. Of most clients it says something of the network.
     """
     for name, layer in statistics.items():
         module = model.get_submodule(name)
@@ -42,39 +45,42 @@ def contradiction(
             continue
         # running <- (1 - momentum) running + momentum true: at least this share of the true one.
         share = min(0.1, module.momentum or 0.1)
-        running = mean_square_of(state[keys[0]], state[keys[1]])
+        running = mean_square_of(state[keys[0]] / share, state[keys[1]] / share)
         found = mean_square_of(layer.activation_mean, layer.activation_variance)
-        if found * share > _LARGEST_USUAL * max(running, 1e-12):
+        if found > _LARGEST_OWN * max(running, 1e-12):
             return (
                 f"the mean square of the activations of layer '{name}' is {found:.3g}, by the "
-                f"layer's own running statistics {running:.3g}"
+                f"layer's own running statistics at most {running:.3g}"
             )
     return None
 
 
-def outliers(statistics: Mapping[int, Statistics]) -> dict[int, str]:
-    """Return the clients whose inputs or activations are implausibly large, and which.
+def outliers(statistics: Mapping[int, Statistics], model: nn.Module) -> dict[int, str]:
+    """Return the clients whose statistics are implausibly large beside the others', and which.
 
     Parameters
     ----------
     statistics : mapping of int to Statistics
         Those of clients with one architecture.
+    model : nn.Module
+        The architecture.
 
     Returns
     -------
     dict of int to str
-        Clients of which a layer's mean square is more than ten times the median client's; nobody
-        among fewer than three.
+        Clients of which the mean square of the activations of a BatchNorm layer is more than 100
+        times the median client's, or that of a layer's inputs more than 1000 times; nobody among
+        fewer than three.
     """
-    by_figure: dict[str, dict[int, float]] = {}
+    by_figure: dict[tuple[str, float], dict[int, float]] = {}
     for client, measured in statistics.items():
-        for what, size in _mean_squares(measured):
-            by_figure.setdefault(what, {})[client] = size
+        for what, most, size in _mean_squares(measured, model):
+            by_figure.setdefault((what, most), {})[client] = size
     odd: dict[int, str] = {}
-    for what, sizes in by_figure.items():
+    for (what, most), sizes in by_figure.items():
         usual = median(sizes.values())
         for client, size in sizes.items() if len(sizes) >= _FEWEST else ():
-            if size > _LARGEST_USUAL * usual > 0:  # Dead layers are no measure.
+            if size > most * usual > 0:  # Dead layers are no measure.
                 odd.setdefault(client, f"{what} is {size:.3g}, the median client's {usual:.3g}")
     return odd
 
@@ -84,12 +90,16 @@ def mean_square_of(mean: Tensor, variance: Tensor) -> float:
     return float((variance.double() + mean.double().square()).mean())
 
 
-def _mean_squares(measured: Statistics) -> Iterator[tuple[str, float]]:
+def _mean_squares(measured: Statistics, model: nn.Module) -> Iterator[tuple[str, float, float]]:
+    """Yield what is compared, how many times the usual it may be, and how large it is."""
     for name, layer in measured.items():
-        size = mean_square_of(layer.activation_mean, layer.activation_variance)
-        yield f"the mean square of the activations of layer '{name}'", size
+        if isinstance(model.get_submodule(name), NORMS):
+            size = mean_square_of(layer.activation_mean, layer.activation_variance)
+            what = f"the mean square of the activations of layer '{name}'"
+            yield what, _LARGEST_ACTIVATIONS, size
         if layer.second is not None:
-            yield f"the mean square of the inputs of layer '{name}'", mean_square_of_inputs(layer)
+            size = mean_square_of_inputs(layer)
+            yield f"the mean square of the inputs of layer '{name}'", _LARGEST_INPUTS, size
 
 
 def mean_square_of_inputs(layer: LayerStatistics) -> float:

@@ -124,8 +124,9 @@ class CheckpointFolder:
                 f"another run writes its checkpoints to {self.path}: wait until it has ended, or "
                 "choose another checkpoint_dir"
             ) from error
-        except OSError as error:
-            raise FusionError(f"checkpoint_dir {self.path} cannot be written: {error}") from error
+        except (OSError, ValueError) as error:  # A path can have characters that none can have.
+            text = f"checkpoint_dir {str(self.path)!r} cannot be written: {error}"
+            raise FusionError(text) from error
         try:
             yield
         finally:

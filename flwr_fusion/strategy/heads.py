@@ -40,6 +40,7 @@ NORMS = "head_norms"
 RIDGES = {"serve": 0.03, "send": 0.3}
 # A client counts as having at most so many times the examples of the median client.
 _LARGEST_SHARE = 10
+_FEWEST_COMPARED = 3
 # Where there are three clients, one is not believed whose number of examples or of samples is so
 # many times the median, or whose features are so many times as large: all ran the same network.
 _IMPLAUSIBLE = {"examples": 100.0, "samples": 100.0, "mean square of its features": 10.0}
@@ -196,6 +197,8 @@ class CalibratedHeads:
             odd = _implausible(by_node, weights)
             rejections += [Rejection(n, Reason.CLASS_MOMENTS, text) for n, text in odd.items()]
             believed = {node: m for node, m in by_node.items() if node not in odd}
+            if not believed:
+                continue
             most = _LARGEST_SHARE * median(weights[node] for node in believed)
             gathered[name] = [(min(weights[node], most), m) for node, m in believed.items()]
         return gathered, rejections
@@ -244,7 +247,11 @@ def _implausible(
         },
     }
     odd: dict[int, str] = {}
-    for what, by_figure in figures.items() if len(by_node) > 2 else ():
+    for what, of_all in figures.items():
+        # Those who are not believed are no measure of the others.
+        by_figure = {node: figure for node, figure in of_all.items() if node not in odd}
+        if len(by_figure) < _FEWEST_COMPARED:
+            break
         usual = median(by_figure.values())
         for node, figure in by_figure.items():
             if figure > _IMPLAUSIBLE[what] * usual:

@@ -138,7 +138,7 @@ class NodeArchitectures:
             self._leave_out(node, f"it did not say which architecture it runs: {rejection.text}")
 
     def _leave_out(self, node: int, reason: str) -> None:
-        self._left_out[node] = printable(reason)[:300]
+        self._left_out[node] = printable(reason[:300])[:300]
         log(WARNING, "node %s is left out: %s", node, self._left_out[node])
 
     def _declared(self, answer: Answer) -> tuple[str | None, str]:

@@ -24,7 +24,8 @@ def shown(value: object, most: int = 100) -> str:
     if isinstance(value, int) and value.bit_length() > 1024:
         return f"a number of {value.bit_length()} bits"  # Python refuses to print it.
     try:
-        return f"{value!r:.{most}}"
+        cut = value[:most] if isinstance(value, (str, bytes, list, tuple)) else value
+        return f"{cut!r:.{most}}"
     except Exception:
         return f"a {type(value).__name__} that cannot be shown"
 
@@ -101,7 +102,7 @@ class Rejection:
     text: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "text", printable(self.text)[:LONGEST_TEXT])
+        object.__setattr__(self, "text", printable(self.text[:LONGEST_TEXT])[:LONGEST_TEXT])
 
     @property
     def keeps_update(self) -> bool:

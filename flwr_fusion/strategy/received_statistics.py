@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import RecordDict
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -57,24 +57,40 @@ def read_statistics(
     models = [model_of(update.node_id) for update in updates]
     for k, update in enumerate(updates if wanted != "none" else ()):
         try:
-            found = statistics_in(update.content, update.arrays, models[k], wanted, max_layer_bytes)
+            found = statistics_in(update.content, models[k], wanted, max_layer_bytes)
         except RejectedReply as reason:
             rejections.append(Rejection(update.node_id, reason.reason, str(reason)))
             continue
         if found is not None:
             read[k] = found
-    for architecture in {id(model) for model in models}:
-        of_one_kind = {k: found for k, found in read.items() if id(models[k]) == architecture}
-        for k, text in outliers(of_one_kind).items():
+    for architecture in {id(model): model for model in models}.values():
+        of_one_kind = {k: found for k, found in read.items() if models[k] is architecture}
+        problems = _contradictions(of_one_kind, architecture, updates)
+        rest = {k: found for k, found in of_one_kind.items() if k not in problems}
+        for k, text in (problems | outliers(rest, architecture)).items():
             del read[k]
             text = f"its statistics cannot be used: {text}"
             rejections.append(Rejection(updates[k].node_id, Reason.STATISTICS, text))
     return [read.get(k) for k in range(len(updates))], rejections
 
 
+def _contradictions(
+    statistics: Mapping[int, Statistics], model: nn.Module, updates: Sequence[Update]
+) -> dict[int, str]:
+    """Return what the clients' own networks contradict; of most of them it says nothing."""
+    running = [name for name in model.state_dict() if "running_" in name]
+    found = {}
+    for k, measured in statistics.items():
+        arrays, template = updates[k].arrays, model.state_dict()
+        state = shared_state(arrays, {n: template[n] for n in running if n in arrays})
+        problem = contradiction(measured, model, state)
+        if problem is not None:
+            found[k] = problem
+    return found if 2 * len(found) <= len(statistics) else {}
+
+
 def statistics_in(
     content: RecordDict,
-    arrays: ArrayRecord,
     model: nn.Module,
     wanted: Wanted = "all",
     max_layer_bytes: int = MAX_LAYER_BYTES,
@@ -85,8 +101,6 @@ def statistics_in(
     ----------
     content : RecordDict
         The reply.
-    arrays : ArrayRecord
-        Its checked arrays.
     model : nn.Module
         Its architecture.
     wanted, max_layer_bytes
@@ -113,10 +127,6 @@ def statistics_in(
         statistics = unpack(packed, model, max_layer_bytes)
         if not statistics:
             raise FusionError("they are empty")
-        running = {n: t for n, t in model.state_dict().items() if "running_" in n and n in arrays}
-        problem = contradiction(statistics, model, shared_state(arrays, running))
-        if problem is not None:
-            raise FusionError(problem)
     return statistics
 
 

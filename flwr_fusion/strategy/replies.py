@@ -156,15 +156,28 @@ def answers_of(
         if first.has_error():
             reason = Reason.UNAVAILABLE if first.error.code in _UNAVAILABLE else Reason.ERROR
             rejections.append(Rejection(node, reason, str(first.error.reason)))
+            continue
+        content = _content_of(first)
+        if content is None:
+            rejections.append(Rejection(node, Reason.UNREADABLE, "its content is no RecordDict"))
         else:
-            answers.append(Answer(node, first.content))
+            answers.append(Answer(node, content))
     return answers, rejections
 
 
 def _same_content(one: Message, other: Message) -> bool:
     if one.has_error() or other.has_error():
         return one.has_error() and other.has_error()
-    return bool(one.content == other.content)
+    return bool(_content_of(one) == _content_of(other))
+
+
+def _content_of(message: Message) -> RecordDict | None:
+    """Return a message's content; None where it is missing, or anything else."""
+    try:
+        content = message.content
+    except Exception:
+        return None
+    return content if isinstance(content, RecordDict) else None
 
 
 @dataclass(frozen=True)
@@ -245,6 +258,9 @@ def read_evaluation(
             weighted.append(answer)
         except RejectedReply as reason:
             rejections.append(Rejection(answer.node_id, reason.reason, str(reason)))
+        except Exception as error:  # Whatever a forged reply makes the check do.
+            text = f"it cannot be checked: {shown(error, 400)}"
+            rejections.append(Rejection(answer.node_id, Reason.UNREADABLE, text))
     limit = expected.validation.max_examples
     good, odd = fitting_metrics(weighted, expected.weight_key, limit)
     return good, [*rejections, *odd]

@@ -160,7 +160,7 @@ class Run(Strategy):
             return
         try:
             self._folder.update(self._written)
-        except (OSError, ValueError, KeyError) as error:  # It may have been removed or changed.
+        except Exception as error:  # It may have been removed or changed in any way.
             text = "the metrics of round %s are not in its checkpoint: %r"
             log(ERROR, text, self._written.server_round, error)
 

@@ -16,7 +16,8 @@ LONGEST = 3600.0
 SHORTEST = 300.0
 """Seconds that a round waits at least, however fast the ones before were."""
 _FACTOR = 3.0
-_MOST_UNANSWERED = 2
+# An answer that is missing counts as two that came; the third in a row makes a node silent.
+_MISSED, _SILENT, _MOST = 2, 5, 8
 _TIMED = (MessageType.TRAIN, MessageType.EVALUATE)
 
 
@@ -26,27 +27,30 @@ class Patience:
     Parameters
     ----------
     timeout : float, optional
-        Seconds to wait in every round. Default for replies: an hour until all clients have
-        answered once, then three times the longest that a complete exchange has taken, doubled
-        for every exchange since then in which replies were missing, between five minutes and an
-        hour; a node that has left two exchanges of a kind unanswered, or one of an hour, gets as
-        long as the others take. For nodes: five minutes.
+        Seconds to wait in every round. Default for replies: an hour until all clients that are
+        waited for have answered once, then three times the longest that such an exchange has
+        taken, between five minutes and an hour, and twice as long for every time that a node among
+        them has just left unanswered. A node that has left three exchanges of a kind unanswered,
+        or one of an hour, gets as long as the others take; two answers make up for one that was
+        missing. For nodes: five minutes.
     """
 
     def __init__(self, timeout: float | None = None) -> None:
         self._timeout = timeout
         self._longest: dict[str, float] = {}
-        self._incomplete: dict[str, int] = {}
-        self._unanswered: dict[str, dict[int, int]] = {}
+        self._missing: dict[str, dict[int, int]] = {}
 
-    def for_replies(self, message_type: str) -> float:
-        """Return the seconds to wait for the replies to messages of a type."""
+    def for_replies(self, message_type: str, nodes: Iterable[int] = ()) -> float:
+        """Return the seconds to wait for the replies of nodes to messages of a type."""
         if self._timeout is not None:
             return self._timeout
         if message_type not in self._longest:
             return LONGEST
-        usual = max(SHORTEST, _FACTOR * self._longest[message_type])
-        return float(min(LONGEST, usual * 2 ** min(10, self._incomplete[message_type])))
+        missing = self._missing.get(message_type, {})
+        times = max((missing.get(node, 0) // _MISSED for node in nodes), default=0)
+        # A slow client that was not asked before must not be shut out at once.
+        usual = max(SHORTEST, _FACTOR * self._longest[message_type]) * 2**times
+        return float(min(LONGEST, usual))
 
     def for_nodes(self) -> float:
         """Return the seconds to wait for nodes that were there before."""
@@ -57,28 +61,13 @@ class Patience:
         asked = set(nodes)
         if self._timeout is not None:
             return set()
-        unanswered = self._unanswered.get(message_type, {})
-        silent = {n for n in asked if unanswered.get(n, 0) >= _MOST_UNANSWERED}
+        missing = self._missing.get(message_type, {})
+        silent = {node for node in asked if missing.get(node, 0) >= _SILENT}
         return set() if silent == asked else silent
 
-    def learn(self, message_type: str, seconds: float, complete: bool) -> None:
-        """Remember how long an exchange has taken, and whether all that were waited for answered.
-
-        Parameters
-        ----------
-        message_type : str
-            Kind of the exchange.
-        seconds : float
-            How long it took.
-        complete : bool
-            Whether all replies came.
-        """
-        if complete:
-            self._longest[message_type] = max(seconds, self._longest.get(message_type, 0.0))
-            self._incomplete[message_type] = 0
-        elif message_type in self._longest:
-            # A slow client that was not asked before must not be shut out for ever.
-            self._incomplete[message_type] += 1
+    def learn(self, message_type: str, seconds: float) -> None:
+        """Remember how long an exchange has taken that all answered who were waited for."""
+        self._longest[message_type] = max(seconds, self._longest.get(message_type, 0.0))
 
     def note(
         self,
@@ -88,14 +77,14 @@ class Patience:
         limit: float,
     ) -> None:
         """Remember which nodes have left an exchange unanswered that waited up to a limit."""
-        unanswered = self._unanswered.setdefault(message_type, {})
+        missing = self._missing.setdefault(message_type, {})
         for node in asked:
+            before = missing.get(node, 0)
             if node in answered:
-                unanswered.pop(node, None)
+                missing[node] = max(0, before - 1)
                 continue
-            before = unanswered.get(node, 0)
-            unanswered[node] = before + (_MOST_UNANSWERED if limit >= LONGEST else 1)
-            if before < _MOST_UNANSWERED <= unanswered[node] and self._timeout is None:
+            missing[node] = min(_MOST, before + (_SILENT if limit >= LONGEST else _MISSED))
+            if before < _SILENT <= missing[node] and self._timeout is None:
                 text = "node %s does not answer (%s): from now on it gets as long as the others"
                 log(WARNING, text, node, message_type)
 
@@ -129,17 +118,17 @@ class PatientGrid(GridView):
         if kind not in _TIMED:
             return self._grid.send_and_receive(sent, timeout=timeout)
         begin = time.monotonic()
-        limit = self.patience.for_replies(kind)
         nodes = [message.metadata.dst_node_id for message in sent]
         silent = self.patience.silent(kind, nodes)
         awaited = [message for message in sent if message.metadata.dst_node_id not in silent]
         others = [message for message in sent if message.metadata.dst_node_id in silent]
+        limit = self.patience.for_replies(kind, set(nodes) - silent)
         pushed = list(self._grid.push_messages(others)) if others else []
         replies = list(self._grid.send_and_receive(awaited, timeout=limit))
-        # How long those took that raised says nothing of training.
-        if not any(reply.has_error() for reply in replies):
-            seconds = time.monotonic() - begin
-            self.patience.learn(kind, seconds, complete=len(replies) >= len(awaited))
+        # If all raised, how long it took says nothing of training.
+        some = any(not reply.has_error() for reply in replies)
+        if some and len(replies) >= len(awaited):
+            self.patience.learn(kind, time.monotonic() - begin)
         if pushed:
             replies += self._grid.pull_messages(pushed)
         node_of = {m.metadata.message_id: m.metadata.dst_node_id for m in sent}

@@ -198,7 +198,7 @@ def _client_model(content: RecordDict, build: Callable[[str], nn.Module]) -> Cli
 
 def _statistics(content: RecordDict, model: nn.Module) -> Statistics | None:
     try:
-        return statistics_in(content, content.array_records["arrays"], model)
+        return statistics_in(content, model)
     except FusionError as error:
         print(f"a client's statistics are not in the report: {error!r:.300}", flush=True)
         return None
