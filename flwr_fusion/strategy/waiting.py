@@ -123,7 +123,8 @@ class PatientGrid(GridView):
         awaited = [message for message in sent if message.metadata.dst_node_id not in silent]
         others = [message for message in sent if message.metadata.dst_node_id in silent]
         limit = self.patience.for_replies(kind, set(nodes) - silent)
-        pushed = list(self._grid.push_messages(others)) if others else []
+        # The id of a message that could not be pushed is None.
+        pushed = [found for found in self._grid.push_messages(others) if found] if others else []
         replies = list(self._grid.send_and_receive(awaited, timeout=limit))
         # If all raised, how long it took says nothing of training.
         some = any(not reply.has_error() for reply in replies)
