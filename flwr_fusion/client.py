@@ -235,13 +235,13 @@ def load_global(model: nn.Module, message: Message, context: Context | None = No
             arrays = shared_arrays(model, message, context)
             return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
     """
-    own = model.state_dict()
+    own, exchanged = model.state_dict(), exchanged_in(message)
     given = _only_arrays(message).to_torch_state_dict()
-    _check_names(given.keys(), exchanged_in(message).part_of(own).keys(), "the message's arrays")
+    _check_names(given.keys(), exchanged.part_of(own).keys(), "the message's arrays")
     state = dict(given)
     if context is not None and LOCAL_RECORD in context.state:
         kept = context.state.array_records[LOCAL_RECORD].to_torch_state_dict()
-        _check_names(kept.keys(), exchanged_in(message).rest_of(own).keys(), "the client's state")
+        _check_names(kept.keys(), exchanged.rest_of(own).keys(), "the client's state")
         state |= kept
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:

@@ -90,6 +90,19 @@ def test_any_exception_of_an_own_method_is_caught_and_its_culprit_found() -> Non
     assert "method failed: RuntimeError: singular matrix" in harness.strategy.rejections[1][0].text
 
 
+def test_a_round_that_a_culprit_leaves_too_small_keeps_the_model() -> None:
+    def method(models: Any, weights: Any) -> ff.FusionResult:
+        if any(float(m.state_dict()["0.weight"].abs().max()) > 100 for m in models):
+            raise ff.FusionError("too large")
+        return ff.average(models, weights)
+
+    for needed, fused in ((6, True), (7, False)):
+        strategy = FusionStrategy(method, shallow(), INPUTS, min_train_replies=needed)
+        fault = with_arrays(with_weight(500.0))
+        arrays, _ = Harness(strategy, 7).round({BAD: fault}, random.Random(0))
+        assert (arrays is not None) == fused
+
+
 # --- The search -----------------------------------------------------------------------------------
 
 

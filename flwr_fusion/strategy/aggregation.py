@@ -140,10 +140,11 @@ class Aggregator:
         given: Contributions,
         model_of: Callable[[int], nn.Module],
         used: Collection[str],
+        needed: int,
     ) -> FusedRound:
         """Fuse a round's contributions into every architecture in use.
 
-        Where that fails, whoever makes it fail is left out.
+        Where that fails, whoever makes it fail is left out, if as many as are needed remain.
         """
         rejections: list[Rejection] = []
         targets = {n: model for n, model in self.models.architectures.items() if n in used}
@@ -159,7 +160,7 @@ class Aggregator:
 
                 least = method.least_clients
                 given, rejections = without_culprits(attempt, given, least, failure)
-                if len(given.updates) < least:
+                if len(given.updates) < needed:
                     raise
                 results = self._fused(method, given, targets, model_of)
         if self.refine is not None and server_round in self.refine.rounds:

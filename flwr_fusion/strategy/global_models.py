@@ -93,10 +93,13 @@ class GlobalModels:
 
     def usable_arrays(self, name: str, model: nn.Module) -> ArrayRecord:
         """Return a fused model's arrays; refuse what could not be sent in the next round."""
-        arrays = arrays_of(self.exchanged.part_of(model.state_dict()))
+        arrays, template = (
+            arrays_of(self.exchanged.part_of(model.state_dict())),
+            self.template(name),
+        )
         try:
-            check_arrays(arrays, self.template(name))
-            check_plausible(arrays, self.template(name))
+            check_arrays(arrays, template)
+            check_plausible(arrays, template)
         except RejectedReply as error:
             raise FusionError(f"the fused model cannot be used: {error}") from error
         return arrays
@@ -121,8 +124,9 @@ class GlobalModels:
                 f"{type(arrays).__name__}"
             )
         try:
-            arrays = without_local(arrays, self.template(self.chosen), self.model)
-            check_arrays(arrays, self.template(self.chosen))
+            template = self.template(self.chosen)
+            arrays = without_local(arrays, template, self.model)
+            check_arrays(arrays, template)
         except RejectedReply as error:
             whose = f"architecture {self.chosen!r}" if self.has_several else "the model"
             raise FusionError(f"{who} do not fit {whose}: {error}") from error

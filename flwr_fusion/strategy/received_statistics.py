@@ -78,11 +78,11 @@ def _contradictions(
     statistics: Mapping[int, Statistics], model: nn.Module, updates: Sequence[Update]
 ) -> dict[int, str]:
     """Return what the clients' own networks contradict; of most of them it says nothing."""
-    running = [name for name in model.state_dict() if "running_" in name]
+    running = {name: t for name, t in model.state_dict().items() if "running_" in name}
     found = {}
     for k, measured in statistics.items():
-        arrays, template = updates[k].arrays, model.state_dict()
-        state = shared_state(arrays, {n: template[n] for n in running if n in arrays})
+        arrays = updates[k].arrays
+        state = shared_state(arrays, {name: t for name, t in running.items() if name in arrays})
         problem = contradiction(measured, model, state)
         if problem is not None:
             found[k] = problem

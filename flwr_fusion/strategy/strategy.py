@@ -469,7 +469,7 @@ class FusionStrategy(FedAvg):
         try:
             given = Contributions(tuple(updates), tuple(received.statistics))
             model_of, used = self._expected().model_of, self._nodes.in_use()
-            fused = self._aggregator.fuse_round(server_round, method, given, model_of, used)
+            fused = self._aggregator.fuse_round(server_round, method, given, model_of, used, needed)
         except FusionError as error:
             text = "aggregate_train: round %s cannot be fused, the model stays: %s (clients %s)"
             log(ERROR, text, server_round, error, nodes_of(updates))
