@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion.errors import FusionError
+from flwr_fusion.gains import gains_of
 from flwr_fusion.graph.groups import ChannelGraph, verified_graph
 from flwr_fusion.maps import (
     Correspondence,
@@ -267,8 +268,9 @@ def with_correspondence(
         try:
             if key not in found:
                 squared_norm(detached_state(target), "the target")
-                found[key] = Correspondence(graph, verified_graph(model, example_inputs))
+                other = Correspondence(graph, verified_graph(model, example_inputs))
                 check_same_modules(model, target)
+                found[key] = other.with_scales(gains_of(other))
             elif key == architecture_of(target):
                 check_same_function(model, target, example_inputs)
         except FusionError as error:

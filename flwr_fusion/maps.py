@@ -3,7 +3,7 @@
 A map is a choice of two matrices per client and group, ``merge`` (fused channels x client
 channels) and ``unmerge`` (client channels x fused channels). With them a weight of client k
 becomes ``merge_out @ W_k @ unmerge_in`` in the fused model's channels. Permutations and selections
-are kept as indices; only transport plans are dense.
+are kept as indices; only transport plans are dense. Channels of linear groups have no map.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -152,6 +153,38 @@ class GroupPair:
     fixed: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear group in the fused model and in a client's: no channel of one is one of the other.
+
+    Only the product of what reads and what writes its channels counts, so that no map brings
+    channels into the fused model's: `flwr_fusion.products` fuses the products.
+
+    Parameters
+    ----------
+    name : str
+        The group.
+    fused_size, client_size : int
+        Numbers of channels.
+    places : mapping of (str, int) to Segment
+        By tensor and axis, where the channels stand.
+    scale : float
+        What the client's network multiplies the product by, over what the fused one does (LoRA's
+        ``alpha / rank``).
+    """
+
+    name: str
+    fused_size: int
+    client_size: int
+    places: Mapping[tuple[str, int], Segment]
+    scale: float = 1.0
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The tensors of the product's factors."""
+        return frozenset(tensor for tensor, _ in self.places)
+
+
 class Correspondence:
     """Which tensor positions of a client's network correspond to which of the fused network.
 
@@ -172,26 +205,40 @@ class Correspondence:
         self.fused = fused
         self.client = client
         pairs = _matching_groups(fused, client)
-        self.groups = [GroupPair(f.name, f.size, c.size, f.fixed) for f, c in pairs]
+        self.groups: list[GroupPair] = []
+        self.linear: list[Linear] = []
         self.segments: dict[str, dict[int, list[Segment]]] = defaultdict(lambda: defaultdict(list))
         for fused_group, client_group in pairs:
-            if fused_group.fixed:
+            places = _paired_places(fused_group, client_group)
+            name, sizes = fused_group.name, (fused_group.size, client_group.size)
+            if fused_group.linear and client_group.linear:
+                self.linear.append(Linear(name, *sizes, places))
                 continue
-            client_places = {(p.tensor, p.axis): p for p in client_group.places}
-            for place in fused_group.places:
-                other = client_places[place.tensor, place.axis]
-                segment = Segment(fused_group.name, other.positions, place.positions, place.writes)
-                self.segments[place.tensor][place.axis].append(segment)
+            self.groups.append(GroupPair(name, *sizes, fused_group.fixed))
+            if not fused_group.fixed:
+                for (tensor, axis), segment in places.items():
+                    self.segments[tensor][axis].append(segment)
         self._check_shapes()
 
     @property
     def free_groups(self) -> list[GroupPair]:
-        """The groups whose channels may move, in forward order."""
+        """The groups whose channels may move, in forward order; linear ones are none of them."""
         return [group for group in self.groups if not group.fixed]
+
+    @property
+    def factors(self) -> frozenset[str]:
+        """The tensors of linear groups."""
+        return frozenset().union(*(group.tensors for group in self.linear))
 
     def identity(self) -> dict[str, ChannelMap]:
         """Return maps that keep every channel where it is, as far as both sizes reach."""
         return {g.name: Selection.identity(g.fused_size, g.client_size) for g in self.free_groups}
+
+    def with_scales(self, scales: Mapping[str, float]) -> Correspondence:
+        """Return the correspondence with other scales of its linear groups, by name."""
+        scaled = copy(self)
+        scaled.linear = [replace(g, scale=scales.get(g.name, g.scale)) for g in self.linear]
+        return scaled
 
     def _check_shapes(self) -> None:
         if set(self.fused.shapes) != set(self.client.shapes):
@@ -200,7 +247,8 @@ class Correspondence:
         for name, shape in self.fused.shapes.items():
             other = self.client.shapes[name]
             for axis in range(max(len(shape), len(other))):
-                segments = self.segments.get(name, {}).get(axis, [])
+                segments = list(self.segments.get(name, {}).get(axis, []))
+                segments += [g.places[name, axis] for g in self.linear if (name, axis) in g.places]
                 rest = _length(shape, axis) - sum(s.fused_positions.numel() for s in segments)
                 theirs = _length(other, axis) - sum(s.client_positions.numel() for s in segments)
                 if len(shape) != len(other) or rest != theirs:
@@ -216,7 +264,17 @@ class Unaligned(Correspondence):
 
     def __init__(self) -> None:
         self.groups: list[GroupPair] = []
+        self.linear: list[Linear] = []
         self.segments: dict[str, dict[int, list[Segment]]] = {}
+
+
+def _paired_places(fused: ChannelGroup, client: ChannelGroup) -> dict[tuple[str, int], Segment]:
+    """Return where the channels of a group stand in two networks, by tensor and axis."""
+    theirs = {(p.tensor, p.axis): p.positions for p in client.places}
+    return {
+        (p.tensor, p.axis): Segment(fused.name, theirs[p.tensor, p.axis], p.positions, p.writes)
+        for p in fused.places
+    }
 
 
 def _length(shape: torch.Size, axis: int) -> int:

@@ -192,10 +192,16 @@ def test_bad_patterns_are_refused(options: dict[str, Any], message: str) -> None
         OTFusion(network(), DIGIT, **options)
 
 
-def test_several_architectures_are_refused() -> None:
-    networks = {"a": network(), "b": network()}
-    with pytest.raises(ff.FusionError, match="need a federation of one architecture"):
-        CLAFusion(networks, DIGIT, keep_local=("5.*",))
+def test_architectures_of_other_depth_are_refused() -> None:
+    networks = {"a": network(), "b": nn.Sequential(*network()[:3], nn.Linear(24, 10))}
+    with pytest.raises(ff.FusionError, match="parts of networks of different depth"):
+        CLAFusion(networks, DIGIT, keep_local=("0.*",))
+
+
+def test_what_travels_alone_needs_one_base() -> None:
+    networks = {"a": network(0), "b": network(1)}
+    with pytest.raises(ff.FusionError, match=r"differ in '0\.weight', which is not in only="):
+        CLAFusion(networks, DIGIT, only=("5.*",))
 
 
 # --- The client's two lines -----------------------------------------------------------------------

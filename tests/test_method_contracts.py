@@ -132,7 +132,9 @@ SHARP_SINKHORN = Method(
 MATCHING = [method for method in METHODS if method.matches]
 EXACT = [*(method for method in METHODS if method.exact), SHARP_SINKHORN]
 WIDENING = [method for method in METHODS if method.widens]
-TYPICAL = [named(n) for n in ("mlp", "mlp-no-bias", "lenet", "small-vgg", "concat-and-sum")]
+TYPICAL = [
+    named(n) for n in ("mlp", "mlp-no-bias", "adapters", "lenet", "small-vgg", "concat-and-sum")
+]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SAMPLES = 48
 
@@ -243,7 +245,8 @@ def test_copies_give_the_model_back(method: Method, architecture: Architecture) 
     inputs = architecture.inputs(SAMPLES)
     fused = method([copy.deepcopy(model) for _ in range(3)], [5, 1, 2], inputs=inputs)
     assert_same_function(fused, model, inputs)
-    if method.in_place:
+    # Of a product that nothing stands in, only the product is given back.
+    if method.in_place and architecture.name != "adapters":
         assert_close(fused, model, 1e-5)
 
 

@@ -71,7 +71,9 @@ RULES = [
     Contract(TIES(), copies=False),
 ]
 SAMPLES = 150
-ARCHITECTURES = [named(name) for name in ("mlp", "lenet", "small-vgg", "concat-and-sum")]
+ARCHITECTURES = [
+    named(name) for name in ("mlp", "adapters", "lenet", "small-vgg", "concat-and-sum")
+]
 
 
 def contracts(holds: Callable[[Contract], bool] = lambda contract: True) -> pytest.MarkDecorator:

@@ -238,7 +238,9 @@ def test_same_as_the_pruner_of_torch_pruning_by_its_scores(name: str, bias: bool
 
 # --- Copies ---------------------------------------------------------------------------------------
 
-TYPICAL = [named(n) for n in ("mlp", "mlp-no-bias", "lenet", "small-vgg", "concat-and-sum")]
+TYPICAL = [
+    named(n) for n in ("mlp", "mlp-no-bias", "adapters", "lenet", "small-vgg", "concat-and-sum")
+]
 typical = pytest.mark.parametrize("architecture", TYPICAL, ids=lambda a: a.name)
 
 

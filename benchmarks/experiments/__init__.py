@@ -1,6 +1,7 @@
 """All experiments by name; every module declares its own in ``EXPERIMENTS``."""
 
 from benchmarks.experiments import (
+    adapters,
     architectures,
     baselines,
     cost,
@@ -30,6 +31,7 @@ EXPERIMENTS = {
         rounds,
         heads,
         local_parts,
+        adapters,
         one_round,
         baselines,
         mixed_federation,

@@ -128,7 +128,7 @@ def _measured(client: Client, calibration: Any) -> Client:
 
 def _free_layers(graph: ChannelGraph) -> list[str]:
     """Return the layers that write channels of free groups; outputs keep their scale."""
-    free = (group for group in graph.groups if not group.fixed)
+    free = (group for group in graph.groups if not group.fixed and not group.linear)
     return sorted({layer for group in free for layer, _ in graph.activation_places(group)})
 
 
@@ -147,7 +147,7 @@ def activation_goals(
     for layer in dict.fromkeys(name for client in clients for name in client.statistics or ()):
         keys = (key_of(layer, kind) for kind in ("weight", "running_mean"))
         key = next((key for key in keys if key in template), None)
-        if key is None:
+        if key is None or key in clients[0].correspondence.factors:
             continue
         pairs = [(c, m) for c, m in zip(clients, maps, strict=True) if key not in c.absent]
         known = [(c, m) for c, m in pairs if layer in (c.statistics or {})]

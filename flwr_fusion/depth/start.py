@@ -15,6 +15,7 @@ from flwr_fusion.depth.merging import merged_layer
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
 from flwr_fusion.depth.structure import LAYERS, trace_family
 from flwr_fusion.errors import FusionError, check_number
+from flwr_fusion.gains import gains_of
 from flwr_fusion.graph.checking import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup, verified_graph
 from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
@@ -27,6 +28,7 @@ from flwr_fusion.networks import (
     with_state,
 )
 from flwr_fusion.observe import moved_to
+from flwr_fusion.products import in_fused_rank
 from flwr_fusion.report import StageMatch
 
 
@@ -204,7 +206,8 @@ def _grown(core: nn.Module, member: _Member, example_inputs: Any, noise: float) 
     """Return a network that computes the core's function in its own architecture, plus noise."""
     growth = _Growth(core, member, example_inputs)
     drawn, state = detached_state(member.model), growth.grow(core)
-    quiet = growth.absent | {name for name, tensor in state.items() if not bool(tensor.any())}
+    quiet = growth.absent | growth.correspondence.factors
+    quiet |= {name for name, tensor in state.items() if not bool(tensor.any())}
     noisy = {
         name: tensor
         + noise * (drawn[name] - _seen_by_core(drawn[name], name, growth.graph, growth.maps))
@@ -222,7 +225,8 @@ class _Growth:
         self.member, self.graph = member, member.graph
         deep = member.in_own_layers(core)
         self.absent = deep.absent
-        self.correspondence = Correspondence(self.graph, verified_graph(deep.model, example_inputs))
+        correspondence = Correspondence(self.graph, verified_graph(deep.model, example_inputs))
+        self.correspondence = correspondence.with_scales(gains_of(correspondence))
         self.maps = {
             g.name: Selection(torch.arange(g.fused_size) % g.client_size, g.client_size)
             for g in self.correspondence.free_groups
@@ -246,7 +250,10 @@ class _Growth:
         repeated = {
             name: map_tensor(state[name], name, self.correspondence, self.maps).clone()
             for name in drawn
+            if name not in self.correspondence.factors
         }
+        for group in self.correspondence.linear:
+            repeated |= in_fused_rank(group, state, self.correspondence, self.maps, drawn)
         repeated |= {name: drawn[name] for name in self.absent}
         # Scaling a channel needs activations that scale with it, as ReLU does.
         return _evenly_scaled(repeated, self.graph, self.maps) if self._scaled else repeated
@@ -262,7 +269,7 @@ def _evenly_scaled(
     """
     scaled = dict(state)
     for group in graph.groups:
-        if group.fixed or not _is_written_by_layers_only(group, graph):
+        if group.name not in maps or not _is_written_by_layers_only(group, graph):
             continue
         copies = len(maps[group.name].coverage()) / maps[group.name].client_size
         for place in group.places:
@@ -282,7 +289,7 @@ def _is_written_by_layers_only(group: ChannelGroup, graph: ChannelGraph) -> bool
 def _seen_by_core(tensor: Tensor, name: str, graph: ChannelGraph, maps: Maps) -> Tensor:
     """Return a tensor with all copies of a channel replaced by their mean, along every axis."""
     for group in graph.groups:
-        if group.fixed:
+        if group.name not in maps:
             continue
         for place in group.places:
             if place.tensor == name:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from flwr_fusion.errors import FusionError
+from flwr_fusion.networks import owner_of, tied_tensors
 from flwr_fusion.observe import copied_inputs, moved_to, tensors_of
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class _Run:
     ) -> None:
         self._graph = graph
         self.is_noise = False
-        self.state = drawn if dtype is None else _in_precision(dict(drawn), dtype)
-        self.inputs = _in_precision(inputs, dtype)
+        self.state = drawn if dtype is None else in_precision(dict(drawn), dtype)
+        self.inputs = in_precision(inputs, dtype)
         self._expected = self.outputs(self.state)
         precisions = {t.dtype for t in self._expected if t.is_floating_point()}
         self._eps = max((torch.finfo(p).eps for p in precisions), default=0.0)
@@ -183,14 +184,12 @@ class Check:
         with suppress(FusionError):
             self._runs.append(_first_of(graph, states, values, (given,), (None,)))
 
-    def changes(self, groups: Sequence[ChannelGroup], permutations: Mapping[str, Tensor]) -> bool:
-        """Whether permuting some groups changes the output."""
+    def changes(self, groups: Sequence[ChannelGroup], moves: Mapping[str, Tensor]) -> bool:
+        """Whether permuting some groups, or mixing them by matrices, changes the output."""
         self.runs_left -= 1
-        chosen = {group.name: permutations[group.name] for group in groups}
+        chosen = {group.name: moves[group.name] for group in groups}
         graph = replace(self._graph, groups=tuple(groups))
-        changes = any(
-            run.changes(state) for run, state in _with_permuted(self._runs, graph, chosen)
-        )
+        changes = any(run.changes(state) for run, state in _with_moved(self._runs, graph, chosen))
         if self._runs[0].is_noise:
             raise FusionError(
                 f"rounding alone changes the output of {type(self._graph.model).__name__} at "
@@ -237,52 +236,130 @@ class Check:
         return any(self.changes([one], permutations) for one in alone)
 
 
-def _with_permuted(
-    runs: Sequence[_Run], graph: ChannelGraph, permutations: Mapping[str, Tensor]
+def _with_moved(
+    runs: Sequence[_Run], graph: ChannelGraph, moves: Mapping[str, Tensor]
 ) -> Iterator[tuple[_Run, dict[str, Tensor]]]:
-    """Yield runs with their values permuted; those that have the same values share the copy."""
+    """Yield runs with their values moved; those that have the same values share the copy."""
+    move = graph.mix if all(m.dim() == 2 for m in moves.values()) else graph.permute
     of: Mapping[str, Tensor] | None = None
-    permuted: dict[str, Tensor] = {}
+    moved: dict[str, Tensor] = {}
     for run in runs:
         if run.state is not of:
-            of, permuted = run.state, graph.permute(run.state, permutations)
-        yield run, permuted
+            of, moved = run.state, move(run.state, moves)
+        yield run, moved
 
 
 def failing(
-    check: Check, groups: Sequence[ChannelGroup], permutations: Mapping[str, Tensor]
+    check: Check, groups: Sequence[ChannelGroup], moves: Mapping[str, Tensor]
 ) -> list[ChannelGroup]:
-    """Return the groups whose permutation changes the output, found by halving.
+    """Return the groups whose permutation (or mixing) changes the output, found by halving.
 
     Where that takes too many runs of the network, all groups that are not known to be right.
     """
-    if not groups or not check.changes(groups, permutations):
+    if not groups or not check.changes(groups, moves):
         return []
     if len(groups) == 1 or check.runs_left <= 0:
         return list(groups)
     half = len(groups) // 2
     found = [
-        group
-        for part in (groups[:half], groups[half:])
-        for group in failing(check, part, permutations)
+        group for part in (groups[:half], groups[half:]) for group in failing(check, part, moves)
     ]
     # Each half by itself may pass.
     return found or list(groups)
 
 
-def with_failing_fixed(graph: ChannelGraph, seed: int = 0) -> tuple[ChannelGroup, ...]:
-    """Return a graph's groups; those fixed, with the reason, that cannot be permuted or checked."""
+def checked_groups(graph: ChannelGraph, seed: int = 0) -> tuple[ChannelGroup, ...]:
+    """Return a graph's groups as a check finds them.
+
+    Those are fixed, with the reason, that cannot be permuted or checked; of those that are called
+    linear, those stay so that are bottlenecks and bear any invertible matrix.
+    """
     free = [group for group in graph.groups if not group.fixed]
     if not free:
-        return graph.groups
+        return tuple(replace(group, linear=False) for group in graph.groups)
+    bottlenecks = _bottlenecks(graph)
     try:
-        because = _with_usable_values(graph, seed, partial(_reasons, free, seed))
+        found = _with_usable_values(graph, seed, partial(_found, free, bottlenecks, seed))
     except FusionError as error:
-        because = {group.name: str(error) for group in free}
+        found = _Found({group.name: str(error) for group in free})
     return tuple(
-        replace(group, fixed_because=because[group.name]) if group.name in because else group
+        replace(
+            group, fixed_because=found.because.get(group.name, group.fixed_because), linear=linear
+        )
         for group in graph.groups
+        for linear in [group.name in found.linear]
     )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Why groups must be fixed, and which are linear."""
+
+    because: Mapping[str, str]
+    linear: Collection[str] = ()
+
+
+def _found(
+    free: Sequence[ChannelGroup], bottlenecks: Sequence[ChannelGroup], seed: int, check: Check
+) -> _Found:
+    because = _reasons(free, seed, check)
+    candidates = [group for group in bottlenecks if group.name not in because]
+    generator = torch.Generator().manual_seed(seed + 2)
+    matrices = {g.name: _invertible(g.size, generator) for g in candidates}
+    wrong = {group.name for group in failing(check, candidates, matrices)}
+    return _Found(because, [group.name for group in candidates if group.name not in wrong])
+
+
+def _invertible(size: int, generator: torch.Generator) -> Tensor:
+    """Return a random matrix with singular values from 1/2 to 2, which no scale or sign is."""
+    left, right = (
+        torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+        for _ in range(2)
+    )
+    values = torch.exp2(2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1)
+    matrix: Tensor = -(left * values) @ right
+    return matrix
+
+
+def _bottlenecks(graph: ChannelGraph) -> list[ChannelGroup]:
+    """Return the groups that may be linear, no two with a common tensor: the smallest first.
+
+    One layer writes them or one reads them, so that every product of a reader and a writer is in
+    the network; and they are fewer than the rows and the columns of this product. Every other
+    free group keeps a weight that writes it and is no factor: by these its channels are matched.
+    """
+    tied = tied_tensors(graph.model)
+    weights = {
+        g.name: {p.tensor for p in g.places if p.writes and len(graph.shapes[p.tensor]) > 1}
+        for g in graph.groups
+        if not g.fixed
+    }
+    taken: set[str] = set()
+    chosen = []
+    for group in sorted(graph.groups, key=lambda g: g.size):
+        tensors = {place.tensor for place in group.places}
+        apart = len(tensors) == len(group.places) and not tensors & (taken | tied)
+        if not group.linear or group.fixed or not apart:
+            continue
+        others = (own for name, own in weights.items() if name != group.name)
+        left = all(own - taken - tensors for own in others if own & tensors)
+        if left and _is_bottleneck(group, graph.shapes):
+            chosen.append(group)
+            taken |= tensors
+            del weights[group.name]
+    return chosen
+
+
+def _is_bottleneck(group: ChannelGroup, shapes: Mapping[str, torch.Size]) -> bool:
+    sizes, owners = {True: 0, False: 0}, {True: set[str](), False: set[str]()}
+    for place in group.places:
+        shape = shapes[place.tensor]
+        if place.positions.numel() != shape[place.axis]:
+            return False
+        sizes[place.writes] += shape.numel() // group.size
+        owners[place.writes].add(owner_of(place.tensor))
+    single = 1 in (len(owners[True]), len(owners[False]))
+    return group.size <= min(sizes.values()) and single
 
 
 def _with_usable_values(graph: ChannelGraph, seed: int, use: Callable[[Check], Found]) -> Found:
@@ -453,7 +530,7 @@ def _drawn(
     return value
 
 
-def _in_precision(values: Any, dtype: torch.dtype | None) -> Any:
+def in_precision(values: Any, dtype: torch.dtype | None) -> Any:
     """Return all floating-point tensors in another type; complex ones in as many digits."""
 
     def cast(x: Any) -> Any:
@@ -528,8 +605,8 @@ def output_vector(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) ->
     enlarge rounding errors.
     """
     try:
-        precise = _in_precision(dict(state), torch.float64)
-        found = outputs(model, precise, _in_precision(moved_to(model, inputs), torch.float64))
+        precise = in_precision(dict(state), torch.float64)
+        found = outputs(model, precise, in_precision(moved_to(model, inputs), torch.float64))
     except FusionError:
         found = outputs(model, state, moved_to(model, inputs))
     return torch.cat([t.detach().flatten().double().cpu() for t in found])

@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from flwr_fusion.errors import FusionError
 from flwr_fusion.graph.checking import (
     check_groups,
+    checked_groups,
     is_close,
     outputs_both_ways,
     random_inputs,
     random_state,
     warn_of_idle_layers,
-    with_failing_fixed,
 )
 from flwr_fusion.networks import (
     architecture_of,
@@ -90,6 +90,10 @@ class ChannelGroup:
     normalised : bool
         True if a LayerNorm or GroupNorm normalises across the channels, so that their number
         cannot change without changing the function.
+    linear : bool
+        True if nothing but products stands between what writes the channels and what reads them,
+        and they are fewer than the product's rows and columns (LoRA's A and B, bottlenecks without
+        activation): then any invertible matrix may mix them, and the product alone counts.
     """
 
     name: str
@@ -97,6 +101,7 @@ class ChannelGroup:
     places: tuple[Place, ...]
     fixed_because: str = ""
     normalised: bool = False
+    linear: bool = False
 
     @property
     def fixed(self) -> bool:
@@ -178,11 +183,12 @@ class ChannelGraph:
             found.trained_branches,
             found.work,
         )
-        return replace(graph, groups=with_failing_fixed(graph))
+        return replace(graph, groups=checked_groups(graph))
 
     def summary(self) -> str:
         """Return a table of the groups: name, channels, and why those are fixed that are."""
-        rows = [(g.name, str(g.size), g.fixed_because or "free") for g in self.groups]
+        free_as = {True: "free, linear", False: "free"}
+        rows = [(g.name, str(g.size), g.fixed_because or free_as[g.linear]) for g in self.groups]
         rows = [("group", "channels", "free or fixed because"), *rows]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         free = sum(g.size for g in self.groups if not g.fixed)
@@ -253,7 +259,7 @@ class ChannelGraph:
             local = next((p.tensor for p in group.places if stays(p.tensor)), None)
             if group.fixed or local is None:
                 return group
-            return replace(group, fixed_because=f"'{local}' stays at the clients")
+            return replace(group, fixed_because=f"'{local}' stays at the clients", linear=False)
 
         return replace(self, groups=tuple(held(group) for group in self.groups))
 
@@ -288,6 +294,38 @@ class ChannelGraph:
             name: _reordered(tensor, orders[name]) if name in orders else tensor
             for name, tensor in state.items()
         }
+
+    def mix(self, state: Mapping[str, Tensor], matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mix the channels of groups of a state dict by invertible matrices.
+
+        Of linear groups that does not change the network's function.
+
+        Parameters
+        ----------
+        state : mapping of str to Tensor
+            State dict of the traced network; not modified.
+        matrices : mapping of str to Tensor
+            For group names ``M`` of shape (channels, channels): ``W`` becomes ``M W`` where it
+            writes the channels, and ``W M^-1`` where it reads them.
+
+        Returns
+        -------
+        dict of str to Tensor
+            The mixed state dict.
+        """
+        mixed = dict(state)
+        for group in self.groups:
+            if group.name not in matrices:
+                continue
+            matrix = matrices[group.name].double()
+            for place in group.places:
+                tensor = mixed[place.tensor].clone()
+                rows = tensor.movedim(place.axis, 0)
+                factor = matrix if place.writes else torch.linalg.inv(matrix).T
+                index = place.positions.to(tensor.device)
+                rows[index] = torch.tensordot(factor.to(tensor), rows[index], dims=1)
+                mixed[place.tensor] = tensor
+        return mixed
 
 
 def _reordered(tensor: Tensor, orders: Mapping[int, Tensor]) -> Tensor:

@@ -64,6 +64,37 @@ _POINTWISE = frozenset(
 )
 
 
+# In at most one of their operands that is no number; beside operations that move positions.
+_LINEAR = frozenset(("mul", "div", "neg", "negative"))
+_SUMS = frozenset(("add", "sub", "rsub", "sum", "mean"))
+_PRODUCTS = frozenset(
+    (
+        "addmm",
+        "baddbmm",
+        "bmm",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "dot",
+        "embedding",
+        "linear",
+        "matmul",
+        "mm",
+        "mv",
+    )
+)
+_AVERAGES = frozenset(("avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d"))
+
+
+def _is_linear(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether an operation is linear in every channel that goes into it, as far as is known."""
+    if name in _LINEAR:
+        return sum(tensor.dim() > 0 for tensor in tensors_of(arguments)) == 1
+    moves = name in OPERATIONS and OPERATIONS[name].__module__ == moving.__name__
+    return moves or name in _SUMS | _PRODUCTS | _AVERAGES
+
+
 @dataclass(frozen=True)
 class Traced:
     """What a run of a network tells.
@@ -71,7 +102,8 @@ class Traced:
     Parameters
     ----------
     groups : tuple of ChannelGroup
-        Its channel groups in forward order, not yet checked.
+        Its channel groups in forward order, not yet checked; those are called linear through
+        which nothing but products, sums and moves of positions goes.
     called_layers : frozenset of str
         The layers that are called.
     idle_layers : tuple of str
@@ -197,6 +229,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._model, self._order = model, order
         self._read: set[int] = set()
         self.values = 0
+        # The channels of what goes into operations that are not linear.
+        self.bent: list[NDArray[np.int64]] = []
         # What has been written into in place: views of it from before carry other channels now.
         self._writes, self._written = 0, dict[int, int]()
         self._elements: dict[int, NDArray[np.int64]] = {}
@@ -353,6 +387,9 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [constant(shape) for shape in shapes] if alike else []
         if not shapes:  # Asks for a number.
             return []
+        if not _is_linear(operations.name.rstrip("_"), named):
+            labels = [self.labels_of(tensor) for tensor in tensors_of(named)]
+            self.bent += [factor.codes.ravel() for own in labels for factor in own.factors]
         try:
             found = self._rule(func, operations.name)(operations, named, shapes)
         except Exception:  # Of arguments that a rule does not foresee nothing is known.
@@ -430,6 +467,7 @@ def _groups(trace: _Trace, layers: Collection[str], order: Mapping[str, int]) ->
         return []
     writers = _writers(trace, axes)
     normalised = _roots_of(trace.operations.normalised, resolved)
+    bent = _roots_of(trace.bent, resolved)
     groups = []
     for roots, rows in _classes(axes, resolved):
         if (rows[0, :, 0] < 0).all():  # Marked, but of no tensor here.
@@ -438,6 +476,7 @@ def _groups(trace: _Trace, layers: Collection[str], order: Mapping[str, int]) ->
             _group(roots, rows, axes, writers, order),
             fixed_because=resolved.because.get(roots[0], ""),
             normalised=not normalised.isdisjoint(roots),
+            linear=bent.isdisjoint(roots),
         )
         groups += [] if _is_of_no_interest(group, layers) else [group]
     groups.sort(key=lambda group: _position_in_forward(group, order))

@@ -24,7 +24,8 @@ def refine_as_barycentre(
     No client is the reference of all others any more.
     """
     refined = list(alignments)
-    mean = RunningMean(reference)
+    factors = clients[0].correspondence.factors
+    mean = RunningMean({n: t for n, t in reference.items() if n not in factors})
     for client, alignment in zip(clients, refined, strict=True):
         mean.add(client, alignment.maps)
     for n in range(matching.passes):

@@ -121,12 +121,14 @@ def matched_tensors(correspondence: Correspondence, state: Mapping[str, Tensor])
     """Return the tensors by which channels are compared.
 
     Those with at least two axes: a bias or a norm scale says little about what a channel detects,
-    and its noise misleads the matching.
+    and its noise misleads the matching. Nor the factors of products, whose other axis has channels
+    of its own in every client.
     """
+    factors = correspondence.factors
     return [
         name
         for name in correspondence.segments
-        if state[name].is_floating_point() and state[name].dim() > 1
+        if name not in factors and state[name].is_floating_point() and state[name].dim() > 1
     ]
 
 
@@ -210,10 +212,11 @@ def activation_costs(
 def _layer_pairs(correspondence: Correspondence) -> list[tuple[str, str, Tensor, Tensor]]:
     """Return (group, layer, fused positions, client positions) of all recorded layers."""
     pairs = []
+    free = {group.name for group in correspondence.free_groups}
     for fused, client in zip(
         correspondence.fused.groups, correspondence.client.groups, strict=True
     ):
-        if fused.fixed:
+        if fused.name not in free:
             continue
         theirs = dict(correspondence.client.activation_places(client))
         ours = correspondence.fused.activation_places(fused)

@@ -79,7 +79,8 @@ def _most_resemble(clients: Sequence[Client], reference: Mapping[str, Tensor]) -
     """Whether at least half of the clients come from the reference: no single one can decide."""
     yes = no = 0
     for client in clients:
-        resembles = _resembles(client.state(), reference)
+        compared = reference.keys() - client.correspondence.factors
+        resembles = _resembles(client.state(), {name: reference[name] for name in compared})
         yes, no = yes + resembles, no + (not resembles)
         if 2 * yes >= len(clients) or 2 * no > len(clients):
             break
@@ -111,9 +112,10 @@ def _placed(client: Client, target_state: Mapping[str, Tensor]) -> dict[str, Ten
             norms = channel_norms(group.name, state, client.correspondence, fused=False)
             strongest = norms.topk(group.fused_size).indices.sort().values.cpu()
             maps[group.name] = Selection(strongest, group.client_size)
-    mean = RunningMean(target_state)
+    factors = client.correspondence.factors
+    mean = RunningMean({n: t for n, t in target_state.items() if n not in factors})
     mean.add(client, maps, state=state)
-    return mean.finish(uncovered=target_state)
+    return {**target_state, **mean.finish(uncovered=target_state)}
 
 
 def most_central(clients: Sequence[Client], matching: Matching) -> int:

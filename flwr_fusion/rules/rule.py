@@ -11,6 +11,7 @@ from torch import Tensor
 from flwr_fusion.errors import FusionError, check_count
 from flwr_fusion.fusion import Fusion
 from flwr_fusion.maps import Maps
+from flwr_fusion.products import ByProducts
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,23 @@ def apply_rule(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
             f"{rule} needs clients that were trained from the model that was sent out: these do "
             "not resemble the reference"
         )
+    by_products = ByProducts.of(fusion, maps)
+    given = fusion if by_products is None else by_products.fusion
+    result = _combined(rule, given, maps)
+    details = {str(key): str(value) for key, value in result.details.items()}
+    state = dict(result.state)
+    del result
+    if by_products is not None:
+        state, ranks = by_products.state(state)
+        details |= {
+            key: f"{details[key]}, {r}" if key in details else r for key, r in ranks.items()
+        }
+    # Copies, one at a time: the fused model must not share memory with what the rule was given.
+    return Combined({name: state.pop(name).clone() for name in fusion.target}, details)
+
+
+def _combined(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
+    """Return what a rule makes of a fusion; refuse what is not the target's."""
     try:
         found = rule.combine(fusion, maps)
     except FusionError:
@@ -170,11 +188,7 @@ def apply_rule(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
         if name not in result.state:
             raise FusionError(f"{rule} returned no tensor '{name}'")
         _check_tensor(f"{rule} returned tensor '{name}'", result.state[name], like)
-    details = {str(key): str(value) for key, value in result.details.items()}
-    given = dict(result.state)
-    del found, result
-    # Copies, one at a time: the fused model must not share memory with what the rule was given.
-    return Combined({name: given.pop(name).clone() for name in fusion.target}, details)
+    return result
 
 
 def _check_tensor(what: str, tensor: object, like: Tensor) -> None:

@@ -54,7 +54,7 @@ class WeightView:
     @classmethod
     def of(cls, name: str, shape: torch.Size, modules: Mapping[str, nn.Module]) -> WeightView:
         """Return the view of a network's tensor."""
-        module = modules[module_of(name)]
+        module = modules.get(module_of(name))
         if isinstance(module, nn.modules.conv._ConvNd):
             # A depthwise convolution of another width has as many groups as channels, too.
             depthwise = module.groups == module.in_channels == module.out_channels > 1

@@ -25,14 +25,29 @@ _KINDS = {"f": "floating-point", "i": "integer", "u": "integer", "b": "boolean"}
 
 
 def named_arrays(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return arrays under a model's names, also where they came as a plain list.
+    """Return arrays under a model's names, also where they came as a plain list, or peft's.
 
     ``ArrayRecord([array, ...])`` numbers its arrays: these stand in the order of the state dict.
+    peft's ``get_peft_model_state_dict`` leaves the adapter's name out.
     """
+    by_peft = {_without_adapter(name): name for name in template}
+    if arrays.keys() == by_peft.keys() != template.keys() and len(by_peft) == len(template):
+        return ArrayRecord({by_peft[name]: array for name, array in arrays.items()})
     numbered = [str(n) for n in range(len(arrays))]
     if len(arrays) != len(template) or list(arrays) != numbered or set(numbered) == set(template):
         return arrays
     return ArrayRecord(dict(zip(template, arrays.values(), strict=True)))
+
+
+def _without_adapter(name: str) -> str:
+    """Return the name that peft saves a tensor under: ``lora_A.default.weight`` without default."""
+    parts = name.split(".")
+    for n, part in enumerate(parts):
+        if part.startswith("lora_"):
+            return ".".join(parts[: n + 1] + parts[n + 2 :])
+        if part == "modules_to_save":
+            return ".".join(parts[:n] + parts[n + 2 :])
+    return name
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from flwr_fusion.strategy.array_checks import (
     arrays_of,
     check_arrays,
     check_plausible,
+    named_arrays,
     shared_state,
     state_of,
     without_local,
@@ -70,6 +72,8 @@ class GlobalModels:
         for name, model in self.architectures.items():
             whose = "the model" if len(self.architectures) == 1 else f"architecture {name!r}"
             exchanged.check(model.state_dict().keys(), whose)
+        if not exchanged.is_all:
+            _check_corresponding(self.architectures, exchanged)
         self.chosen = next(iter(architectures)) if chosen is None else chosen
         if self.chosen not in self.architectures:
             raise FusionError(f"architecture {chosen!r} is not among {sorted(architectures)}")
@@ -125,7 +129,7 @@ class GlobalModels:
             )
         try:
             template = self.template(self.chosen)
-            arrays = without_local(arrays, template, self.model)
+            arrays = without_local(named_arrays(arrays, template), template, self.model)
             check_arrays(arrays, template)
         except RejectedReply as error:
             whose = f"architecture {self.chosen!r}" if self.has_several else "the model"
@@ -180,6 +184,30 @@ class GlobalModels:
         names = {self.chosen, *checkpoint.arrays}
         restored = {name: _checked(checkpoint, name, self.template(name)) for name in names}
         self.replace(restored)
+
+
+def _check_corresponding(architectures: Mapping[str, nn.Module], exchanged: Exchanged) -> None:
+    """Refuse architectures whose parts do not correspond, or lie over different bases."""
+    first, *others = architectures
+    own = architectures[first].state_dict()
+    for name in others:
+        state = architectures[name].state_dict()
+        if state.keys() != own.keys():
+            raise FusionError(
+                f"keep_local and only need architectures with the same tensors, and "
+                f"{sorted(state.keys() ^ own.keys())[:4]} are not in both {first!r} and {name!r}: "
+                "parts of networks of different depth do not correspond"
+            )
+        different = (
+            key
+            for key in exchanged.rest_of(own)
+            if exchanged.only is not None and not torch.equal(own[key], state[key])
+        )
+        for key in different:
+            raise FusionError(
+                f"architectures {first!r} and {name!r} differ in '{key}', which is not in only= "
+                "and so does not travel: what travels needs one base beneath it"
+            )
 
 
 def load_arrays(model: nn.Module, arrays: ArrayRecord) -> nn.Module:

@@ -185,11 +185,6 @@ class FusionStrategy(FedAvg):
         self.rejections: dict[int, list[Rejection]] = {}
         exchanged = exchanged_of(arguments.get("keep_local"), arguments.get("only"))
         networks = named_architectures(model)
-        if len(networks) > 1 and not exchanged.is_all:
-            raise FusionError(
-                "keep_local and only need a federation of one architecture: parts of networks of "
-                "different depth do not correspond"
-            )
         self._models = GlobalModels(networks, arguments.get("architecture"), exchanged)
         names, chosen = list(self._models.architectures), self.architecture
         self._nodes = NodeArchitectures(names, chosen, arguments.get("query_timeout", 60.0))

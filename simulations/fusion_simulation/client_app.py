@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flwr_fusion.client import attach_class_moments, attach_statistics, declare_architecture
+from flwr_fusion.client import (
+    attach_class_moments,
+    attach_statistics,
+    declare_architecture,
+    load_global,
+    shared_arrays,
+)
 from fusion_simulation.settings import BASELINE, Settings
 from fusion_simulation.site import Site, batches_to_measure
 from fusion_simulation.task import accuracy, build_model, class_probabilities, mean_loss
@@ -31,7 +37,7 @@ def train_client(message: Message, context: Context) -> Message:
     reply = Message(
         content=RecordDict(
             {
-                "arrays": ArrayRecord(trained.model.state_dict()),
+                "arrays": shared_arrays(trained.model, message),
                 "metrics": metrics,
                 "client": ConfigRecord({"name": site.name, "model": site.model}),
             }
@@ -49,8 +55,8 @@ def evaluate_client(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)
     settings = Settings.from_run_config(context.run_config)
     site = Site.of(context, settings)
-    model = build_model(site.model, settings.dataset, settings.seed)
-    model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+    model = build_model(site.model, settings.dataset, settings.seed, data_dir=settings.data_dir)
+    load_global(model, message)
     data = site.data(settings)
     probabilities = class_probabilities(model, data.images)
     metrics = MetricRecord(

@@ -13,7 +13,7 @@ from torch import nn
 from flwr_fusion.strategy import CLAFusion, FusionStrategy
 from fusion_simulation.data import LabelledImages
 from fusion_simulation.strategies import LastReplies, architecture_names
-from fusion_simulation.task import accuracy, class_probabilities
+from fusion_simulation.task import accuracy, class_probabilities, load_sent
 
 IN_ARCHITECTURE = "accuracy-"
 
@@ -90,7 +90,7 @@ def reasons_of(strategy: FedAvg) -> str:
 
 def load_arrays(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
     """Load a Flower record into a model and return the model."""
-    model.load_state_dict(arrays.to_torch_state_dict())
+    load_sent(model, arrays.to_torch_state_dict())
     return model
 
 

@@ -45,7 +45,9 @@ def run(grid: Grid, context: Context) -> None:
     test = load_split(
         settings.dataset, train=False, data_dir=settings.data_dir, download=settings.download
     )
-    build = partial(build_model, dataset=settings.dataset, seed=settings.seed)
+    build = partial(
+        build_model, dataset=settings.dataset, seed=settings.seed, data_dir=settings.data_dir
+    )
     models = {name: build(name) for name in settings.architectures}
     replies = LastReplies()
     calibration = calibration_images(settings)
@@ -186,7 +188,7 @@ def repeat(settings: Settings, strategy: FedAvg, test: LabelledImages) -> Compar
 
     Without the sweep over weights, which takes most of a comparison's time.
     """
-    sent = build_model(settings.models, settings.dataset, settings.seed)
+    sent = build_model(settings.models, settings.dataset, settings.seed, data_dir=settings.data_dir)
     clients = trained_clients(settings, sent.state_dict(), NODES_NEEDED)
     models = dict.fromkeys(architecture_names(strategy), sent)
     methods = fusion_methods(settings, strategy, clients, models, test.images[:2])

@@ -19,6 +19,8 @@ FUSION_STRATEGIES = ("ot", "cla")
 BASELINE = "baseline"
 """Key of the train config by which clients know that FedAvg's own federation runs."""
 LABELS = 10
+ADAPTED = "vit-lora"
+"""Kind of the model that is a base with adapters."""
 MLP_WIDTHS = (400, 200, 100, 50, 25)
 MLP_DEPTH = 3
 # Channels of a residual network's first stage, and how many groups its GroupNorms have.
@@ -99,6 +101,11 @@ class Settings:
         return self.statistics and self.strategy in FUSION_STRATEGIES and takes_them
 
     @property
+    def exchanges_adapters(self) -> bool:
+        """Whether clients train adapters over a base that does not travel."""
+        return architecture(self.architectures[0])[0] == ADAPTED
+
+    @property
     def runs_baseline(self) -> bool:
         """Whether FedAvg's own federation is run after the strategy's."""
         several_rounds = self.num_server_rounds > 1 and len(self.architectures) == 1
@@ -133,6 +140,9 @@ class Settings:
             check_choice(key, getattr(self, key), allowed)
         for model in self.architectures:
             architecture(model)
+        adapted = {architecture(model)[0] == ADAPTED for model in self.architectures}
+        if len(adapted) > 1:
+            raise ValueError(f"models={self.models!r}: adapters go together with adapters alone")
         if len(self.architectures) > 1 and self.strategy != "cla":
             raise ValueError(
                 f"models={self.models!r} names several models, which strategy={self.strategy!r} "
@@ -211,15 +221,19 @@ def architecture(models: str) -> tuple[str, tuple[int, ...]]:
         hidden widths such as ``mlp-64-32``; ``lenet``; the depth (11 or 13) and the first width
         of a VGG, such as ``vgg-11-64``; the depth and the width factor of a residual network of
         three stages, such as ``resnet-8`` or ``resnet-20-4``; the depth and the first width of
-        one with GroupNorm, such as ``gn-resnet-8`` or ``gn-resnet-14-8``; or ``resnet-18`` or
-        ``resnet-34``.
+        one with GroupNorm, such as ``gn-resnet-8`` or ``gn-resnet-14-8``; ``resnet-18`` or
+        ``resnet-34``; or the rank of adapters over a vision transformer, such as ``vit-lora-8``.
 
     Returns
     -------
     tuple of (str, tuple of int)
         ``("mlp", hidden widths)``, ``("lenet", ())``, ``("vgg", (depth, first width))``,
-        ``("resnet", (depth, width factor))`` or ``("gn-resnet", (depth, first width))``.
+        ``("resnet", (depth, width factor))``, ``("gn-resnet", (depth, first width))`` or
+        ``("vit-lora", (rank,))``.
     """
+    rank = models.removeprefix(f"{ADAPTED}-")
+    if rank != models and rank.isdecimal() and int(rank) > 0:
+        return ADAPTED, (int(rank),)
     kind, *parts = models.removeprefix("gn-").split("-")
     sizes = tuple(int(part) for part in parts if part.isdecimal() and int(part) > 0)
     residual = kind == "resnet" and len(sizes) in (1, 2) and sizes[0] % 6 == 2 and sizes[0] > 2
@@ -245,8 +259,8 @@ def architecture(models: str) -> tuple[str, tuple[int, ...]]:
         f"models={models!r} is not known; allowed: mlp, lenet, mlp with a number of hidden layers "
         "up to 5, such as mlp-4, or with its hidden widths, such as mlp-64-32, vgg with its depth "
         "(11 or 13) and first width, such as vgg-11-64, or resnet with its depth (18, 34, or 8, "
-        "14, 20, ... and a width factor, such as resnet-20-4), or gn-resnet with its depth and "
-        "first width, such as gn-resnet-8-16"
+        "14, 20, ... and a width factor, such as resnet-20-4), gn-resnet with its depth and "
+        "first width, such as gn-resnet-8-16, or vit-lora with the adapters' rank: vit-lora-8"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fusion_simulation.data import LabelledImages, load_own_data, load_partition
 from fusion_simulation.settings import Settings
-from fusion_simulation.task import Recipe, build_model, train
+from fusion_simulation.task import Recipe, build_model, load_sent, train
 
 # Seeds of one run are kept apart from those of the next by this factor.
 SEED_STRIDE = 1000
@@ -124,9 +124,9 @@ class Site:
         # Clients share a machine, and more threads would only make them wait for each other.
         torch.set_num_threads(1)
         own_seed = SEED_STRIDE * settings.seed + self.number + 1
-        model = build_model(self.model, settings.dataset, own_seed)
+        model = build_model(self.model, settings.dataset, own_seed, data_dir=settings.data_dir)
         if settings.shared_start or server_round > 1:
-            model.load_state_dict(sent)
+            load_sent(model, sent)
         data = self.data(settings)
         recipe = replace(Recipe.from_settings(settings), proximal_mu=proximal_mu)
         seed = SEED_STRIDE * (SEED_STRIDE * settings.seed + server_round) + self.number

@@ -24,6 +24,7 @@ from flwr_fusion.strategy import (
 )
 from flwr_fusion.strategy.checkpoint import CheckpointFolder
 from flwr_fusion.strategy.received_statistics import statistics_in
+from fusion_simulation.adapters import TRAVELS
 from fusion_simulation.comparison import ClientModel
 from fusion_simulation.data import MixedImages
 from fusion_simulation.settings import Settings
@@ -31,6 +32,7 @@ from fusion_simulation.task import (
     DISTILLATION_BATCH,
     DISTILLATION_OPTIMIZER,
     DISTILLATION_TEMPERATURE,
+    load_sent,
 )
 
 DISTILLATION_EPOCHS = 100
@@ -101,7 +103,7 @@ def checkpointed_models(settings: Settings, strategy: FedAvg) -> dict[str, nn.Mo
     models = {}
     for name, arrays in ({} if checkpoint is None else checkpoint.arrays).items():
         models[name] = copy.deepcopy(strategy.architectures[name])
-        models[name].load_state_dict(arrays.to_torch_state_dict())
+        load_sent(models[name], arrays.to_torch_state_dict())
     return models
 
 
@@ -149,6 +151,8 @@ def build_strategy(
         "resume": settings.resume,
         "refine": _distillation(settings, images) if settings.distill_rounds else None,
     }
+    if settings.exchanges_adapters:
+        shared["only"] = TRAVELS
     if settings.strategy == "nt":
         return NeuronTransplantation(model, example_inputs, **shared)
     matched = shared | {
@@ -187,7 +191,7 @@ def _distillation(settings: Settings, images: Tensor | None) -> Distillation:
 def _client_model(content: RecordDict, build: Callable[[str], nn.Module]) -> ClientModel:
     client = content.config_records["client"]
     model = build(str(client["model"]))
-    model.load_state_dict(content.array_records["arrays"].to_torch_state_dict())
+    load_sent(model, content.array_records["arrays"].to_torch_state_dict())
     return ClientModel(
         name=str(client["name"]),
         model=model,

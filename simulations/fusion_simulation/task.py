@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from fusion_simulation.data import DATASETS, LabelledImages
+from fusion_simulation.adapters import VisionTransformer, with_adapters
+from fusion_simulation.data import DATASETS, LabelledImages, load_split
 from fusion_simulation.settings import (
     LABELS,
     RESNET_NORM_GROUPS,
@@ -25,6 +26,9 @@ DISTILLATION_TEMPERATURE = 2.0
 DISTILLATION_OPTIMIZER = partial(torch.optim.Adam, lr=3e-4)
 DISTILLATION_BATCH = 64
 # Convolutions in each stage, by depth.
+# Of a base that adapters are trained over: the labels that it has seen, images, and how often.
+BASE_LABELS = LABELS // 2
+BASE_IMAGES = 5000
 VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
 
 Norm = Callable[[int], nn.Module]
@@ -200,7 +204,12 @@ class Recipe:
         )
 
 
-def build_model(models: str, dataset: str, seed: int, bias: bool = True) -> nn.Module:
+BASE_RECIPE = Recipe(epochs=10, learning_rate=0.02, momentum=0.9, batch_size=16)
+
+
+def build_model(
+    models: str, dataset: str, seed: int, bias: bool = True, data_dir: str = ""
+) -> nn.Module:
     """Build a model with random initial weights.
 
     Parameters
@@ -213,6 +222,8 @@ def build_model(models: str, dataset: str, seed: int, bias: bool = True) -> nn.M
         Seed of the initial weights. The global random state is left as it was.
     bias : bool
         Whether the layers of a multi-layer perceptron, LeNet or VGG have biases.
+    data_dir : str
+        Folder of the data set, on half of whose labels the base of adapters is trained.
 
     Returns
     -------
@@ -221,8 +232,12 @@ def build_model(models: str, dataset: str, seed: int, bias: bool = True) -> nn.M
     """
     shape = DATASETS[dataset].shape
     kind, sizes = architecture(models)
+    # Before the seed: the base is the same for all.
+    base = pretrained_base(dataset, data_dir) if kind == "vit-lora" else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if base is not None:
+            return with_adapters(base, *sizes)
         if kind == "lenet":
             return LeNet(shape, bias)
         if kind == "vgg":
@@ -247,6 +262,28 @@ def _imagenet_resnet(channels: int, depth: int) -> nn.Module:
     model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
+
+
+@lru_cache(maxsize=2)
+def pretrained_base(dataset: str, data_dir: str = "") -> VisionTransformer:
+    """Return a vision transformer that has been trained on half of a data set's labels.
+
+    The same wherever it is called: as sites that fine-tune a network have all downloaded it.
+    """
+    data = load_split(dataset, train=True, data_dir=data_dir)
+    known = (data.labels < BASE_LABELS).nonzero().flatten()[:BASE_IMAGES]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = VisionTransformer(DATASETS[dataset].shape, LABELS)
+    train(base, LabelledImages(data.images[known], data.labels[known]), BASE_RECIPE, 0)
+    return base
+
+
+def load_sent(model: nn.Module, sent: Mapping[str, Tensor]) -> None:
+    """Load what travels of a model; what is not trained may be missing, and stays."""
+    own = model.state_dict()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    model.load_state_dict({name: own[name] for name in frozen} | dict(sent))
 
 
 def train(

@@ -30,6 +30,32 @@ def sequential_mlp(width: int = 24, depth: int = 3, bias: bool = True) -> nn.Mod
     return nn.Sequential(*layers[:-1])
 
 
+class LowRank(nn.Module):
+    """A linear layer, and beside it the product of two factors with nothing between."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float = 2.0) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs)
+        self.lora_A = nn.Linear(inputs, rank, bias=False)
+        self.lora_B = nn.Linear(rank, outputs, bias=False)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.scale * self.lora_B(self.lora_A(x))
+        return out
+
+
+def with_adapters(rank: int = 3, width: int = 18, scale: float = 2.0) -> nn.Sequential:
+    """Return an MLP whose layers have low-rank adapters, as LoRA's: three linear groups."""
+    return nn.Sequential(
+        LowRank(20, width, rank, scale),
+        nn.ReLU(),
+        LowRank(width, width - 4, rank, scale),
+        nn.ReLU(),
+        LowRank(width - 4, CLASSES, rank, scale),
+    )
+
+
 class LeNet(nn.Module):
     """LeNet on 1 x 16 x 16 images; one channel of conv2 becomes four columns of fc1."""
 
@@ -383,6 +409,7 @@ SMALL = [
         flat(20),
         lambda: sequential_mlp(32, bias=False),
     ),
+    Architecture("adapters", with_adapters, flat(20), lambda: with_adapters(5, 24)),
     Architecture("lenet", LeNet, images(1, 16), lambda: LeNet(2)),
     Architecture("small-vgg", SmallVGG, images(3, 8), lambda: SmallVGG(12)),
     Architecture("conv1d-groupnorm", Conv1dGroupNorm, sequences(3, 8)),
