@@ -40,8 +40,7 @@ def product_of(model: nn.Module) -> Tensor:
     (layer,) = model.children()
     assert isinstance(layer, LowRank)
     reads, writes = (m.weight.detach().double() for m in (layer.lora_B, layer.lora_A))
-    found: Tensor = layer.scale * reads @ writes
-    return found
+    return torch.mm(reads, writes).mul(layer.scale)
 
 
 def best_of_rank(matrix: Tensor, rank: int) -> Tensor:

@@ -97,7 +97,10 @@ class Settings:
     @property
     def sends_statistics(self) -> bool:
         """Whether clients send the moments of what their layers see."""
-        takes_them = self.combine in ("auto", "least-squares")
+        takes_them = self.combine == "least-squares" or (
+            # Of layers that do not travel nobody needs the moments.
+            self.combine == "auto" and not self.exchanges_adapters
+        )
         return self.statistics and self.strategy in FUSION_STRATEGIES and takes_them
 
     @property
