@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -259,7 +260,9 @@ def with_correspondence(
     clients: Sequence[Client], target: nn.Module, graph: ChannelGraph, example_inputs: Any
 ) -> list[Client]:
     """Return clients in the target's layers with their correspondence to it, by name or refused."""
-    found: dict[Any, Correspondence] = {architecture_of(target): Correspondence(graph, graph)}
+    linear = _linear_in_all(clients, target, graph, example_inputs)
+    own = Correspondence(graph, graph, linear=linear)
+    found: dict[Any, Correspondence] = {architecture_of(target): own}
     device = next(target.parameters()).device
     result = []
     for client in clients:
@@ -268,7 +271,7 @@ def with_correspondence(
         try:
             if key not in found:
                 squared_norm(detached_state(target), "the target")
-                other = Correspondence(graph, verified_graph(model, example_inputs))
+                other = Correspondence(graph, verified_graph(model, example_inputs), linear=linear)
                 check_same_modules(model, target)
                 found[key] = other.with_scales(gains_of(other))
             elif key == architecture_of(target):
@@ -277,3 +280,20 @@ def with_correspondence(
             raise FusionError(f"{client.name} cannot be fused into the target: {error}") from error
         result.append(replace(client, correspondence=found[key], device=device))
     return result
+
+
+def _linear_in_all(
+    clients: Sequence[Client], target: nn.Module, graph: ChannelGraph, example_inputs: Any
+) -> set[str]:
+    """Return the groups that are linear in the target and in every client's network."""
+    linear = {group.name for group in graph.groups if group.linear}
+    seen = {architecture_of(target)}
+    for client in clients if linear else ():
+        model = client.model()
+        key = architecture_of(model)
+        if key not in seen:
+            seen.add(key)
+            with suppress(FusionError):  # Whoever cannot be traced is refused by name.
+                groups = verified_graph(model, example_inputs).groups
+                linear &= {group.name for group in groups if group.linear}
+    return linear

@@ -46,7 +46,8 @@ def _states(correspondence: Correspondence) -> tuple[dict[str, Tensor], dict[str
     Channels that only one of them has are zero.
     """
     drawn = random_state(correspondence.client.model, torch.Generator().manual_seed(0))
-    back = Correspondence(correspondence.client, correspondence.fused)
+    linear = {group.name for group in correspondence.linear}
+    back = Correspondence(correspondence.client, correspondence.fused, linear=linear)
     ours = _moved(drawn, correspondence)
     return ours, _moved(ours, back)
 

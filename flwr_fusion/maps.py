@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -194,6 +194,9 @@ class Correspondence:
         Groups of the fused network.
     client : ChannelGraph
         Groups of the client's network: the same layers, of any width.
+    linear : collection of str, optional
+        The groups that are taken for linear in all networks of a fusion. Default: those that are
+        in both.
 
     Raises
     ------
@@ -201,7 +204,9 @@ class Correspondence:
         If the networks differ in more than the widths of free groups.
     """
 
-    def __init__(self, fused: ChannelGraph, client: ChannelGraph) -> None:
+    def __init__(
+        self, fused: ChannelGraph, client: ChannelGraph, *, linear: Collection[str] | None = None
+    ) -> None:
         self.fused = fused
         self.client = client
         pairs = _matching_groups(fused, client)
@@ -211,7 +216,8 @@ class Correspondence:
         for fused_group, client_group in pairs:
             places = _paired_places(fused_group, client_group)
             name, sizes = fused_group.name, (fused_group.size, client_group.size)
-            if fused_group.linear and client_group.linear:
+            both = fused_group.linear and client_group.linear
+            if both and (linear is None or name in linear):
                 self.linear.append(Linear(name, *sizes, places))
                 continue
             self.groups.append(GroupPair(name, *sizes, fused_group.fixed))

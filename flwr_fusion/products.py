@@ -58,7 +58,7 @@ class Factors:
         # B = Q_b R_b, A^T = Q_a R_a, so B A = Q_b (R_b R_a^T) Q_a^T: the middle is rank x rank.
         left, upper = torch.linalg.qr(self.reads)
         right, other = torch.linalg.qr(self.writes.T)
-        u, values, vh = torch.linalg.svd(upper @ other.T)
+        u, values, vh = torch.linalg.svd(upper @ other.T, full_matrices=False)
         return left @ u, values, right @ vh.T
 
 

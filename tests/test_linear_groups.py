@@ -40,12 +40,14 @@ def product_of(model: nn.Module) -> Tensor:
     (layer,) = model.children()
     assert isinstance(layer, LowRank)
     reads, writes = (m.weight.detach().double() for m in (layer.lora_B, layer.lora_A))
-    return torch.mm(reads, writes).mul(layer.scale)
+    found: Tensor = reads @ writes * layer.scale
+    return found
 
 
 def best_of_rank(matrix: Tensor, rank: int) -> Tensor:
     u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return (u[:, :rank] * values[:rank]) @ vh[:rank]
+    best: Tensor = (u[:, :rank] * values[:rank]) @ vh[:rank]
+    return best
 
 
 def fuse(
@@ -101,6 +103,20 @@ class Plus(nn.Module):
 )
 def test_what_stands_between_decides(between: nn.Module, linear: bool) -> None:
     assert linear_groups(Between(between)) == (["down"] if linear else [])
+
+
+@pytest.mark.parametrize("rank", [4, 16, 40])
+def test_an_adapter_may_have_any_rank(rank: int) -> None:
+    assert linear_groups(adapter(rank, 0, outputs=10)) == ["0.lora_A"]
+
+
+def test_a_group_that_is_linear_in_some_networks_alone_is_matched_by_its_channels() -> None:
+    def factorised(rank: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(20, rank), nn.Linear(rank, 10))
+
+    assert (linear_groups(factorised(8)), linear_groups(factorised(16))) == (["0"], [])
+    result = ff.ot_fusion([factorised(8), factorised(16)], example_inputs=INPUTS[:2])
+    assert [group.name for group in result.report.groups] == ["0"]
 
 
 def test_a_hidden_layer_that_is_no_bottleneck_is_matched_by_its_channels() -> None:

@@ -272,14 +272,14 @@ def checked_groups(graph: ChannelGraph, seed: int = 0) -> tuple[ChannelGroup, ..
     """Return a graph's groups as a check finds them.
 
     Those are fixed, with the reason, that cannot be permuted or checked; of those that are called
-    linear, those stay so that are bottlenecks and bear any invertible matrix.
+    linear, those stay so that are low-rank factors and bear any invertible matrix.
     """
     free = [group for group in graph.groups if not group.fixed]
     if not free:
         return tuple(replace(group, linear=False) for group in graph.groups)
-    bottlenecks = _bottlenecks(graph)
+    candidates = _candidates(graph)
     try:
-        found = _with_usable_values(graph, seed, partial(_found, free, bottlenecks, seed))
+        found = _with_usable_values(graph, seed, partial(_found, free, candidates, seed))
     except FusionError as error:
         found = _Found({group.name: str(error) for group in free})
     return tuple(
@@ -300,14 +300,14 @@ class _Found:
 
 
 def _found(
-    free: Sequence[ChannelGroup], bottlenecks: Sequence[ChannelGroup], seed: int, check: Check
+    free: Sequence[ChannelGroup], candidates: Sequence[ChannelGroup], seed: int, check: Check
 ) -> _Found:
     because = _reasons(free, seed, check)
-    candidates = [group for group in bottlenecks if group.name not in because]
+    right = [group for group in candidates if group.name not in because]
     generator = torch.Generator().manual_seed(seed + 2)
-    matrices = {g.name: _invertible(g.size, generator) for g in candidates}
-    wrong = {group.name for group in failing(check, candidates, matrices)}
-    return _Found(because, [group.name for group in candidates if group.name not in wrong])
+    matrices = {g.name: _invertible(g.size, generator) for g in right}
+    wrong = {group.name for group in failing(check, right, matrices)}
+    return _Found(because, [group.name for group in right if group.name not in wrong])
 
 
 def _invertible(size: int, generator: torch.Generator) -> Tensor:
@@ -321,45 +321,54 @@ def _invertible(size: int, generator: torch.Generator) -> Tensor:
     return matrix
 
 
-def _bottlenecks(graph: ChannelGraph) -> list[ChannelGroup]:
-    """Return the groups that may be linear, no two with a common tensor: the smallest first.
+def _candidates(graph: ChannelGraph) -> list[ChannelGroup]:
+    """Return the groups that may be linear, no two with a common tensor, the first ones first.
 
     One layer writes them or one reads them, so that every product of a reader and a writer is in
-    the network; and they are fewer than the rows and the columns of this product. Every other
-    free group keeps a weight that writes it and is no factor: by these its channels are matched.
+    the network. Every other free group keeps a weight that writes it and is no factor: by these its
+    channels are matched. And they are fewer than the rows and the columns of the product, or, at
+    any number, beside another weight, as adapters are: elsewhere the mean of the factors, which is
+    FedAvg's, loses nothing that a product could keep.
     """
     tied = tied_tensors(graph.model)
     weights = {
         g.name: {p.tensor for p in g.places if p.writes and len(graph.shapes[p.tensor]) > 1}
         for g in graph.groups
-        if not g.fixed
     }
+    fixed = {group.name for group in graph.groups if group.fixed}
     taken: set[str] = set()
     chosen = []
-    for group in sorted(graph.groups, key=lambda g: g.size):
+    for group in graph.groups:
         tensors = {place.tensor for place in group.places}
         apart = len(tensors) == len(group.places) and not tensors & (taken | tied)
-        if not group.linear or group.fixed or not apart:
+        if not group.linear or group.fixed or not apart or not _is_one_product(group, graph.shapes):
             continue
-        others = (own for name, own in weights.items() if name != group.name)
-        left = all(own - taken - tensors for own in others if own & tensors)
-        if left and _is_bottleneck(group, graph.shapes):
+        alone = {
+            name
+            for name, own in weights.items()
+            if name != group.name and own & tensors and not own - taken - tensors
+        }
+        if alone <= fixed and (not alone or _is_bottleneck(group, graph.shapes)):
             chosen.append(group)
             taken |= tensors
             del weights[group.name]
     return chosen
 
 
+def _is_one_product(group: ChannelGroup, shapes: Mapping[str, torch.Size]) -> bool:
+    """Whether the group fills its axes, and every reader reads every writer."""
+    if any(p.positions.numel() != shapes[p.tensor][p.axis] for p in group.places):
+        return False
+    owners = {(p.writes, owner_of(p.tensor)) for p in group.places}
+    counts = [sum(writes is kind for writes, _ in owners) for kind in (True, False)]
+    return min(counts) == 1
+
+
 def _is_bottleneck(group: ChannelGroup, shapes: Mapping[str, torch.Size]) -> bool:
-    sizes, owners = {True: 0, False: 0}, {True: set[str](), False: set[str]()}
+    sizes = {True: 0, False: 0}
     for place in group.places:
-        shape = shapes[place.tensor]
-        if place.positions.numel() != shape[place.axis]:
-            return False
-        sizes[place.writes] += shape.numel() // group.size
-        owners[place.writes].add(owner_of(place.tensor))
-    single = 1 in (len(owners[True]), len(owners[False]))
-    return group.size <= min(sizes.values()) and single
+        sizes[place.writes] += shapes[place.tensor].numel() // group.size
+    return group.size <= min(sizes.values())
 
 
 def _with_usable_values(graph: ChannelGraph, seed: int, use: Callable[[Check], Found]) -> Found:
