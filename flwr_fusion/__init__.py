@@ -18,6 +18,7 @@ from flwr_fusion.methods.cla import cla_fusion
 from flwr_fusion.methods.ot import ot_fusion
 from flwr_fusion.methods.transplant import neuron_transplantation
 from flwr_fusion.observe import Inputs
+from flwr_fusion.plots import plot_rounds
 from flwr_fusion.report import (
     FusionReport,
     FusionResult,
@@ -67,5 +68,6 @@ __all__ = [
     "match_layers",
     "neuron_transplantation",
     "ot_fusion",
+    "plot_rounds",
     "statistics",
 ]

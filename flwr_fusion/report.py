@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from flwr_fusion.plots import plot_groups, plot_layers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class StageMatch:
     target_units: tuple[str, ...]
     pairs: tuple[tuple[int, int], ...]
     cost: tuple[tuple[float, ...], ...] = ()
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the costs with the path that was chosen; see `flwr_fusion.plots.plot_layers`."""
+        return plot_layers(self, axes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain numbers, names and lists, ready for JSON; infinite costs are None."""
@@ -140,6 +149,37 @@ class FusionReport:
         channels = sum(group.channels for group in self.groups)
         moved = sum(group.channels * group.share_moved for group in self.groups)
         return moved / channels if channels else 0.0
+
+    def plot(self) -> Sequence[Axes]:
+        """Draw share moved and cost by group; see `flwr_fusion.plots.plot_groups`.
+
+        The layers that correspond are drawn by each `StageMatch`.
+        """
+        return plot_groups(self)
+
+    def __str__(self) -> str:
+        """Return a table of the groups, and what else was done."""
+        rows = [
+            (g.name, str(g.channels), f"{100 * g.share_moved:.1f}", f"{g.cost:.3f}")
+            for g in self.groups
+        ]
+        rows = [("group", "channels", "moved, %", "cost"), *rows]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        table = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in rows
+        ]
+        to = f", aligned to {self.reference}" if self.reference else ""
+        lines = [f"{self.method}{to}, {self.seconds:.2f} s", *(table if self.groups else [])]
+        for layers in self.layers:
+            whose = ", ".join(map(str, layers.clients))
+            for stage in layers.stages:
+                pairs = ", ".join(
+                    f"{stage.client_units[a]} = {stage.target_units[b]}" for a, b in stage.pairs
+                )
+                lines.append(f"layers of clients {whose}: {pairs}")
+        lines += [f"{name}: {text}" for name, text in self.details.items()]
+        return "\n".join([*lines, f"repair: {self.repair}"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain numbers, names and lists, ready for JSON."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -39,6 +39,10 @@ from flwr_fusion.networks import (
     tied_tensors,
 )
 from flwr_fusion.observe import Inputs, evaluation_mode, moved_to, named_failure
+from flwr_fusion.plots import plot_graph
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Numbers of a tensor that are permuted at a time.
 _BLOCK = 1 << 20
@@ -198,6 +202,10 @@ class ChannelGraph:
 
     def __str__(self) -> str:
         return self.summary()
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw which layers write and read which groups; see `flwr_fusion.plots.plot_graph`."""
+        return plot_graph(self, axes)
 
     def verify(self, seed: int = 0) -> None:
         """Check that permuting the free groups does not change the network.

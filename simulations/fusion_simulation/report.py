@@ -248,15 +248,7 @@ def draw_layers(layers: Mapping[str, StageMatch]) -> Figure:
     columns = min(4, len(layers))
     figure, panels = new_figure_grid("cost of matching layers", len(layers), columns, False)
     for (title, stage), axes in zip(layers.items(), panels, strict=True):
-        image = axes.imshow(stage.cost, cmap="Greys", aspect="auto")
-        figure.colorbar(image, ax=axes)
-        path = sorted(stage.pairs)
-        axes.plot(*zip(*path, strict=True), color=ORANGE, marker="o", markersize=9)
-        axes.set_xticks(range(len(stage.client_units)), stage.client_units, fontsize=7)
-        axes.set_yticks(range(len(stage.target_units)), stage.target_units, fontsize=7)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("layer of the shallow network", fontsize=8)
-        axes.set_ylabel("layer of the deep network", fontsize=8)
+        stage.plot(axes).set_title(title, fontsize=9)
     return figure
 
 
