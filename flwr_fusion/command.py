@@ -108,8 +108,7 @@ def inspect(
             else "nothing can be matched: fusion is averaging by index, as FedAvg's"
         )
         if picture is not None:
-            graph.plot().figure.savefig(picture)
-            typer.echo(f"picture: {picture.resolve()}")
+            _save(graph.plot(), picture)
 
 
 @app.command()
@@ -173,8 +172,12 @@ def compare(
             table.add_row(curve.name, *("" if v is None else f"{v:.4f}" for v in cells))
         Console().print(table)
         if picture is not None:
-            plot_rounds(*runs, metric=metric).figure.savefig(picture)
-            typer.echo(f"picture: {picture.resolve()}")
+            _save(plot_rounds(*runs, metric=metric), picture)
+
+
+def _save(axes: Any, picture: Path) -> None:
+    axes.figure.savefig(picture)
+    typer.echo(f"picture: {picture.resolve()}")
 
 
 def _loaded(file: Path, factory: str) -> nn.Module:
