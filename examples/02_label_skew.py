@@ -45,7 +45,7 @@ accuracies["clients' moments"] = digits.accuracy(by_moments.model, test)
 # With `attach_class_moments`: a last layer that has seen all labels. The strategy adds the clients'
 # class moments up; here the function gets them at once.
 
-classes = ff.statistics.class_moments(fused.model, [own for own in shares])
+classes = ff.statistics.class_moments(fused.model, shares)
 with_head = ff.calibrated_head(fused.model, classes, kind="soft")
 accuracies["update moments,\ncalibrated head"] = digits.accuracy(with_head, test)
 accuracies["ensemble"] = digits.ensemble_accuracy(clients, test)

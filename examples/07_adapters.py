@@ -60,7 +60,11 @@ sent = {rank: adapted(rank) for rank in ranks}
 for number in range(6):
     trained = [
         digits.train(
-            copy.deepcopy(sent[rank]), (images[k::2], labels[k::2]), epochs=3, seed=number, rate=0.02
+            copy.deepcopy(sent[rank]),
+            (images[k::2], labels[k::2]),
+            epochs=3,
+            seed=number,
+            rate=0.02,
         )
         for k, rank in enumerate(ranks)
     ]

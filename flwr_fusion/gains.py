@@ -12,24 +12,24 @@ from flwr_fusion.graph.checking import in_precision, outputs, random_inputs, ran
 from flwr_fusion.graph.groups import ChannelGraph
 from flwr_fusion.maps import Correspondence, Linear, map_tensor
 
-# Gradients of networks that compute the same are parallel, up to rounding.
-_PARALLEL = 0.99
+# Gradients of networks that compute the same are parallel, up to the rounding of parts that the
+# network computes in single precision.
+_PARALLEL = 1 - 1e-6
 
 
 def gains_of(correspondence: Correspondence) -> dict[str, float]:
     """Return for each linear group what the client's network multiplies its product by.
 
-    Relative to the fused network; found where their ranks differ, as networks of one shape must
-    compute the same anyway. Both networks get the same random values; of every linear group the
-    first channel alone is written, and nothing reads it. There the gradient of an output by the
-    weights that would read it is ``gain * g``, with the same ``g``.
+    Relative to the fused network. Both get the same random values; of every linear group the first
+    channel alone is written, and nothing reads it. There the gradient of an output by the weights
+    that would read it is ``gain * g``, with the same ``g``.
 
     Raises
     ------
     FusionError
         If the gradients of a group are not parallel: the networks differ in more than a factor.
     """
-    if all(group.fused_size == group.client_size for group in correspondence.linear):
+    if not correspondence.linear:
         return {}
     ours, theirs = _states(correspondence)
     of_fused = _gradients(correspondence.fused, ours, correspondence)

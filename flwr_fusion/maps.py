@@ -221,6 +221,12 @@ class Correspondence:
                 self.linear.append(Linear(name, *sizes, places))
                 continue
             self.groups.append(GroupPair(name, *sizes, fused_group.fixed))
+            if fused_group.size != client_group.size and all(s.writes for s in places.values()):
+                raise FusionError(
+                    f"channel group '{name}' has {client_group.size} channels, the target's has "
+                    f"{fused_group.size}, and nothing reads them: they are inside of a product of "
+                    "weights, such as an adapter that is added to a weight"
+                )
             if not fused_group.fixed:
                 for (tensor, axis), segment in places.items():
                     self.segments[tensor][axis].append(segment)

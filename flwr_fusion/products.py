@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from flwr_fusion.errors import FusionError
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import (
     Correspondence,
@@ -33,7 +35,9 @@ from flwr_fusion.networks import key_of, module_of
 from flwr_fusion.statistics.moments import LayerStatistics, Statistics
 
 # Directions that all products have together; beyond, the weakest are left out.
-_MOST_DIRECTIONS = 512
+_MOST_DIRECTIONS = 1024
+# Less of the clients' weight has not all outputs.
+_WHOLE = 1 - 1e-6
 # Singular values are zero that are smaller than this share of the largest: single precision.
 _NOTHING = 1e-6
 
@@ -107,9 +111,12 @@ class SpannedDirections:
         self._right: list[Tensor] = []
 
     def add(self, factors: Factors, weight: float) -> None:
-        """Add a product's directions, each as heavy as it is in the sum of squares."""
+        """Add a product's directions, each as heavy as it is among the product's own.
+
+        No client can make those of others count as nothing by scaling its product.
+        """
         left, values, right = factors.decomposed()
-        scale = values * weight**0.5
+        scale = weight**0.5 * values / values.max().clamp(min=1e-30)
         self._left.append(left * scale)
         self._right.append(right * scale)
         if sum(part.shape[1] for part in self._left) > 2 * _MOST_DIRECTIONS:
@@ -134,11 +141,20 @@ def _strongest(parts: Sequence[Tensor], orthonormal: bool = True) -> Tensor:
 
 def factors_of(group: Linear, state: Mapping[str, Tensor]) -> Factors:
     """Return the factors of a linear group of the fused network, at least in single precision."""
-    return _factors(group, state, fused=True)
+    return _factors(group, state, _precision(group, state), fused=True)
+
+
+def _precision(group: Linear, state: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the type in which a group's factors can be multiplied, at least single precision."""
+    return reduce(torch.promote_types, (state[name].dtype for name in group.tensors), torch.float32)
 
 
 def client_factors(
-    group: Linear, state: Mapping[str, Tensor], correspondence: Correspondence, maps: Maps
+    group: Linear,
+    state: Mapping[str, Tensor],
+    correspondence: Correspondence,
+    maps: Maps,
+    dtype: torch.dtype,
 ) -> Factors:
     """Return the factors of a client's linear group; their product in the fused channels.
 
@@ -150,7 +166,7 @@ def client_factors(
         for name in group.tensors
         for covered in [coverage_along(name, correspondence, maps)]
     }
-    factors = _factors(group, mapped, fused=False)
+    factors = _factors(group, mapped, dtype, fused=False)
     return replace(factors, reads=group.scale * factors.reads)
 
 
@@ -161,10 +177,12 @@ def _by_coverage(tensor: Tensor, covered: tuple[int, Tensor] | None) -> Tensor:
     return tensor * along(coverage.to(tensor), axis, tensor.dim())
 
 
-def _factors(group: Linear, state: Mapping[str, Tensor], fused: bool) -> Factors:
+def _factors(
+    group: Linear, state: Mapping[str, Tensor], dtype: torch.dtype, fused: bool
+) -> Factors:
     parts: dict[bool, list[Tensor]] = {True: [], False: []}
     for (name, axis), segment in group.places.items():
-        tensor = state[name].to(torch.promote_types(state[name].dtype, torch.float32))
+        tensor = state[name].to(dtype)
         positions = segment.fused_positions if fused else segment.client_positions
         rows = tensor.movedim(axis, 0)[positions.to(tensor.device)]
         parts[segment.writes].append(rows.flatten(1))
@@ -189,8 +207,9 @@ def in_fused_rank(
         State dict of the fused network: where the client's product needs fewer channels, the
         others write what they write here.
     """
-    left, values, right = client_factors(group, state, correspondence, maps).decomposed()
     spare = factors_of(group, target).writes
+    own = client_factors(group, state, correspondence, maps, spare.dtype)
+    left, values, right = own.decomposed()
     factors, _ = balanced(left, torch.diag(values), right, group.fused_size, spare)
     return _written(group, factors, target)
 
@@ -207,12 +226,15 @@ class _Product:
         The bases.
     share : Tensor
         Shape (outputs, 1): of the clients' weight, what has each output.
+    sent : Tensor, optional
+        The core of the model that was sent out.
     """
 
     group: Linear
     left: Tensor
     right: Tensor
     share: Tensor
+    sent: Tensor | None = None
 
     @property
     def layer(self) -> str:
@@ -223,11 +245,24 @@ class _Product:
         """Name of the core among a rule's tensors."""
         return key_of(self.layer, "weight")
 
-    def core(self, factors: Factors, *, shared: bool = False) -> Tensor:
-        """Return ``U^T B A V``; ``shared``: of a mean over those that have an output."""
-        reads = factors.reads / self.share if shared else factors.reads
-        core: Tensor = (self.left.T @ reads) @ (factors.writes @ self.right)
+    def core(self, factors: Factors) -> Tensor:
+        """Return ``U^T B A V``."""
+        core: Tensor = (self.left.T @ factors.reads) @ (factors.writes @ self.right)
         return core
+
+    def core_of_client(self, factors: Factors) -> Tensor:
+        """Return a client's core, for a mean over those that have an output.
+
+        Beyond its rank it is that of the model that was sent out: nobody who could not hold a
+        direction has unlearnt it.
+        """
+        core = self.core(replace(factors, reads=factors.reads / self.share))
+        rank = factors.reads.shape[1]
+        if self.sent is None or rank >= self.group.fused_size:
+            return core
+        u, values, vh = torch.linalg.svd(self.sent, full_matrices=False)
+        beyond: Tensor = (u[:, rank:] * values[rank:]) @ vh[rank:]
+        return core + beyond
 
 
 @dataclass(frozen=True)
@@ -241,14 +276,14 @@ class _ClientByProducts(Client):
         state = super().state()
         own = {group.name: group for group in self.correspondence.linear}
         cores = {
-            p.key: p.core(self._factors(own[p.group.name], state), shared=True)
+            p.key: p.core_of_client(self._factors(own[p.group.name], state, p.left.dtype))
             for p in self.products
             if p.key not in self.absent
         }
         return _without_factors(state, self.products) | cores
 
-    def _factors(self, group: Linear, state: Mapping[str, Tensor]) -> Factors:
-        return client_factors(group, state, self.correspondence, self.maps)
+    def _factors(self, group: Linear, state: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
+        return client_factors(group, state, self.correspondence, self.maps, dtype)
 
 
 def _without_factors(
@@ -273,14 +308,25 @@ class ByProducts:
     _products: Sequence[_Product]
 
     @classmethod
-    def of(cls, fusion: Fusion, maps: Sequence[Maps]) -> ByProducts | None:
+    def of(
+        cls, fusion: Fusion, maps: Sequence[Maps], *, few_cannot_decide: bool
+    ) -> ByProducts | None:
         """Return a fusion by products; None where no group is linear.
 
-        Every client is read once, for the directions of its products.
+        Every client is read once, for the directions of its products. ``few_cannot_decide`` is
+        said by the rule: then no output may be missing in a client, which has no core without it.
         """
         if not fusion.clients or not fusion.clients[0].correspondence.linear:
             return None
-        products = _products(fusion, maps)
+        try:
+            products = _products(fusion, maps)
+        except RuntimeError as error:
+            raise FusionError(f"low-rank factors cannot be multiplied: {error}") from error
+        if few_cannot_decide and any(bool((p.share < _WHOLE).any()) for p in products):
+            raise FusionError(
+                "low-rank factors of clients of several widths cannot be put together by a rule "
+                "that keeps few clients from deciding: use the mean, or clients of one width"
+            )
         clients = [
             _by_products(client, products, chosen)
             for client, chosen in zip(fusion.clients, maps, strict=True)
@@ -317,7 +363,8 @@ def _products(fusion: Fusion, maps: Sequence[Maps]) -> list[_Product]:
         for group in client.correspondence.linear:
             if group.tensors & client.absent:
                 continue
-            factors = client_factors(group, state, client.correspondence, chosen)
+            dtype = _precision(group, fusion.target)
+            factors = client_factors(group, state, client.correspondence, chosen, dtype)
             spans[group.name].add(factors, client.weight)
             covered = client.weight * _covered(group, fusion.target, client, chosen)
             shares[group.name] = shares.get(group.name, 0) + covered
@@ -327,7 +374,7 @@ def _products(fusion: Fusion, maps: Sequence[Maps]) -> list[_Product]:
             spans[group.name].add(factors_of(group, fusion.sent), 1.0)
         elif not whole[group.name]:  # Nobody takes part: the target's values stay.
             spans[group.name].add(factors_of(group, fusion.target), 1.0)
-    return [
+    products = [
         _Product(
             replace(group, scale=1.0),
             *_bases(spans[group.name], group, fusion.clients),
@@ -335,6 +382,9 @@ def _products(fusion: Fusion, maps: Sequence[Maps]) -> list[_Product]:
         )
         for group in groups
     ]
+    if fusion.sent is None:
+        return products
+    return [replace(p, sent=p.core(factors_of(p.group, fusion.sent))) for p in products]
 
 
 def _bases(

@@ -274,3 +274,11 @@ def test_adapters_of_the_app_share_their_base() -> None:
     assert different
     assert all("lora_A" in name for name in different)
     assert {"head.weight", "head.bias"} <= one.keys()
+
+
+def test_an_architecture_that_nobody_runs_is_fused_from_the_largest() -> None:
+    strategy = strategy_of((2, 4, 8), combine="mean")
+    strategy.start(InProcessGrid(adapter_app(ranks=[4] * NODES), NODES), num_rounds=1)
+    models = strategy.global_models()
+    for four, eight in zip(products(models["r4"]), products(models["r8"]), strict=True):
+        torch.testing.assert_close(eight, four, rtol=1e-3, atol=1e-5)

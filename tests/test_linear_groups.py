@@ -416,3 +416,115 @@ def test_ranks_up_to_the_layers_own(inputs: int, outputs: int) -> None:
     fused = ff.ot_fusion(models, example_inputs=x[:2], combine="mean").model
     mean = sum((product_of(m) / 3 for m in models), torch.zeros(()))
     torch.testing.assert_close(product_of(fused), best_of_rank(mean, 6), rtol=1e-3, atol=1e-5)
+
+
+# --- What must not happen -------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """A residual block of two layers with nothing between them, as wide as its stream."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(20, width), nn.Linear(width, 5)
+        self.down, self.up = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        out: Tensor = self.head(torch.relu(x + self.up(self.down(x))))
+        return out
+
+
+def test_layers_as_wide_as_their_stream_are_no_factors() -> None:
+    start = Residual(16)
+    assert linear_groups(start) == []
+    clients = [near_everywhere(start, seed) for seed in range(3)]
+    fused = ff.ot_fusion(clients, example_inputs=INPUTS[:2], reference=start, combine="mean").model
+    expected = ff.average(clients).model
+    torch.testing.assert_close(fused.state_dict(), expected.state_dict(), atol=1e-6, rtol=1e-5)
+
+
+def near_everywhere(start: nn.Module, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = copy.deepcopy(start)
+    for parameter in model.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def test_large_ranks_are_no_low_ranks() -> None:
+    assert linear_groups(adapter(600, 1, outputs=700)) == []
+    assert linear_groups(adapter(500, 1, outputs=700)) == ["0.lora_A"]
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum"])
+def test_no_client_erases_the_others_by_its_size(rule: str) -> None:
+    start = with_adapters()
+    honest = [near(start, seed) for seed in range(6)]
+    bad = near(start, 9, noise=1e3)
+    off = copy.deepcopy(start)
+    for name, parameter in off.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    with_it, without = (
+        ff.ot_fusion(models, example_inputs=INPUTS[:2], reference=start, combine=rule).model
+        for models in ([*honest, bad], honest)
+    )
+    expected = output(without, INPUTS)
+    assert relative_error(output(with_it, INPUTS), expected) < 0.3
+    assert relative_error(output(off, INPUTS), expected) > 0.7
+
+
+def test_other_widths_with_other_scales() -> None:
+    client, target = with_adapters(3, 18, 2.0), with_adapters(3, 22, 1.0)
+    fused = ff.ot_fusion([client], example_inputs=INPUTS[:2], target=target).model
+    assert relative_error(output(fused, INPUTS), output(client, INPUTS)) < TINY
+
+
+@pytest.mark.parametrize("rule", ["auto", "mean", "median", "trimmed-mean"])
+def test_what_a_client_could_not_hold_is_not_unlearnt(rule: str) -> None:
+    sent = adapter(8, 1)
+    narrow = fuse([sent], target=adapter(2, 2))
+    # Nobody trains: every client returns what it was sent in its own rank.
+    fused = fuse([narrow, narrow, narrow, sent], target=sent, reference=sent, combine=rule)
+    torch.testing.assert_close(product_of(fused), product_of(sent), rtol=1e-4, atol=1e-5)
+
+
+def test_robust_rules_refuse_factors_of_clients_of_several_widths() -> None:
+    models = [with_adapters(3, 16), with_adapters(3, 20), with_adapters(3, 20)]
+    with pytest.raises(ff.FusionError, match="clients of several widths"):
+        ff.ot_fusion(models, example_inputs=INPUTS[:2], combine="median")
+    ff.ot_fusion(models, example_inputs=INPUTS[:2], combine="mean")
+
+
+def test_precisions_may_differ() -> None:
+    models = [with_adapters(3), with_adapters(3).double()]
+    for target in models:
+        fused = ff.ot_fusion(models, example_inputs=INPUTS[:2], target=target).model
+        dtypes = {t.dtype for t in fused.state_dict().values()}
+        assert dtypes == {t.dtype for t in target.state_dict().values()}
+
+
+def test_factors_that_are_out_of_range_are_refused() -> None:
+    model = adapter(3, 1)
+    for parameter in model.parameters():
+        parameter.data.mul_(1e25)
+    with pytest.raises(ff.FusionError):
+        fuse([model, adapter(3, 2)])
+
+
+def test_an_adapter_that_is_added_to_a_weight_has_one_rank() -> None:
+    class AddedToWeight(nn.Module):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(10, 20))
+            self.b, self.a = (
+                nn.Parameter(torch.randn(10, rank)),
+                nn.Parameter(torch.randn(rank, 20)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.weight + self.b @ self.a).T
+
+    with pytest.raises(ff.FusionError, match="inside of a product of weights"):
+        ff.ot_fusion([AddedToWeight(4)], example_inputs=INPUTS[:2], target=AddedToWeight(7))

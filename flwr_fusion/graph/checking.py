@@ -33,6 +33,8 @@ _TIMES_PRECISION, _TIMES_ROUNDING, _NOISE, _LARGEST_ROUNDING = 1e4, 1e3, 1e-3, 1
 _FEWEST_RUNS, _MOST_RUNS, _MOST_WORK = 12, 200, 2_000_000_000
 # Values of a network that are not copied in double precision.
 _LARGE = 10_000_000
+# Products of so many channels are no low-rank ones.
+_LARGEST_RANK = 512
 # Of long lists in messages.
 _LISTED = 4
 
@@ -327,8 +329,8 @@ def _candidates(graph: ChannelGraph) -> list[ChannelGroup]:
     One layer writes them or one reads them, so that every product of a reader and a writer is in
     the network. Every other free group keeps a weight that writes it and is no factor: by these its
     channels are matched. And they are fewer than the rows and the columns of the product, or, at
-    any number, beside another weight, as adapters are: elsewhere the mean of the factors, which is
-    FedAvg's, loses nothing that a product could keep.
+    any number, beside a weight that reads what they read and writes what they write, as adapters
+    are: elsewhere the mean of the factors, which is FedAvg's, is all that a product could keep.
     """
     tied = tied_tensors(graph.model)
     weights = {
@@ -336,23 +338,50 @@ def _candidates(graph: ChannelGraph) -> list[ChannelGroup]:
         for g in graph.groups
     }
     fixed = {group.name for group in graph.groups if group.fixed}
+    ends = _ends(graph)
     taken: set[str] = set()
     chosen = []
     for group in graph.groups:
         tensors = {place.tensor for place in group.places}
         apart = len(tensors) == len(group.places) and not tensors & (taken | tied)
-        if not group.linear or group.fixed or not apart or not _is_one_product(group, graph.shapes):
+        possible = group.linear and not group.fixed and group.size <= _LARGEST_RANK
+        if not possible or not apart or not _is_one_product(group, graph.shapes):
             continue
         alone = {
             name
             for name, own in weights.items()
             if name != group.name and own & tensors and not own - taken - tensors
         }
-        if alone <= fixed and (not alone or _is_bottleneck(group, graph.shapes)):
+        if alone <= fixed and (_is_adapter(group, ends) or _is_bottleneck(group, graph.shapes)):
             chosen.append(group)
             taken |= tensors
             del weights[group.name]
     return chosen
+
+
+def _ends(graph: ChannelGraph) -> dict[str, tuple[set[str], set[str]]]:
+    """Return for every tensor the groups that it reads and those that it writes.
+
+    The network's inputs are one, however many layers read them.
+    """
+    ends: dict[str, tuple[set[str], set[str]]] = {}
+    for group in graph.groups:
+        name = group.fixed_because if group.name.startswith("input of ") else group.name
+        for place in group.places:
+            ends.setdefault(place.tensor, (set(), set()))[place.writes].add(name)
+    return ends
+
+
+def _is_adapter(group: ChannelGroup, ends: Mapping[str, tuple[set[str], set[str]]]) -> bool:
+    """Whether a weight leads from what the group is written from to what it is read into."""
+    own = {place.tensor for place in group.places}
+    inputs = set().union(*(ends[p.tensor][False] for p in group.places if p.writes))
+    outputs = set().union(*(ends[p.tensor][True] for p in group.places if not p.writes))
+    return any(
+        reads & inputs and writes & outputs
+        for tensor, (reads, writes) in ends.items()
+        if tensor not in own
+    )
 
 
 def _is_one_product(group: ChannelGroup, shapes: Mapping[str, torch.Size]) -> bool:
@@ -368,7 +397,7 @@ def _is_bottleneck(group: ChannelGroup, shapes: Mapping[str, torch.Size]) -> boo
     sizes = {True: 0, False: 0}
     for place in group.places:
         sizes[place.writes] += shapes[place.tensor].numel() // group.size
-    return group.size <= min(sizes.values())
+    return group.size < min(sizes.values())
 
 
 def _with_usable_values(graph: ChannelGraph, seed: int, use: Callable[[Check], Found]) -> Found:

@@ -71,8 +71,10 @@ def choose_reference(
     client = clients[chosen]
     if of_other_widths:
         return Reference(_placed(client, target_state), client.name)
+    # In the target's types: what is fused has them.
+    own = {n: t.to(target_state[n].dtype) for n, t in client.state().items() if n in target_state}
     lacking = {key: target_state[key] for key in client.absent}
-    return Reference(client.state() | lacking, client.name, chosen)
+    return Reference(own | lacking, client.name, chosen)
 
 
 def _most_resemble(clients: Sequence[Client], reference: Mapping[str, Tensor]) -> bool:

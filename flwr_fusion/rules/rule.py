@@ -158,7 +158,7 @@ def apply_rule(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
             f"{rule} needs clients that were trained from the model that was sent out: these do "
             "not resemble the reference"
         )
-    by_products = ByProducts.of(fusion, maps)
+    by_products = ByProducts.of(fusion, maps, few_cannot_decide=rule.few_cannot_decide)
     given = fusion if by_products is None else by_products.fusion
     result = _combined(rule, given, maps)
     details = {str(key): str(value) for key, value in result.details.items()}
@@ -166,9 +166,10 @@ def apply_rule(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
     del result
     if by_products is not None:
         state, ranks = by_products.state(state)
-        details |= {
-            key: f"{details[key]}, {r}" if key in details else r for key, r in ranks.items()
-        }
+        for layer, rank in ranks.items():
+            # A rule says what it did to a layer, or to a weight: of a product there is but one.
+            said = [details.pop(key) for key in (f"{layer}.weight", layer) if key in details]
+            details[layer] = ", ".join([*said, rank])
     # Copies, one at a time: the fused model must not share memory with what the rule was given.
     return Combined({name: state.pop(name).clone() for name in fusion.target}, details)
 

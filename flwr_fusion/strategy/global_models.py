@@ -159,10 +159,17 @@ class GlobalModels:
     def bring_up_to_date(
         self, name: str, fuse: Callable[[nn.Module, nn.Module], nn.Module]
     ) -> None:
-        """Fuse the global model into an architecture that nobody has run so far."""
+        """Fuse the global model into an architecture that nobody has run so far.
+
+        From the largest one that has been run, which has lost least.
+        """
         if name not in self._up_to_date:
-            fused = fuse(self.network(self.chosen), self.architectures[name])
+            source = max(sorted(self._up_to_date), key=self._size)
+            fused = fuse(self.network(source), self.architectures[name])
             self.put(name, arrays_of(self.exchanged.part_of(fused.state_dict())))
+
+    def _size(self, name: str) -> int:
+        return sum(tensor.numel() for tensor in self.template(name).values())
 
     def present(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
         """Return the arrays to keep in a checkpoint, given those of the chosen architecture.
