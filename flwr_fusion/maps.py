@@ -221,13 +221,8 @@ class Correspondence:
                 self.linear.append(Linear(name, *sizes, places))
                 continue
             self.groups.append(GroupPair(name, *sizes, fused_group.fixed))
-            if fused_group.size != client_group.size and all(s.writes for s in places.values()):
-                raise FusionError(
-                    f"channel group '{name}' has {client_group.size} channels, the target's has "
-                    f"{fused_group.size}, and nothing reads them: they are inside of a product of "
-                    "weights, such as an adapter that is added to a weight"
-                )
             if not fused_group.fixed:
+                _check_resized(self.groups[-1], places)
                 for (tensor, axis), segment in places.items():
                     self.segments[tensor][axis].append(segment)
         self._check_shapes()
@@ -287,6 +282,16 @@ def _paired_places(fused: ChannelGroup, client: ChannelGroup) -> dict[tuple[str,
         (p.tensor, p.axis): Segment(fused.name, theirs[p.tensor, p.axis], p.positions, p.writes)
         for p in fused.places
     }
+
+
+def _check_resized(group: GroupPair, places: Mapping[tuple[str, int], Segment]) -> None:
+    """Refuse groups of other widths that nothing reads: the fused one's own channels would count."""
+    if group.fused_size != group.client_size and all(s.writes for s in places.values()):
+        raise FusionError(
+            f"channel group '{group.name}' has {group.client_size} channels, the target's has "
+            f"{group.fused_size}, and nothing reads them: they are inside of a product of weights, "
+            "such as an adapter that is added to a weight"
+        )
 
 
 def _length(shape: torch.Size, axis: int) -> int:
