@@ -6,6 +6,8 @@ A Flower simulation of five clients with very different labels, once with Flower
 with `OTFusion`. The ClientApp is the same.
 """
 
+import logging
+
 import digits
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -17,6 +19,7 @@ from flwr.simulation import run_simulation
 import flwr_fusion as ff
 from flwr_fusion.strategy import OTFusion
 
+logging.getLogger("flwr").setLevel(logging.ERROR)  # Only the pictures are for this page.
 CLIENTS, ROUNDS = 5, 5
 training, test = digits.load()
 shares = digits.shares(training, CLIENTS)
@@ -34,7 +37,7 @@ def train(message: Message, context: Context) -> Message:
     own = shares[int(context.node_config["partition-id"])]
     model = digits.mlp(48, 32)
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    digits.train(model, own, epochs=2)
+    digits.train(model, own, epochs=2, rate=0.02)
     content = {
         "arrays": ArrayRecord(model.state_dict()),
         "metrics": MetricRecord({"num-examples": len(own[1])}),
