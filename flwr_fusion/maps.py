@@ -285,7 +285,7 @@ def _paired_places(fused: ChannelGroup, client: ChannelGroup) -> dict[tuple[str,
 
 
 def _check_resized(group: GroupPair, places: Mapping[tuple[str, int], Segment]) -> None:
-    """Refuse groups of other widths that nothing reads: the fused one's own channels would count."""
+    """Refuse groups of other widths that nothing reads: the target's own channels would count."""
     if group.fused_size != group.client_size and all(s.writes for s in places.values()):
         raise FusionError(
             f"channel group '{group.name}' has {group.client_size} channels, the target's has "

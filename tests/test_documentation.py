@@ -170,3 +170,28 @@ def test_every_module_has_a_docstring() -> None:
     for path in sorted((REPOSITORY / "flwr_fusion").rglob("*.py")):
         relative = path.relative_to(REPOSITORY).with_suffix("")
         assert importlib.import_module(".".join(relative.parts)).__doc__, path
+
+
+# --- The site -------------------------------------------------------------------------------------
+
+
+def test_everything_public_is_in_the_reference() -> None:
+    pages = (REPOSITORY / "docs" / "api").glob("*.md")
+    shown = set(re.findall(r"auto\w+:: (\S+)", "".join(page.read_text() for page in pages)))
+    modules = ["", ".strategy", ".statistics", ".client"]
+    missing = [
+        f"{name}.{public}"
+        for name in (f"flwr_fusion{module}" for module in modules)
+        for public in importlib.import_module(name).__all__
+        if public != "statistics" and f"{name}.{public}" not in shown
+    ]
+    assert not missing
+
+
+def test_every_example_has_a_title_and_is_in_the_gallery() -> None:
+    scripts = sorted((REPOSITORY / "examples").glob("[0-9]*.py"))
+    assert [path.name[:2] for path in scripts] == [f"{n:02}" for n in range(1, 9)]
+    for path in scripts:
+        docstring = re.match(r'"""\n(.+)\n(=+)\n', path.read_text(encoding="utf-8"))
+        assert docstring is not None, path.name
+        assert len(docstring[1]) == len(docstring[2])

@@ -57,7 +57,8 @@ from fusion_simulation.repetition import trained_clients
 from fusion_simulation.report import Report, output_folder
 from fusion_simulation.settings import Settings, architecture
 from fusion_simulation.strategies import STRATEGIES, LastReplies, build_strategy
-from fusion_simulation.task import Recipe, build_model, train
+from fusion_simulation.task import Recipe, accuracy, build_model, class_probabilities, train
+from safetensors.torch import load_file
 
 PNG = b"\x89PNG\r\n\x1a\n"
 APP = tomllib.loads((SIMULATIONS / "pyproject.toml").read_text())
@@ -965,3 +966,25 @@ def test_several_models_need_the_strategy_for_them() -> None:
         settings_of(models="mlp-3,mlp-4")
     settings = settings_of(models="mlp-3,mlp-4", strategy="cla")
     assert [settings.model_of(k) for k in range(3)] == ["mlp-3", "mlp-4", "mlp-3"]
+
+
+@pytest.mark.parametrize("head", ["", "serve"])
+def test_the_final_model_is_saved(head: str, tmp_path: Path) -> None:
+    grid = InProcessGrid(client_app.app, 2)
+    metrics = run_in_process(tmp_path, grid, head=head, num_server_rounds=2, baseline=False)
+    model = build_model("mlp-32-16", "digits", 0)
+    test = load_split("digits", train=False)
+
+    def score(name: str) -> float:
+        model.load_state_dict(load_file(tmp_path / name))
+        return accuracy(class_probabilities(model, test.images), test.labels)
+
+    assert score("model.safetensors") == pytest.approx(metrics["rounds"][-1]["accuracy"])
+    assert (tmp_path / "model-as-trained.safetensors").exists() == bool(head)
+
+
+def test_final_models_of_several_architectures_are_saved(tmp_path: Path) -> None:
+    grid = InProcessGrid(client_app.app, 2)
+    run_in_process(tmp_path, grid, strategy="cla", models="mlp-16,mlp-16-12")
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert names == ["model-mlp-16-12.safetensors", "model-mlp-16.safetensors"]

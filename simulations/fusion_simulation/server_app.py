@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Result
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import flwr_fusion as ff
@@ -19,7 +21,12 @@ from flwr_fusion.strategy import CLAFusion
 from fusion_simulation.baseline import Baseline, run_baseline
 from fusion_simulation.comparison import ClientModel, Compared, Comparison, over_seeds
 from fusion_simulation.data import LabelledImages, load_split
-from fusion_simulation.evaluation import evaluator, load_arrays, round_accuracies
+from fusion_simulation.evaluation import (
+    evaluator,
+    load_arrays,
+    models_to_send,
+    round_accuracies,
+)
 from fusion_simulation.methods import fusion_methods, own_models, with_baseline
 from fusion_simulation.nodes import NODES_NEEDED, check_nodes
 from fusion_simulation.repetition import trained_clients
@@ -78,6 +85,9 @@ def run(grid: Grid, context: Context) -> None:
     )
     report.show()
     report.save(folder)
+    served = final_models(settings, strategy, result, build)
+    trained = models_to_send(strategy, next(iter(served.values()))) if settings.head else {}
+    save_models(folder, served, trained)
 
 
 @contextmanager
@@ -129,6 +139,30 @@ def final_models(
         return strategy.global_models()
     (name,) = architecture_names(strategy)
     return {name: load_arrays(build(settings.models), result.arrays)}
+
+
+def save_models(
+    folder: Path, served: Mapping[str, nn.Module], trained: Mapping[str, nn.Module]
+) -> None:
+    """Write the final models beside the table, and print where they are.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The run's folder.
+    served : mapping of str to torch.nn.Module
+        The global model in every architecture, with the calibrated head where there is one.
+    trained : mapping of str to torch.nn.Module
+        With a calibrated head: what clients would train from next.
+    """
+    for kind, models in (("model", served), ("model-as-trained", trained)):
+        for name, model in models.items():
+            path = folder / (
+                f"{kind}-{name}.safetensors" if len(models) > 1 else f"{kind}.safetensors"
+            )
+            state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+            save_file(state, path)
+            print(f"{kind}: {path}", flush=True)
 
 
 def matched_layers(strategy: FedAvg, server_round: int) -> dict[str, ff.StageMatch]:
