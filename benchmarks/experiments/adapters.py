@@ -186,15 +186,16 @@ def _matched(adapters: Sequence[Factors], weights: Sequence[float], rank: int) -
 # What it costs.
 
 
-WIDTH, RANK, CLIENTS = 4096, 16, (2, 10, 50)
+RANK, CLIENTS = 16, (2, 10, 50)
 
 
 def adapter_cost(bench: Bench) -> Scores:
-    """Fuse adapters of a wide layer; the product would have 64 MiB."""
+    """Fuse adapters of a wide layer, whose product would have 64 MiB at the usual scales."""
     scores: Scores = {}
+    width = max(2 * RANK, *bench.scale.timed_widths)
     for count in CLIENTS:
-        models = [_wide_adapter(SEED_STRIDE * bench.seed + k) for k in range(count)]
-        fuse = partial(ff.ot_fusion, models, example_inputs=torch.zeros(2, WIDTH), combine="mean")
+        models = [_wide_adapter(width, SEED_STRIDE * bench.seed + k) for k in range(count)]
+        fuse = partial(ff.ot_fusion, models, example_inputs=torch.zeros(2, width), combine="mean")
         average = partial(ff.average, models)
         fuse()  # The trace is found again.
         average()
@@ -208,9 +209,9 @@ def adapter_cost(bench: Bench) -> Scores:
     return scores
 
 
-def _wide_adapter(seed: int) -> nn.Module:
+def _wide_adapter(width: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(WIDTH, RANK, bias=False), nn.Linear(RANK, WIDTH, bias=False))
+    return nn.Sequential(nn.Linear(width, RANK, bias=False), nn.Linear(RANK, width, bias=False))
 
 
 # Federations.
