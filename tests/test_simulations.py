@@ -75,7 +75,7 @@ def settings_of(**changes: Any) -> Settings:
 
 
 def test_app_does_not_make_flower_install_anything_else() -> None:
-    assert APP["project"]["dependencies"] == ["flwr[simulation]"]
+    assert APP["project"]["dependencies"] == []
     # `flwr run` rewrites the file of a user who has this table.
     assert "federations" not in APP["tool"]["flwr"]
 
