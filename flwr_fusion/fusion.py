@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.gains import gains_of
+from flwr_fusion.gains import with_gains
 from flwr_fusion.graph.groups import ChannelGraph, verified_graph
 from flwr_fusion.maps import (
     Correspondence,
@@ -273,7 +273,7 @@ def with_correspondence(
                 squared_norm(detached_state(target), "the target")
                 other = Correspondence(graph, verified_graph(model, example_inputs), linear=linear)
                 check_same_modules(model, target)
-                found[key] = other.with_scales(gains_of(other))
+                found[key] = with_gains(other)
             elif key == architecture_of(target):
                 check_same_function(model, target, example_inputs)
         except FusionError as error:

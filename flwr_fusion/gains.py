@@ -17,8 +17,8 @@ from flwr_fusion.maps import Correspondence, Linear, map_tensor
 _PARALLEL = 1 - 1e-6
 
 
-def gains_of(correspondence: Correspondence) -> dict[str, float]:
-    """Return for each linear group what the client's network multiplies its product by.
+def with_gains(correspondence: Correspondence) -> Correspondence:
+    """Return a correspondence with what the client's network multiplies each product by.
 
     Relative to the fused network. Both get the same random values; of every linear group the first
     channel alone is written, and nothing reads it. There the gradient of an output by the weights
@@ -30,14 +30,16 @@ def gains_of(correspondence: Correspondence) -> dict[str, float]:
         If the gradients of a group are not parallel: the networks differ in more than a factor.
     """
     if not correspondence.linear:
-        return {}
+        return correspondence
     ours, theirs = _states(correspondence)
     of_fused = _gradients(correspondence.fused, ours, correspondence)
     of_client = _gradients(correspondence.client, theirs, correspondence)
-    return {
-        group.name: _ratio(group, of_fused[group.name], of_client[group.name])
-        for group in correspondence.linear
-    }
+    return correspondence.with_scales(
+        {
+            group.name: _ratio(group, of_fused[group.name], of_client[group.name])
+            for group in correspondence.linear
+        }
+    )
 
 
 def _states(correspondence: Correspondence) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -91,13 +91,12 @@ def plot_layers(stage: StageMatch, axes: Axes | None = None) -> Axes:
     axes = new_axes(5.0, 4.0) if axes is None else axes
     assert axes is not None
     image = axes.imshow(np.asarray(stage.cost), cmap="Greys", aspect="auto")
-    figure = axes.figure
-    figure.colorbar(image, ax=axes)
+    axes.figure.colorbar(image, ax=axes)
     deep, shallow = stage.client_units, stage.target_units
     # A row for each unit of the deeper side.
     if len(shallow) > len(deep):
         deep, shallow = shallow, deep
-        path = sorted((a, b) for a, b in stage.pairs)
+        path = sorted(stage.pairs)
     else:
         path = sorted((b, a) for a, b in stage.pairs)
     axes.plot(*zip(*path, strict=True), color=ORANGE, marker="o", markersize=9)

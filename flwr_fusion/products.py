@@ -226,15 +226,16 @@ class _Product:
         The bases.
     share : Tensor
         Shape (outputs, 1): of the clients' weight, what has each output.
-    sent : Tensor, optional
-        The core of the model that was sent out.
+    sent : tuple of Tensor, optional
+        The core of the model that was sent out, decomposed: left vectors, singular values and
+        right vectors, transposed.
     """
 
     group: Linear
     left: Tensor
     right: Tensor
     share: Tensor
-    sent: Tensor | None = None
+    sent: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def layer(self) -> str:
@@ -260,7 +261,7 @@ class _Product:
         rank = factors.reads.shape[1]
         if self.sent is None or rank >= self.group.fused_size:
             return core
-        u, values, vh = torch.linalg.svd(self.sent, full_matrices=False)
+        u, values, vh = self.sent
         beyond: Tensor = (u[:, rank:] * values[rank:]) @ vh[rank:]
         return core + beyond
 
@@ -280,17 +281,11 @@ class _ClientByProducts(Client):
             for p in self.products
             if p.key not in self.absent
         }
-        return _without_factors(state, self.products) | cores
+        factors = self.correspondence.factors
+        return {name: t for name, t in state.items() if name not in factors} | cores
 
     def _factors(self, group: Linear, state: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return client_factors(group, state, self.correspondence, self.maps, dtype)
-
-
-def _without_factors(
-    state: Mapping[str, Tensor], products: Sequence[_Product]
-) -> dict[str, Tensor]:
-    factors = frozenset().union(*(p.group.tensors for p in products))
-    return {name: tensor for name, tensor in state.items() if name not in factors}
 
 
 @dataclass(frozen=True)
@@ -384,7 +379,11 @@ def _products(fusion: Fusion, maps: Sequence[Maps]) -> list[_Product]:
     ]
     if fusion.sent is None:
         return products
-    return [replace(p, sent=p.core(factors_of(p.group, fusion.sent))) for p in products]
+    cores = [product.core(factors_of(product.group, fusion.sent)) for product in products]
+    return [
+        replace(product, sent=torch.linalg.svd(core, full_matrices=False))
+        for product, core in zip(products, cores, strict=True)
+    ]
 
 
 def _bases(
@@ -416,9 +415,7 @@ def _covered(group: Linear, target: Mapping[str, Tensor], client: Client, maps: 
             continue
         tensor = target[name]
         covered = coverage_along(name, client.correspondence, maps)
-        ones = torch.ones(tensor.shape, device=tensor.device)
-        if covered is not None:
-            ones = ones * along(covered[1].to(ones), covered[0], tensor.dim())
+        ones = _by_coverage(torch.ones(tensor.shape, device=tensor.device), covered)
         parts.append(ones.movedim(axis, 0)[segment.fused_positions.to(tensor.device)][0].flatten())
     return torch.cat(parts)[:, None]
 
@@ -426,7 +423,6 @@ def _covered(group: Linear, target: Mapping[str, Tensor], client: Client, maps: 
 def _by_products(client: Client, products: Sequence[_Product], maps: Maps) -> Client:
     own = {group.name: group for group in client.correspondence.linear}
     absent = {p.key for p in products if own[p.group.name].tensors & client.absent}
-    factors = frozenset().union(*(p.group.tensors for p in products))
     return _ClientByProducts(
         client.number,
         client.model,
@@ -434,7 +430,7 @@ def _by_products(client: Client, products: Sequence[_Product], maps: Maps) -> Cl
         client.device,
         client.correspondence,
         _statistics(client, products, maps),
-        (client.absent - factors) | absent,
+        (client.absent - client.correspondence.factors) | absent,
         client.depth_aligned,
         products,
         maps,

@@ -15,7 +15,7 @@ from flwr_fusion.depth.merging import merged_layer
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
 from flwr_fusion.depth.structure import LAYERS, trace_family
 from flwr_fusion.errors import FusionError, check_number
-from flwr_fusion.gains import gains_of
+from flwr_fusion.gains import with_gains
 from flwr_fusion.graph.checking import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup, verified_graph
 from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
@@ -226,7 +226,7 @@ class _Growth:
         deep = member.in_own_layers(core)
         self.absent = deep.absent
         correspondence = Correspondence(self.graph, verified_graph(deep.model, example_inputs))
-        self.correspondence = correspondence.with_scales(gains_of(correspondence))
+        self.correspondence = with_gains(correspondence)
         self.maps = {
             g.name: Selection(torch.arange(g.fused_size) % g.client_size, g.client_size)
             for g in self.correspondence.free_groups

@@ -97,10 +97,8 @@ class GlobalModels:
 
     def usable_arrays(self, name: str, model: nn.Module) -> ArrayRecord:
         """Return a fused model's arrays; refuse what could not be sent in the next round."""
-        arrays, template = (
-            arrays_of(self.exchanged.part_of(model.state_dict())),
-            self.template(name),
-        )
+        arrays = arrays_of(self.exchanged.part_of(model.state_dict()))
+        template = self.template(name)
         try:
             check_arrays(arrays, template)
             check_plausible(arrays, template)
@@ -205,16 +203,12 @@ def _check_corresponding(architectures: Mapping[str, nn.Module], exchanged: Exch
                 f"{sorted(state.keys() ^ own.keys())[:4]} are not in both {first!r} and {name!r}: "
                 "parts of networks of different depth do not correspond"
             )
-        different = (
-            key
-            for key in exchanged.rest_of(own)
-            if exchanged.only is not None and not torch.equal(own[key], state[key])
-        )
-        for key in different:
-            raise FusionError(
-                f"architectures {first!r} and {name!r} differ in '{key}', which is not in only= "
-                "and so does not travel: what travels needs one base beneath it"
-            )
+        for key in () if exchanged.only is None else exchanged.rest_of(own):
+            if not torch.equal(own[key], state[key]):
+                raise FusionError(
+                    f"architectures {first!r} and {name!r} differ in '{key}', which is not in "
+                    "only= and so does not travel: what travels needs one base beneath it"
+                )
 
 
 def load_arrays(model: nn.Module, arrays: ArrayRecord) -> nn.Module:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flwr_fusion import StageMatch
+from flwr_fusion.plots import BLUE, GREEN, ORANGE
 from fusion_simulation.comparison import ENSEMBLE, WEIGHTINGS, Compared, Row, Sweep
 from fusion_simulation.evaluation import RoundAccuracy
 from fusion_simulation.methods import AVERAGE, BY_THE_MEAN
@@ -29,8 +30,8 @@ CONSOLE_WIDTH = 88
 # A row for each of more clients would hide the others.
 MOST_CLIENTS_SHOWN = 6
 COLUMNS = ("Model", "Weights", "Test accuracy %")
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#777777", "#222222"
+# Beside those of the package's pictures.
+GREY, BLACK = "#777777", "#222222"
 OWN_COLOURS = {
     AVERAGE: (BLUE, "s", "-"),
     BY_THE_MEAN: ("#CC79A7", "^", "-"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusion_simulation.adapters import VisionTransformer, with_adapters
 from fusion_simulation.data import DATASETS, LabelledImages, load_split
 from fusion_simulation.settings import (
+    ADAPTED,
     LABELS,
     RESNET_NORM_GROUPS,
     RESNET_WIDTH,
@@ -25,10 +26,10 @@ TEST_BATCH = 1000
 DISTILLATION_TEMPERATURE = 2.0
 DISTILLATION_OPTIMIZER = partial(torch.optim.Adam, lr=3e-4)
 DISTILLATION_BATCH = 64
-# Convolutions in each stage, by depth.
 # Of a base that adapters are trained over: the labels that it has seen, images, and how often.
 BASE_LABELS = LABELS // 2
 BASE_IMAGES = 5000
+# Convolutions in each stage, by depth.
 VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
 
 Norm = Callable[[int], nn.Module]
@@ -233,7 +234,7 @@ def build_model(
     shape = DATASETS[dataset].shape
     kind, sizes = architecture(models)
     # Before the seed: the base is the same for all.
-    base = pretrained_base(dataset, data_dir) if kind == "vit-lora" else None
+    base = pretrained_base(dataset, data_dir) if kind == ADAPTED else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if base is not None:
