@@ -15,7 +15,7 @@ from torch import Tensor
 from flwr_fusion.errors import FusionError, check_number, check_option
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, along, coverage_along, map_channels, map_tensor
-from flwr_fusion.networks import key_of
+from flwr_fusion.networks import all_finite, key_of
 from flwr_fusion.rules.mean import Mean
 from flwr_fusion.rules.rule import Combined
 from flwr_fusion.rules.update_moments import by_update_moments
@@ -427,7 +427,7 @@ class _LayerSums:
         strength = 1.0 if self._options.strength == "auto" else self._options.strength
         layer = self._bounded([c * strength for c in change if c is not None])
         layer = [t.to(mean.dtype) for t, mean in zip(layer, self._mean, strict=False)]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in layer):
+        if not all(map(all_finite, layer)):
             return None
         return dict(zip(self._keys, layer, strict=False))
 

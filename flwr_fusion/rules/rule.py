@@ -11,6 +11,7 @@ from torch import Tensor
 from flwr_fusion.errors import FusionError, check_count
 from flwr_fusion.fusion import Fusion
 from flwr_fusion.maps import Maps
+from flwr_fusion.networks import all_finite
 from flwr_fusion.products import ByProducts
 
 
@@ -200,5 +201,5 @@ def _check_tensor(what: str, tensor: object, like: Tensor) -> None:
     )
     if found != expected or not isinstance(tensor, Tensor):
         raise FusionError(f"{what} as {found:.60}, the fused network's is {expected}")
-    if not bool(tensor.isfinite().all()):
+    if not all_finite(tensor):
         raise FusionError(f"{what} with values that are not finite")

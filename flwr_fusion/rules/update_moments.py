@@ -8,25 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, map_tensor
-from flwr_fusion.networks import key_of, module_of
+from flwr_fusion.networks import all_finite, key_of, module_of
 from flwr_fusion.progress import tracked
 
 if TYPE_CHECKING:
     from flwr_fusion.rules.least_squares import LeastSquares
 
-# Weights with more inputs have moments of each channel's kernel, or of each input, alone.
-_MOST_INPUTS = 4608
+# Convolutions with more inputs have moments of the channels at each kernel position apart: a ninth
+# of the work for 3 x 3, and about as good (docs/results.md). Weights with more than the second have
+# moments of each channel's kernel, or of each input, alone.
+_MOST_JOINT, _MOST_INPUTS = 1024, 4608
 # Moments are symmetric: half of them is found in strips of at least so many rows.
 _STRIPS, _STRIP = 4, 256
 # Moments of more inputs are solved in single precision, where the ridge is not smaller than this.
-_SMALL, _SAFE_RIDGE = 1024, 0.01
+_SMALL, _SAFE_RIDGE = 256, 0.01
 # Clients whose last layers agree more than this differ by noise alone, which the mean takes out.
 _AGREEMENT_OF_NOISE = 0.2
 # Changes of fewer values agree or contradict by chance.
@@ -64,17 +66,33 @@ class WeightView:
     def blocks(self, weight: Tensor) -> Tensor:
         """Return a weight as (blocks, outputs, inputs of a block)."""
         grouped = self._grouped(weight)
-        groups, outputs, inputs = grouped.shape
-        if inputs <= _MOST_INPUTS:
+        apart = self._apart(grouped.shape[2])
+        if apart == "nothing":
             return grouped
-        kernel = self.shape[2:].numel()
-        pieces = grouped.reshape(groups, outputs, inputs // kernel, kernel)
-        return pieces.transpose(1, 2).flatten(0, 1)
+        pieces = grouped.reshape(*grouped.shape[:2], -1, self._kernel)
+        order = (0, 3, 1, 2) if apart == "positions" else (0, 2, 1, 3)
+        return pieces.permute(order).flatten(0, 1)
 
     def weight(self, blocks: Tensor) -> Tensor:
         """Return blocks as the weight that they are of."""
         pieces = blocks.reshape(self.groups, -1, *blocks.shape[1:])
-        return self._ungrouped(pieces.transpose(1, 2).flatten(2))
+        apart = self._apart(blocks[0, 0].numel() * pieces.shape[1])
+        order = (0, 2, 3, 1) if apart == "positions" else (0, 2, 1, 3)
+        return self._ungrouped(pieces.permute(order).flatten(2))
+
+    @property
+    def _kernel(self) -> int:
+        return self.shape[2:].numel()
+
+    def _apart(self, inputs: int) -> Literal["nothing", "positions", "channels"]:
+        """Return what of so many inputs is taken apart into blocks."""
+        if inputs <= _MOST_JOINT or (self._kernel == 1 and inputs <= _MOST_INPUTS):
+            return "nothing"
+        return (
+            "positions"
+            if self._kernel > 1 and inputs // self._kernel <= _MOST_INPUTS
+            else "channels"
+        )
 
     def row_norms(self, weight: Tensor) -> Tensor:
         """Return the norm of every output's weights, as (groups, outputs)."""
@@ -116,31 +134,35 @@ class UpdateSums:
         # Of the clients' rows: norm, distance from the mean, weight.
         self._rows = torch.zeros_like(view.row_norms(self._mean)).repeat(3, 1, 1)
 
-    def add(self, value: Tensor, present: Tensor, weight: float) -> None:
-        """Add a client's weight in the fused channels; ``present`` says which values it has."""
-        view = self._view
-        difference = (value - self._mean) * present
-        has_row = (view.row_norms(present.float()) > 0).float()
-        norms = [
-            view.row_norms(value * present),
-            view.row_norms(difference),
-            torch.ones_like(has_row),
-        ]
-        self._rows += weight * has_row * torch.stack(norms)
-        update = view.blocks((value - self._sent) * present)
-        size = float(update.square().sum())
+    def add(self, value: Tensor, present: Tensor | None, weight: float) -> None:
+        """Add a client's weight in the fused channels; ``present``: which values it has, or all."""
+        view, difference, update = self._view, value - self._mean, value - self._sent
+        if present is not None:
+            value, difference, update = value * present, difference * present, update * present
+        norms = view.row_norms(value), view.row_norms(difference)
+        has_row = torch.ones_like(norms[0])
+        if present is not None:
+            has_row = (view.row_norms(present) > 0).float()
+        self._rows += weight * has_row * torch.stack([*norms, has_row])
+        update, rows = view.blocks(update), view.blocks(difference)
+        squares = update.square().sum(1)
+        size = float(squares.sum())
         if not size > 0:
             return
         # s G + (1 - s) diag(G), G divided by its trace: no client gains by scaling its update.
-        share = weight / size
-        squares = update.square().sum(1) * (1 - self._options.shrinkage) * share
-        outer = self._options.shrinkage * share
-        _add_lower_products(self._moments, update, outer)
-        self._moments.diagonal(dim1=1, dim2=2).add_(squares)
-        # (W_k - A) D_k^T first: there are fewer outputs than inputs, mostly.
-        rows = view.blocks(difference)
-        self._residual.addcmul_(rows, squares.unsqueeze(1))
-        self._residual.baddbmm_(rows @ update.mT, update, alpha=outer)
+        share, shrinkage = weight / size, self._options.shrinkage
+        diagonal = squares * (1 - shrinkage) * share
+        self._moments.diagonal(dim1=1, dim2=2).add_(diagonal)
+        self._residual.addcmul_(rows, diagonal.unsqueeze(1))
+        # (W_k - A) G_k, by whichever product is the smaller one: of the inputs or of the outputs.
+        _, outputs, inputs = update.shape
+        if outputs < inputs:
+            _add_lower_products(self._moments, update, shrinkage * share)
+            self._residual.baddbmm_(rows @ update.mT, update, alpha=shrinkage * share)
+        else:
+            products = update.mT @ update
+            self._moments.add_(products, alpha=shrinkage * share)
+            self._residual.baddbmm_(rows, products, alpha=shrinkage * share)
 
     def solve(self, strength: float) -> Tensor | None:
         """Return the combined weight; None where no client has moved.
@@ -269,11 +291,7 @@ def by_update_moments(
                 value, present = _mapped(state[name], name, client, chosen)
                 total.add(value, present, client.weight**options.exponent)
     solved = {name: total.solve(strength) for name, total in sums.items()}
-    return {
-        n: t.to(mean[n].dtype)
-        for n, t in solved.items()
-        if t is not None and bool(t.isfinite().all())
-    }
+    return {n: t.to(mean[n].dtype) for n, t in solved.items() if t is not None and all_finite(t)}
 
 
 def _agreement(fusion: Fusion, maps: Sequence[Maps]) -> float:
@@ -283,14 +301,15 @@ def _agreement(fusion: Fusion, maps: Sequence[Maps]) -> float:
     for client, chosen in zip(fusion.clients, maps, strict=True):
         if last not in client.absent:
             value, present = _mapped(client.state()[last], last, client, chosen)
-            agreement.add((value - fusion.sent[last].float()) * present, client.weight)
+            change = value - fusion.sent[last].float()
+            agreement.add(change if present is None else change * present, client.weight)
     return agreement.value
 
 
-def _mapped(tensor: Tensor, name: str, client: Client, maps: Maps) -> tuple[Tensor, Tensor]:
-    """Return a client's tensor in the fused channels, and which of its values it has."""
+def _mapped(tensor: Tensor, name: str, client: Client, maps: Maps) -> tuple[Tensor, Tensor | None]:
+    """Return a client's tensor in the fused channels, and which of its values it has; None: all."""
     value = map_tensor(tensor, name, client.correspondence, maps).float()
     if value.shape == tensor.shape:
-        return value, torch.ones_like(value)  # Of as many channels each has its place.
+        return value, None  # Of as many channels each has its place.
     ones = torch.ones_like(tensor, dtype=torch.float32)
     return value, (map_tensor(ones, name, client.correspondence, maps) > 0).float()

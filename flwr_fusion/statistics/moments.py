@@ -23,7 +23,7 @@ from flwr_fusion.errors import (
     check_option,
     check_positive,
 )
-from flwr_fusion.networks import key_of
+from flwr_fusion.networks import all_finite, key_of
 from flwr_fusion.observe import batch_size, run, watch
 
 DETAILS = ("full", "block", "diagonal")
@@ -173,7 +173,7 @@ def input_moments(
         if accumulator.was_called
     }
     for name, layer in measured.items():
-        if not all(bool(torch.isfinite(t).all()) for t in tensors_of(layer).values()):
+        if not all(map(all_finite, tensors_of(layer).values())):
             raise FusionError(f"the moments of layer '{name}' are not finite")
     return measured
 
