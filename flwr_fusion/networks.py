@@ -179,11 +179,15 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def prepared_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode whose floating-point parameters take gradients."""
-    prepared = copied(model).eval()
-    for parameter in prepared.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    return prepared
+    """Return a copy in evaluation mode whose floating-point parameters take gradients.
+
+    The parameters are the network's own memory, not to be written into; buffers are copies.
+    """
+    parameters = {
+        id(parameter): nn.Parameter(parameter.detach(), parameter.is_floating_point())
+        for parameter in model.parameters()
+    }
+    return _copied(model, parameters).eval()
 
 
 def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
