@@ -9,7 +9,6 @@ nothing changed at the clients, and with a line more there.
 import copy
 
 import digits
-import matplotlib.pyplot as plt
 import torch
 
 import flwr_fusion as ff
@@ -47,15 +46,6 @@ accuracies["clients' moments"] = digits.accuracy(by_moments.model, test)
 
 classes = ff.statistics.class_moments(fused.model, shares)
 with_head = ff.calibrated_head(fused.model, classes, kind="soft")
-accuracies["update moments,\ncalibrated head"] = digits.accuracy(with_head, test)
+accuracies["update moments, calibrated head"] = digits.accuracy(with_head, test)
 accuracies["ensemble"] = digits.ensemble_accuracy(clients, test)
-
-print({name.replace("\n", " "): round(value, 3) for name, value in accuracies.items()})
-
-# %%
-
-figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-axes.barh(list(accuracies), list(accuracies.values()), color="#0072B2")
-axes.invert_yaxis()
-axes.set_xlim(0, 1)
-axes.set_xlabel("test accuracy after one round")
+digits.show(accuracies)

@@ -39,7 +39,7 @@ for kind, values in found.items():
 
 # %%
 
-figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+_, axes = plt.subplots(figsize=(7, 3), layout="constrained")
 for k, (kind, values) in enumerate(found.items()):
     axes.bar([n + 0.4 * k for n in range(len(rules))], values, width=0.4, label=kind)
 axes.set_xticks([n + 0.2 for n in range(len(rules))], rules)

@@ -14,7 +14,7 @@ import flwr_fusion as ff
 training, test = digits.load()
 x = torch.zeros(1, 64)
 large = digits.train(digits.mlp(96, 64), training, epochs=8)
-print(f"large: {digits.accuracy(large, test):.3f}")
+accuracies = {"large network": digits.accuracy(large, test)}
 
 # %%
 # Transplanted into a small target alone, a network is pruned to its most important channels. What
@@ -23,7 +23,8 @@ print(f"large: {digits.accuracy(large, test):.3f}")
 small = digits.mlp(20, 12)
 pruned = ff.neuron_transplantation([large], example_inputs=x, target=small).model
 restored = ff.ot_fusion([large, pruned], example_inputs=x, target=pruned).model
-print(f"pruned: {digits.accuracy(pruned, test):.3f}, fused: {digits.accuracy(restored, test):.3f}")
+accuracies["pruned"] = digits.accuracy(pruned, test)
+accuracies["pruned, fused with the large one"] = digits.accuracy(restored, test)
 
 # %%
 # The large network teaches the small one on inputs without labels.
@@ -32,4 +33,5 @@ unlabelled = list(torch.split(training[0], 32))
 options = {"training": ff.Training(epochs=15), "temperature": 2.0}
 for name, student in (("pruned", pruned), ("fused", restored)):
     result = ff.distill(student, [large], unlabelled, **options)
-    print(f"{name}, distilled: {digits.accuracy(result.model, test):.3f}")
+    accuracies[f"{name}, distilled"] = digits.accuracy(result.model, test)
+digits.show(accuracies)

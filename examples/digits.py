@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -74,3 +75,15 @@ def ensemble_accuracy(models: Sequence[nn.Module], data: Data) -> float:
     """Return that of the mean of several networks' probabilities."""
     mean = torch.stack([model.eval()(data[0]).softmax(1) for model in models]).mean(0)
     return float((mean.argmax(1) == data[1]).float().mean())
+
+
+def show(accuracies: Mapping[str, float]) -> None:
+    """Print accuracies, a line each, and draw them as bars."""
+    for name, value in accuracies.items():
+        print(f"{name}: {100 * value:.1f} %")
+    _, axes = plt.subplots(figsize=(8, 0.5 * len(accuracies) + 1), layout="constrained")
+    bars = axes.barh(list(accuracies), [100 * v for v in accuracies.values()], color="#0072B2")
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("test accuracy, %")
