@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.graph.checking import in_precision, outputs, random_inputs, random_state
 from flwr_fusion.graph.groups import ChannelGraph
+from flwr_fusion.graph.outputs import in_precision, outputs, random_inputs, random_state
 from flwr_fusion.maps import Correspondence, Linear, map_tensor
 
 # Gradients of networks that compute the same are parallel, up to the rounding of parts that the

@@ -19,8 +19,8 @@ from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_width
 from flwr_fusion.depth.structure import DepthStructure, Unit, trace_family
 from flwr_fusion.errors import FusionError
 from flwr_fusion.fusion import Client, largest
-from flwr_fusion.graph.checking import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.graph.groups import verified_graph
+from flwr_fusion.graph.outputs import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.networks import architecture_of, check_same_function, with_state
 from flwr_fusion.observe import moved_to
 from flwr_fusion.report import LayerReport, StageMatch

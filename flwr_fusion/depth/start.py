@@ -16,8 +16,8 @@ from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_width
 from flwr_fusion.depth.structure import LAYERS, trace_family
 from flwr_fusion.errors import FusionError, check_number
 from flwr_fusion.gains import with_gains
-from flwr_fusion.graph.checking import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup, verified_graph
+from flwr_fusion.graph.outputs import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.maps import Correspondence, Maps, Selection, map_tensor
 from flwr_fusion.networks import (
     copied,

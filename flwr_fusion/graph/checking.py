@@ -1,11 +1,11 @@
-"""Checking what a network computes: permuted groups, outputs at any weights."""
+"""Checking that permuted groups, and mixed linear ones, leave what a network computes."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.networks import owner_of, tied_tensors
-from flwr_fusion.observe import copied_inputs, moved_to, tensors_of
+from flwr_fusion.graph.linear import invertible, linear_candidates
+from flwr_fusion.graph.outputs import (
+    in_precision,
+    outputs_both_ways,
+    random_inputs,
+    random_state,
+)
 
 if TYPE_CHECKING:
     from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup
 
-# Relative to the output's length; single precision through many layers.
-_ROUNDING = 1e-4
 # A change of the output is rounding up to so many times the precision; beyond, where it is no
 # larger than so many times the change by weights that differ in their last digits; and a network
 # that enlarges these by more than that gives noise.
@@ -33,8 +34,6 @@ _TIMES_PRECISION, _TIMES_ROUNDING, _NOISE, _LARGEST_ROUNDING = 1e4, 1e3, 1e-3, 1
 _FEWEST_RUNS, _MOST_RUNS, _MOST_WORK = 12, 200, 2_000_000_000
 # Values of a network that are not copied in double precision.
 _LARGE = 10_000_000
-# Products of so many channels are no low-rank ones.
-_LARGEST_RANK = 512
 # Of long lists in messages.
 _LISTED = 4
 
@@ -279,7 +278,7 @@ def checked_groups(graph: ChannelGraph, seed: int = 0) -> tuple[ChannelGroup, ..
     free = [group for group in graph.groups if not group.fixed]
     if not free:
         return tuple(replace(group, linear=False) for group in graph.groups)
-    candidates = _candidates(graph)
+    candidates = linear_candidates(graph)
     try:
         found = _with_usable_values(graph, seed, partial(_found, free, candidates, seed))
     except FusionError as error:
@@ -307,97 +306,9 @@ def _found(
     because = _reasons(free, seed, check)
     right = [group for group in candidates if group.name not in because]
     generator = torch.Generator().manual_seed(seed + 2)
-    matrices = {g.name: _invertible(g.size, generator) for g in right}
+    matrices = {g.name: invertible(g.size, generator) for g in right}
     wrong = {group.name for group in failing(check, right, matrices)}
     return _Found(because, [group.name for group in right if group.name not in wrong])
-
-
-def _invertible(size: int, generator: torch.Generator) -> Tensor:
-    """Return a random matrix with singular values from 1/2 to 2, which no scale or sign is."""
-    left, right = (
-        torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
-        for _ in range(2)
-    )
-    values = torch.exp2(2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1)
-    matrix: Tensor = -(left * values) @ right
-    return matrix
-
-
-def _candidates(graph: ChannelGraph) -> list[ChannelGroup]:
-    """Return the groups that may be linear, no two with a common tensor, the first ones first.
-
-    One layer writes them or one reads them, so that every product of a reader and a writer is in
-    the network. Every other free group keeps a weight that writes it and is no factor: by these its
-    channels are matched. And they are fewer than the rows and the columns of the product, or, at
-    any number, beside a weight that reads what they read and writes what they write, as adapters
-    are: elsewhere the mean of the factors, which is FedAvg's, is all that a product could keep.
-    """
-    tied = tied_tensors(graph.model)
-    weights = {
-        g.name: {p.tensor for p in g.places if p.writes and len(graph.shapes[p.tensor]) > 1}
-        for g in graph.groups
-    }
-    fixed = {group.name for group in graph.groups if group.fixed}
-    ends = _ends(graph)
-    taken: set[str] = set()
-    chosen = []
-    for group in graph.groups:
-        tensors = {place.tensor for place in group.places}
-        apart = len(tensors) == len(group.places) and not tensors & (taken | tied)
-        possible = group.linear and not group.fixed and group.size <= _LARGEST_RANK
-        if not possible or not apart or not _is_one_product(group, graph.shapes):
-            continue
-        alone = {
-            name
-            for name, own in weights.items()
-            if name != group.name and own & tensors and not own - taken - tensors
-        }
-        if alone <= fixed and (_is_adapter(group, ends) or _is_bottleneck(group, graph.shapes)):
-            chosen.append(group)
-            taken |= tensors
-            del weights[group.name]
-    return chosen
-
-
-def _ends(graph: ChannelGraph) -> dict[str, tuple[set[str], set[str]]]:
-    """Return for every tensor the groups that it reads and those that it writes.
-
-    The network's inputs are one, however many layers read them.
-    """
-    ends: dict[str, tuple[set[str], set[str]]] = {}
-    for group in graph.groups:
-        name = group.fixed_because if group.name.startswith("input of ") else group.name
-        for place in group.places:
-            ends.setdefault(place.tensor, (set(), set()))[place.writes].add(name)
-    return ends
-
-
-def _is_adapter(group: ChannelGroup, ends: Mapping[str, tuple[set[str], set[str]]]) -> bool:
-    """Whether a weight leads from what the group is written from to what it is read into."""
-    own = {place.tensor for place in group.places}
-    inputs = set().union(*(ends[p.tensor][False] for p in group.places if p.writes))
-    outputs = set().union(*(ends[p.tensor][True] for p in group.places if not p.writes))
-    return any(
-        reads & inputs and writes & outputs
-        for tensor, (reads, writes) in ends.items()
-        if tensor not in own
-    )
-
-
-def _is_one_product(group: ChannelGroup, shapes: Mapping[str, torch.Size]) -> bool:
-    """Whether the group fills its axes, and every reader reads every writer."""
-    if any(p.positions.numel() != shapes[p.tensor][p.axis] for p in group.places):
-        return False
-    owners = {(p.writes, owner_of(p.tensor)) for p in group.places}
-    counts = [sum(writes is kind for writes, _ in owners) for kind in (True, False)]
-    return min(counts) == 1
-
-
-def _is_bottleneck(group: ChannelGroup, shapes: Mapping[str, torch.Size]) -> bool:
-    sizes = {True: 0, False: 0}
-    for place in group.places:
-        sizes[place.writes] += shapes[place.tensor].numel() // group.size
-    return group.size < min(sizes.values())
 
 
 def _with_usable_values(graph: ChannelGraph, seed: int, use: Callable[[Check], Found]) -> Found:
@@ -476,155 +387,6 @@ def warn_of_idle_layers(model: nn.Module, idle: Sequence[str]) -> None:
         )
 
 
-@contextmanager
-def written_for_training(model: nn.Module) -> Iterator[None]:
-    """Let a network in evaluation mode take its own branches for training.
-
-    PyTorch's modules stay in evaluation: dropout draws other masks for permuted channels.
-    """
-    custom = [m for m in model.modules() if not type(m).__module__.startswith("torch.nn.")]
-    for module in custom:
-        module.training = True
-    try:
-        yield
-    finally:
-        for module in custom:
-            module.training = False
-
-
-class WithoutNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives every position the same draw: noise that is alike for all channels tells none apart."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operation; replace what it draws."""
-        name = func._schema.name.partition("::")[2].rstrip("_")
-        if name == "native_dropout":
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        output = func(*args, **(kwargs or {}))
-        if name in _DRAWS:
-            for tensor in tensors_of(output):
-                tensor.fill_(_DRAWS[name])
-        return output
-
-
-_DRAWS = {
-    "rand": 0.5,
-    "rand_like": 0.5,
-    "uniform": 0.5,
-    "randn": 0.5,
-    "randn_like": 0.5,
-    "normal": 0.5,
-    "exponential": 1.0,
-    "bernoulli": 1.0,
-}
-
-
-def random_state(
-    model: nn.Module, generator: torch.Generator, *, buffers: bool = False
-) -> dict[str, Tensor]:
-    """Return a state dict with generic values of a sensible scale everywhere.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network.
-    generator : torch.Generator
-        What draws.
-    buffers : bool
-        Whether to draw floating-point buffers as well, beside running statistics.
-    """
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    drawn: dict[int, Tensor] = {}
-    result = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in drawn:  # Tied tensors stay equal.
-            is_parameter = name in parameters
-            drawn[id(tensor)] = _drawn(name, tensor.detach(), is_parameter, buffers, generator)
-        result[name] = drawn[id(tensor)]
-    return result
-
-
-def _drawn(
-    name: str, tensor: Tensor, is_parameter: bool, buffers: bool, generator: torch.Generator
-) -> Tensor:
-    running = name.endswith(("running_mean", "running_var"))
-    drawn = is_parameter or running or buffers
-    if not drawn or not (tensor.is_floating_point() or tensor.is_complex()):
-        return tensor.clone()
-    around_one = name.endswith("running_var")
-    if is_parameter:
-        around_one = name.endswith("weight") and tensor.dim() <= 1
-    elif not running:
-        # What is nowhere negative may be a variance or a scale.
-        around_one = not bool((tensor < 0).any()) if tensor.is_floating_point() else False
-    if around_one:
-        return (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
-    value = torch.randn(tensor.shape, generator=generator).to(tensor)
-    if tensor.dim() > 1:
-        # He et al. 2015: variance 2 / fan-in keeps activations of one size through layers.
-        value *= (2 / max(1, tensor[0].numel())) ** 0.5
-    return value
-
-
-def in_precision(values: Any, dtype: torch.dtype | None) -> Any:
-    """Return all floating-point tensors in another type; complex ones in as many digits."""
-
-    def cast(x: Any) -> Any:
-        if dtype is None or not isinstance(x, Tensor):
-            return x
-        if x.is_complex():
-            return x.to(torch.complex128)
-        return x.to(dtype) if x.is_floating_point() else x
-
-    return tree_map(cast, values)
-
-
-def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> list[Tensor]:
-    """Return what a network gives with other values: its floating-point tensors, or else all.
-
-    Raises
-    ------
-    FusionError
-        If it cannot be run with them, or gives values that are not finite.
-    """
-    copied = copied_inputs(inputs)
-    try:
-        with torch.random.fork_rng(devices=[]), WithoutNoise():  # type: ignore[no-untyped-call]
-            torch.manual_seed(0)
-            output = torch.func.functional_call(
-                model, dict(state), copied.args, copied.kwargs, tie_weights=False
-            )
-    except Exception as error:
-        raise FusionError(
-            f"{type(model).__name__} cannot be run at random weights: {error}"
-        ) from error
-    tensors = tensors_of(output)
-    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-    floating = [t for t in real if t.is_floating_point()]
-    for tensor in floating:
-        if not bool(torch.isfinite(tensor).all()):
-            raise FusionError(
-                f"{type(model).__name__} gives non-finite outputs at random weights: "
-                "what is done to its channels and layers cannot be checked"
-            )
-    if not real:
-        raise FusionError(f"the output of {type(model).__name__} has no tensors")
-    return floating or [t.double() for t in real]
-
-
-def outputs_both_ways(
-    model: nn.Module, state: Mapping[str, Tensor], inputs: Any, graph: ChannelGraph
-) -> list[Tensor]:
-    """Return what a network gives, also where it takes training's way if its graph has one."""
-    found = outputs(model, state, inputs)
-    if graph.trained_branches:
-        with written_for_training(model):
-            found += outputs(model, state, inputs)
-    return found
-
-
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest change of an output, relative to its length."""
     if [t.shape for t in found] != [t.shape for t in expected]:
@@ -634,47 +396,3 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         for a, b in zip(found, expected, strict=True)
     ]
     return max(changes, default=0.0)
-
-
-def output_vector(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
-    """Return all floating-point outputs of a network with other values, in one vector.
-
-    Computed in double precision where the network bears it: deep networks at random weights
-    enlarge rounding errors.
-    """
-    try:
-        precise = in_precision(dict(state), torch.float64)
-        found = outputs(model, precise, in_precision(moved_to(model, inputs), torch.float64))
-    except FusionError:
-        found = outputs(model, state, moved_to(model, inputs))
-    return torch.cat([t.detach().flatten().double().cpu() for t in found])
-
-
-def random_inputs(example_inputs: Any, generator: torch.Generator, *, scales: bool = False) -> Any:
-    """Return normal variables in the shape of example inputs; integers stay as they are.
-
-    Parameters
-    ----------
-    example_inputs : Any
-        What a network is called with.
-    generator : torch.Generator
-        What draws.
-    scales : bool
-        Whether values differ in size, by a factor of fifty or so.
-    """
-
-    def draw(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        value = torch.randn(x.shape, generator=generator)
-        if scales:
-            value *= torch.exp(4 * torch.rand(x.shape, generator=generator) - 2)
-        return value.to(x)
-
-    return tree_map(draw, example_inputs)
-
-
-def is_close(ours: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs agree up to rounding."""
-    same = ours.shape == expected.shape
-    return same and float((ours - expected).norm()) <= _ROUNDING * float(expected.norm())

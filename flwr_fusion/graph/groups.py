@@ -22,15 +22,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
-from flwr_fusion.graph.checking import (
-    check_groups,
-    checked_groups,
-    is_close,
-    outputs_both_ways,
-    random_inputs,
-    random_state,
-    warn_of_idle_layers,
-)
+from flwr_fusion.graph.checking import check_groups, checked_groups, warn_of_idle_layers
+from flwr_fusion.graph.outputs import is_close, outputs_both_ways, random_inputs, random_state
 from flwr_fusion.networks import (
     architecture_of,
     check_network,

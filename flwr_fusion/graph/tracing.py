@@ -17,7 +17,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # These two register what they know.
 from flwr_fusion.graph import computing, moving  # noqa: F401
-from flwr_fusion.graph.checking import written_for_training
 from flwr_fusion.graph.groups import ChannelGroup, Place
 from flwr_fusion.graph.labels import CONSTANT, PLACED, Channels, Factor, Labels, Resolved, constant
 from flwr_fusion.graph.operations import (
@@ -27,6 +26,7 @@ from flwr_fusion.graph.operations import (
     pointwise,
     unknown,
 )
+from flwr_fusion.graph.outputs import written_for_training
 from flwr_fusion.networks import key_of, module_of, owner_of
 from flwr_fusion.observe import call, tensors_of, watch
 
