@@ -100,6 +100,26 @@ def test_groups_of_a_convolution_are_combined_apart() -> None:
     torch.testing.assert_close(other[3:], weight_of(start)[3:])
 
 
+def test_positions_of_a_wide_convolution_are_combined_apart() -> None:
+    torch.manual_seed(0)
+    start = nn.Conv2d(130, 3, 3)  # 1,170 inputs
+    clients = [trained(start, seed) for seed in range(3)]
+    fused = weight_of(combined(start, clients, FREE)).double().flatten(2)
+    shares = torch.tensor(WEIGHTS, dtype=torch.float64) / sum(WEIGHTS)
+    weights = torch.stack([weight_of(client).double().flatten(2) for client in clients])
+    mean, changes = torch.tensordot(shares, weights, 1), weights - weight_of(start).flatten(2)
+    shares = shares / changes.flatten(1).square().sum(1)
+    ridge = 0.1 * torch.einsum("k,koip->ip", shares, changes.square()).mean()
+    for position in range(9):
+        change = changes[..., position]
+        moments = change.mT @ change
+        moments = 0.5 * moments + 0.5 * torch.diag_embed(moments.diagonal(dim1=1, dim2=2))
+        apart = torch.einsum("k,koi,kij->oj", shares, (weights - mean)[..., position], moments)
+        summed = torch.einsum("k,kij->ij", shares, moments) + ridge * torch.eye(130)
+        expected = mean[..., position] + torch.linalg.solve(summed, apart.T).T
+        torch.testing.assert_close(fused[..., position], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_one_client_alone_has_learnt_is_taken_whole() -> None:
     start = nn.Linear(6, 3, bias=False)
     clients = [copy.deepcopy(start) for _ in range(3)]
