@@ -71,7 +71,10 @@ def network_of(factory: str) -> nn.Module:
         make: Callable[[], Any] = getattr(importlib.import_module(module_name), name)
         network = make() if not isinstance(make, nn.Module) else make
     except Exception as error:  # The factory is the user's.
-        raise FusionError(f"{factory} makes no network: {type(error).__name__}: {error}") from error
+        raise FusionError(
+            f"{factory} makes no network: {type(error).__name__}: {error}. It is called without "
+            "arguments: if it needs some, name a function that gives them"
+        ) from error
     check_network(factory, network)
     return network
 
@@ -88,6 +91,16 @@ def inputs_of(shape: str, tokens: int) -> Tensor:
     return torch.randn(sizes, generator=generator)
 
 
+def _traced(network: nn.Module, inputs: Tensor) -> ChannelGraph:
+    try:
+        return ChannelGraph.trace(network, inputs)
+    except FusionError as error:
+        raise FusionError(
+            f"{error}. The input is one tensor of numbers, with --tokens of integers; networks that "
+            "take something else are looked at in Python: flwr_fusion.ChannelGraph.trace"
+        ) from error
+
+
 @app.command()
 def inspect(
     factory: Annotated[str, typer.Argument(help="module:factory, which returns a network")],
@@ -99,7 +112,7 @@ def inspect(
 ) -> None:
     """Print a network's channel groups, and whether it will be matched."""
     with _errors_as_messages():
-        graph = ChannelGraph.trace(network_of(factory), inputs_of(shape, tokens))
+        graph = _traced(network_of(factory), inputs_of(shape, tokens))
         typer.echo(graph.summary())
         free = [group for group in graph.groups if not group.fixed]
         typer.echo(

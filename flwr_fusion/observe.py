@@ -152,11 +152,16 @@ def named_failure(who: str, what: str, inputs: Any = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise FusionError(f"{who} cannot be run on {what}: {error}{_hint(inputs)}") from error
+        raise FusionError(f"{who} cannot be run on {what}: {error}{_hint(what, inputs)}") from error
 
 
-def _hint(inputs: Any) -> str:
+def _hint(what: str, inputs: Any) -> str:
     """Return what may be wrong with inputs."""
+    if what == CALIBRATION and isinstance(inputs, (tuple, list, Mapping)):
+        return (
+            ". Calibration needs what the network is called with, and no labels: a tensor, (x,) or "
+            f"flwr_fusion.Inputs(...), not a whole {type(inputs).__name__} of a data loader"
+        )
     if isinstance(inputs, (tuple, list)) and inputs and all(isinstance(x, int) for x in inputs):
         return f". Is {tuple(inputs)} a shape? Give a tensor of that shape"
     if isinstance(inputs, (tuple, list, Mapping)):

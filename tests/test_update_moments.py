@@ -268,6 +268,21 @@ def test_the_less_clients_agree_the_farther_from_the_mean() -> None:
     assert strengths == pytest.approx([1, 1, 0.75, 0.5, 0, 0])
 
 
+def test_clients_that_lack_different_labels_do_not_agree_by_steps_of_one_size() -> None:
+    # As Adam takes them: what a client lacks goes down by as much as what it has goes up.
+    start = nn.Linear(6, 10)
+    clients = [trained(start, seed, 0.01) for seed in range(5)]
+    for label, client in enumerate(clients):
+        bias = torch.full((10,), -0.1)
+        bias[label] = 0.1
+        client.state_dict()["bias"].copy_(start.state_dict()["bias"] + bias)
+    assert ff.average(clients, combine="auto", reference=start).report.details
+    for client in clients:
+        alike = torch.linspace(-0.1, 0.1, 10)
+        client.state_dict()["bias"].copy_(start.state_dict()["bias"] + alike)
+    assert not ff.average(clients, combine="auto", reference=start).report.details
+
+
 def test_clients_of_one_distribution_are_averaged_and_skewed_ones_are_not() -> None:
     torch.manual_seed(0)
     start = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))

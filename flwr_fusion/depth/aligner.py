@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -12,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion.depth.balance import DepthAligned, align_depth
-from flwr_fusion.depth.layer_matching import LayerMatching, StructuredNetwork, match_stages
+from flwr_fusion.depth.layer_matching import (
+    LayerMatching,
+    StructuredNetwork,
+    match_stages,
+    width_of,
+)
 from flwr_fusion.depth.mapped_statistics import statistics_in_layers_of
 from flwr_fusion.depth.merging import merged_layer, record_calls
 from flwr_fusion.depth.resize import group_widths, resized_shape, with_own_widths
@@ -137,6 +143,21 @@ class DepthAligner:
         }
         return with_own_widths(self.target_model, state)
 
+    def warn_of_narrow_layers(self, target: nn.Module) -> None:
+        """Warn where layers that are added have fewer channels than they must pass on."""
+        architectures = {matches: n for n, matches in reversed(self._matches.items())}
+        for matches, n in architectures.items():
+            resized = replace(self.target, model=target)
+            narrow = list(_narrow_layers(self._network(n), resized, matches))
+            if narrow:
+                warnings.warn(
+                    f"{self._network(n).title}: the target's layers {narrow} have no counterpart "
+                    "in it and fewer channels than they must pass on, so that the fused network "
+                    "computes its function only roughly: take a wider target, or try "
+                    "LayerMatching(last_to_last=False)",
+                    stacklevel=3,
+                )
+
     def reports(self) -> tuple[LayerReport, ...]:
         """Return which layers correspond, for each architecture of another depth."""
         numbers: dict[tuple[StageMatch, ...], list[int]] = {}
@@ -229,3 +250,18 @@ class DepthAligner:
 
     def _refusal(self, network: StructuredNetwork) -> str:
         return f"{network.title} cannot be brought to the depth of {self.target.title}"
+
+
+def _narrow_layers(
+    client: StructuredNetwork, target: StructuredNetwork, matches: Sequence[StageMatch]
+) -> Iterator[str]:
+    """Yield the target's layers without a counterpart that are narrower than the client's last."""
+    stages = zip(client.structure.stages, target.structure.stages, matches, strict=True)
+    for ours, theirs, match in stages:
+        counterparts = {b: a for a, b in match.pairs}
+        passed = 0
+        for number, unit in enumerate(theirs.units):
+            if number in counterparts:
+                passed = width_of(ours.units[counterparts[number]], client.model)
+            elif not unit.is_block and width_of(unit, target.model) < passed:
+                yield unit.name

@@ -288,7 +288,7 @@ def _stage_cost(
             )
     elif layer_cost == "width":
         widths = [
-            torch.tensor([float(_width(unit, model)) for unit in stage.units]).double()
+            torch.tensor([float(width_of(unit, model)) for unit in stage.units]).double()
             for stage, model in ((client, client_model), (target, target_model))
         ]
         # Relative to the widest, so that the same network at half the width is as close.
@@ -336,7 +336,8 @@ def _check_same_form(ours: _Form, theirs: _Form) -> None:
         )
 
 
-def _width(unit: Unit, model: nn.Module) -> int:
+def width_of(unit: Unit, model: nn.Module) -> int:
+    """Return how many channels a unit writes."""
     layer = model.get_submodule(unit.layer)
     width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     return int(width)  # type: ignore[arg-type]

@@ -390,7 +390,8 @@ def _check_called_once(name: str, calls: _Calls) -> None:
 def _no_structure(model: nn.Module) -> FusionError:
     return FusionError(
         f"no depth structure was found in {type(model).__name__}: it is neither a chain of layers "
-        "nor has it residual blocks; give it by DepthStructure.given"
+        "nor has it residual blocks. Where layers do follow each other that can be added or left "
+        "out, say so: LayerMatching(structure=lambda network: DepthStructure.given(network, ...))"
     )
 
 

@@ -394,7 +394,7 @@ def _ordered(op: Operations, args: Mapping[str, Any], shapes: Sequence[Any]) -> 
     dims = args.get("dim", args.get("dims", -1))
     over = {a % max(1, len(labels.shape)) for a in ([dims] if isinstance(dims, int) else dims)}
     rest = [a for a in range(len(labels.shape)) if a not in over]
-    kept = op.kept(labels, rest, "its order counts")
+    kept = op.kept(labels, rest, f"goes through {op.name}, where its order counts")
     return [kept] * len(shapes)
 
 

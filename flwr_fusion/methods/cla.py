@@ -101,6 +101,7 @@ def cla_fusion(
     aligner.match(reference)
     if target is None:
         target = aligner.as_wide_as_the_widest() if layers.balance == "add" else base
+    aligner.warn_of_narrow_layers(target)
     result = fuse_clients(aligner.clients(), target, example_inputs, reference, steps)
     seconds = time.perf_counter() - started
     report = replace(result.report, method="cla_fusion", layers=aligner.reports(), seconds=seconds)

@@ -241,6 +241,15 @@ class Agreement:
         return (found - unrelated) / (1 - unrelated)
 
 
+def without_common_shift(change: Tensor) -> Tensor:
+    """Return a last layer's change without what all outputs have in common, which softmax ignores.
+
+    Gradients through softmax have no such part. Steps of Adam do: whatever a client lacks goes down
+    by as much, at clients that lack different labels alike.
+    """
+    return change - change.mean(0) if len(change) >= _FEWEST_OUTPUTS else change
+
+
 def strength_of(agreement: float) -> float:
     """Return how far to go from the mean, given how far the clients' last layers agree.
 
@@ -302,7 +311,8 @@ def _agreement(fusion: Fusion, maps: Sequence[Maps]) -> float:
         if last not in client.absent:
             value, present = _mapped(client.state()[last], last, client, chosen)
             change = value - fusion.sent[last].float()
-            agreement.add(change if present is None else change * present, client.weight)
+            change = change if present is None else change * present
+            agreement.add(without_common_shift(change), client.weight)
     return agreement.value
 
 

@@ -284,7 +284,11 @@ def check_class_moments(moments: ClassMoments) -> None:
 def _parts(batch: Any) -> tuple[Any, Tensor]:
     """Return inputs and labels of a batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise FusionError("labelled batches must be pairs (inputs, labels)")
+        raise FusionError(
+            f"labelled batches must be pairs (inputs, labels), not {type(batch).__name__}: give "
+            "such pairs, or to attach_class_moments labelled=, a function of a batch that returns "
+            "both"
+        )
     inputs, labels = batch
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
         raise FusionError("labels must be a tensor of whole numbers, one for each sample")

@@ -81,10 +81,16 @@ class Aggregator:
 
     def warn_of_fixed_networks(self) -> None:
         """Log the architectures of which no channel can move."""
-        for model in self.models.architectures.values():
-            if verified_graph(model, self.example_inputs).is_fixed:
+        for name, model in self.models.architectures.items():
+            try:
+                is_fixed = verified_graph(model, self.example_inputs).is_fixed
+            except FusionError as error:
+                if len(self.models.architectures) == 1:
+                    raise
+                raise FusionError(f"architecture {name!r}: {error}") from error
+            if is_fixed:
                 text = "no channels of %s can be matched: fusion is plain averaging"
-                log(WARNING, text, type(model))
+                log(WARNING, text, type(model).__name__)
 
     def try_out(self, configured: ConfiguredMethod, architectures: Mapping[str, nn.Module]) -> None:
         """Fuse as many copies of all networks as a method needs into each of them.

@@ -49,6 +49,17 @@ class StrategyArguments(FedAvgArguments, total=False):
     query_timeout: float
 
 
+# What arguments are called in strategies of Flower's older interface.
+_FORMER = {
+    "fraction_fit": "fraction_train",
+    "min_fit_clients": "min_train_nodes",
+    "min_evaluate_clients": "min_evaluate_nodes",
+    "min_available_clients": "min_available_nodes",
+    "fit_metrics_aggregation_fn": "train_metrics_aggr_fn",
+    "evaluate_metrics_aggregation_fn": "evaluate_metrics_aggr_fn",
+}
+
+
 def fedavg_arguments(arguments: StrategyArguments, options: Sequence[str] = ()) -> FedAvgArguments:
     """Return the arguments that are ``FedAvg``'s; refuse what is no strategy's argument.
 
@@ -58,7 +69,7 @@ def fedavg_arguments(arguments: StrategyArguments, options: Sequence[str] = ()) 
     unknown = sorted(given.keys() - StrategyArguments.__optional_keys__)
     if unknown:
         names = [*options, *sorted(StrategyArguments.__optional_keys__)]
-        near = get_close_matches(unknown[0], names, 1)
+        near = get_close_matches(_FORMER.get(unknown[0], unknown[0]), names, 1)
         hint = f"did you mean {near[0]}? There are" if near else "there are"
         raise FusionError(f"unknown arguments {unknown}: {hint} {', '.join(names)}")
     taken = {name: given[name] for name in FedAvgArguments.__optional_keys__ & given.keys()}

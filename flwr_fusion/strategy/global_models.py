@@ -30,6 +30,7 @@ ONLY_ARCHITECTURE = "model"
 def named_architectures(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return architectures by name; refuse what is none."""
     if isinstance(model, nn.Module):
+        check_network("model", model)
         return {ONLY_ARCHITECTURE: model}
     if isinstance(model, Mapping) and any(isinstance(value, Tensor) for value in model.values()):
         raise FusionError(

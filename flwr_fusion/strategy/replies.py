@@ -314,6 +314,9 @@ def read_weight(content: RecordDict, weight_key: str) -> float:
     """Return the positive weight in a reply's one metric record; reject anything else."""
     metrics: Mapping[str, object] = _one_record(dict(content.metric_records), None, "MetricRecord")
     weight = metrics.get(weight_key)
+    if weight is None:
+        text = f"metric '{weight_key}' is missing: how many examples the client has trained on"
+        raise RejectedReply(Reason.EXAMPLES, text)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         text = f"metric '{weight_key}' is {shown(weight)}, not a number"
         raise RejectedReply(Reason.EXAMPLES, text)
