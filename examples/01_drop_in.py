@@ -83,4 +83,7 @@ for name, strategy in (("FedAvg", fedavg), ("OTFusion", fusion)):
 # %%
 # What both have reached after each round:
 
+for name, result in results.items():
+    metrics = result.evaluate_metrics_serverapp
+    print(name, [round(float(metrics[number]["accuracy"]), 3) for number in range(ROUNDS + 1)])
 axes = ff.plot_rounds(*results.values(), names=list(results))

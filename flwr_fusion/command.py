@@ -63,8 +63,8 @@ def _errors_as_messages() -> Iterator[None]:
 def network_of(factory: str) -> nn.Module:
     """Return what a factory named ``module:name`` makes; modules of this folder are found."""
     module_name, _, name = factory.partition(":")
-    if not module_name or not name:
-        raise FusionError(f"a network is named module:factory, not {factory!r}")
+    if not module_name or not name or module_name.endswith(".py"):
+        raise FusionError(f"a network is named module:factory, such as nets:Net, not {factory!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -96,8 +96,8 @@ def _traced(network: nn.Module, inputs: Tensor) -> ChannelGraph:
         return ChannelGraph.trace(network, inputs)
     except FusionError as error:
         raise FusionError(
-            f"{error}. The input is one tensor of numbers, with --tokens of integers; networks that "
-            "take something else are looked at in Python: flwr_fusion.ChannelGraph.trace"
+            f"{error}. The input is one tensor of numbers, with --tokens of integers; networks "
+            "that take something else are looked at in Python: flwr_fusion.ChannelGraph.trace"
         ) from error
 
 
@@ -198,7 +198,9 @@ def _loaded(file: Path, factory: str) -> nn.Module:
     try:
         network.load_state_dict(load_file(file))
     except Exception as error:
-        raise FusionError(f"'{file}' cannot be loaded into {factory}: {error}") from error
+        raise FusionError(
+            f"'{file}' cannot be loaded into {factory}, as a safetensors file: {error}"
+        ) from error
     return network
 
 

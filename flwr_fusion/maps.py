@@ -305,7 +305,7 @@ def _matching_groups(
     if len(fused.groups) != len(client.groups):
         raise FusionError(
             f"the network has {len(client.groups)} channel groups, the target "
-            f"{len(fused.groups)}: networks of different depth cannot be fused layer by layer"
+            f"{len(fused.groups)}: networks of different depth are fused by cla_fusion"
         )
     pairs = list(zip(fused.groups, client.groups, strict=True))
     for fused_group, client_group in pairs:

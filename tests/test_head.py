@@ -13,7 +13,8 @@ import torch
 import torchvision
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -385,6 +386,41 @@ def test_sent_heads_are_trained_from() -> None:
             number(r.evaluate_metrics_serverapp[k], "accuracy") for r in (result, averaged)
         )
         assert ours > theirs
+
+
+class OwnLoop(OTFusion):
+    """Runs its rounds itself, as many a user's strategy does."""
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int) -> Result:  # type: ignore[override]
+        arrays, config = initial_arrays, ConfigRecord({"server-round": 2})
+        for k in range(1, num_rounds + 1):
+            sent = self.configure_train(k, arrays, config, grid)
+            fused, _ = self.aggregate_train(k, grid.send_and_receive(sent))
+            arrays = arrays if fused is None else fused
+            sent = self.configure_evaluate(k, arrays, config, grid)
+            self.aggregate_evaluate(k, grid.send_and_receive(sent))
+        result = Result()
+        result.arrays = arrays
+        return result
+
+
+def test_in_a_loop_of_a_subclass_heads_are_sent_and_what_is_returned_lacks_them(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+    strategy = OwnLoop(digits_network(), DIGIT, head="send")
+    grid = InProcessGrid(head_app(seen=seen), NODES)
+    result = strategy.start(grid, record(digits_network()), 2)
+    plain: list[dict[str, Tensor]] = []
+    run_digits(OTFusion(digits_network(), DIGIT, head="send"), head_app(seen=plain))
+    for one, two in zip(seen, plain, strict=False):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    assert "OwnLoop runs its rounds itself" in flower_log.text
+    with_head = strategy.global_models()["model"]
+    without = load(digits_network(), result.arrays)
+    assert accuracy(with_head, IMAGES[TEST], LABELS[TEST]) > accuracy(
+        without, IMAGES[TEST], LABELS[TEST]
+    )
 
 
 def test_without_class_moments_the_fused_head_stays_and_it_is_said(

@@ -137,6 +137,8 @@ def test_a_start_of_a_subclass_is_the_strategys_own(kind: Any, tmp_path: Path) -
 
 def test_an_own_loop_does_not_go_on_from_checkpoints(tmp_path: Path) -> None:
     options: dict[str, Any] = {"checkpoint_dir": tmp_path, "fraction_evaluate": 0.0}
+    with pytest.raises(ff.FusionError, match="leave resume=True out"):
+        start(OwnLoop(shallow(), INPUTS, resume=True, **options))
     start(OwnLoop(shallow(), INPUTS, **options))
     with pytest.raises(ff.FusionError, match="OwnLoop runs its rounds itself"):
         start(OwnLoop(shallow(), INPUTS, resume=True, **options))

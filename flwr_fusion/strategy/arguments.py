@@ -59,6 +59,15 @@ _FORMER = {
     "evaluate_metrics_aggregation_fn": "evaluate_metrics_aggr_fn",
 }
 
+_OF_START = (
+    "initial_arrays",
+    "num_rounds",
+    "timeout",
+    "train_config",
+    "evaluate_config",
+    "evaluate_fn",
+)
+
 
 def fedavg_arguments(arguments: StrategyArguments, options: Sequence[str] = ()) -> FedAvgArguments:
     """Return the arguments that are ``FedAvg``'s; refuse what is no strategy's argument.
@@ -69,6 +78,8 @@ def fedavg_arguments(arguments: StrategyArguments, options: Sequence[str] = ()) 
     unknown = sorted(given.keys() - StrategyArguments.__optional_keys__)
     if unknown:
         names = [*options, *sorted(StrategyArguments.__optional_keys__)]
+        if unknown[0] in _OF_START:
+            raise FusionError(f"{unknown[0]} is an argument of start(), not of the strategy")
         near = get_close_matches(_FORMER.get(unknown[0], unknown[0]), names, 1)
         hint = f"did you mean {near[0]}? There are" if near else "there are"
         raise FusionError(f"unknown arguments {unknown}: {hint} {', '.join(names)}")

@@ -13,7 +13,7 @@ from flwr.common import log
 from torch import nn
 
 from flwr_fusion.after.head import calibrated_head
-from flwr_fusion.errors import FusionError, check_option
+from flwr_fusion.errors import FusionError
 from flwr_fusion.networks import key_of
 from flwr_fusion.rules import Rule
 from flwr_fusion.statistics.classes import (
@@ -70,7 +70,8 @@ class CalibratedHeads:
     def __init__(
         self, use: Head, models: GlobalModels, example_inputs: Any, rule: Rule | None
     ) -> None:
-        check_option("head", use, HEADS)
+        if use not in HEADS:
+            raise FusionError(f"head must be one of {HEADS} or None, not {use!r}")
         if rule is not None and rule.few_cannot_decide:
             raise FusionError(
                 f"head={use!r} and {rule} do not go together: one client can move class moments"

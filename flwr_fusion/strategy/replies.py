@@ -315,7 +315,10 @@ def read_weight(content: RecordDict, weight_key: str) -> float:
     metrics: Mapping[str, object] = _one_record(dict(content.metric_records), None, "MetricRecord")
     weight = metrics.get(weight_key)
     if weight is None:
-        text = f"metric '{weight_key}' is missing: how many examples the client has trained on"
+        text = (
+            f"metric '{weight_key}', the client's number of examples, is missing: there are "
+            f"{shown(sorted(metrics))}"
+        )
         raise RejectedReply(Reason.EXAMPLES, text)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         text = f"metric '{weight_key}' is {shown(weight)}, not a number"

@@ -193,6 +193,7 @@ class FusionStrategy(FedAvg):
         self._asked: list[Metadata] = []
         self._runs_itself = False
         self._recorder: Run | None = None
+        self._returned: ArrayRecord | None = None
         self._had_nodes = False
         check_count("min_train_replies", self.min_train_replies)
         if self.resume and folder is None:
@@ -301,6 +302,8 @@ class FusionStrategy(FedAvg):
             log(INFO, text, name, chosen, size, len(groups) - fixed, fixed)
         options = ", ".join(f"{name}={value!r:.60}" for name, value in self.method.options.items())
         log(INFO, "\t├──> Fusion: %s(%s)", self.method.name, options)
+        if self._checkpoints is not None:
+            log(INFO, "\t├──> Checkpoints: %s", self._checkpoints.path)
         super().summary()
 
     def start(
@@ -389,9 +392,11 @@ class FusionStrategy(FedAvg):
             self._runs_itself = True
         elif not self._runs_itself:
             check_own_start(self.method, self._aggregator, self._checkpoints, self.head)
-        elif self._checkpoints is not None and self._recorder is None:
-            self._recorder = self._recorder_of_own_loop(self._checkpoints)
-        self._models.set_chosen(arrays, "the arrays to send")
+        else:
+            self._enter_own_loop()
+        # A subclass's loop passes on what was fused; what is sent has the head.
+        if self.head != "send" or arrays is not self._returned:
+            self._models.set_chosen(arrays, "the arrays to send")
         arrays, config = self._models.arrays[self.architecture], self._with_patterns(config)
         configure = partial(super().configure_train, server_round, arrays, config)
         return self._asking(configure, grid, self.min_train_nodes)
@@ -427,6 +432,7 @@ class FusionStrategy(FedAvg):
             where clients attached statistics ``with-statistics``, the number of usable ones.
         """
         arrays, metrics = self._aggregated(server_round, replies)
+        self._returned = arrays
         if self._recorder is not None:
             self._recorder.record_train(server_round, arrays, metrics)
         return arrays, metrics
@@ -457,8 +463,10 @@ class FusionStrategy(FedAvg):
         counts = counts_of(rejections)
         needed = max(self.min_train_replies, method.least_clients)
         if len(updates) < needed:
-            text = "aggregate_train: %d good replies in round %s, %d are needed; the model stays"
-            log(ERROR, text, len(updates), server_round, needed)
+            few = method.least_clients > self.min_train_replies
+            by = str(method.rule) if few else "min_train_replies"
+            text = "aggregate_train: %d good replies in round %s, %s needs %d; the model stays"
+            log(ERROR, text, len(updates), server_round, by, needed)
             return None, round_metrics(counts)
         self._tell_of_statistics(received, method)
         try:
@@ -563,7 +571,10 @@ class FusionStrategy(FedAvg):
         if self._checkpoints is None:
             return None
         if self.resume:
-            return self._checkpoints.latest()
+            found = self._checkpoints.latest()
+            if found is None:
+                log(INFO, "no checkpoint in %s: the federation begins anew", self._checkpoints.path)
+            return found
         rounds = self._checkpoints.rounds()
         if rounds:
             raise FusionError(
@@ -642,15 +653,22 @@ class FusionStrategy(FedAvg):
         finally:
             self._runs_itself, self._recorder = before, None
 
-    def _recorder_of_own_loop(self, folder: CheckpointFolder) -> Run:
-        """Return what writes the checkpoints of rounds that a subclass's start() runs."""
-        if folder.rounds():
+    def _enter_own_loop(self) -> None:
+        """Record rounds that a subclass's start() runs; say what it cannot do."""
+        if self._recorder is not None:
+            return
+        rounds = [] if self._checkpoints is None else self._checkpoints.rounds()
+        if rounds or self.resume:
             raise FusionError(
-                f"{folder.path} holds checkpoints of rounds {folder.rounds()}, and the start() of "
-                f"{type(self).__name__} runs its rounds itself: only FusionStrategy.start goes on "
-                "from them; choose an empty checkpoint_dir"
+                f"the start() of {type(self).__name__} runs its rounds itself, and only "
+                "FusionStrategy.start goes on from checkpoints: leave resume=True out, and choose "
+                "an empty checkpoint_dir"
             )
-        return run_of(self, folder, None)
+        if self.head is not None:
+            text = "the start() of %s runs its rounds itself: it evaluates and returns the model"
+            text += " without the calibrated head, which global_models() of the strategy has"
+            log(WARNING, text, type(self).__name__)
+        self._recorder = run_of(self, self._checkpoints, None)
 
     def _wanted_statistics(self, method: ConfiguredMethod) -> Wanted:
         """Return what a round uses of the clients' statistics.

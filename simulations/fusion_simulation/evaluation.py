@@ -43,7 +43,9 @@ def evaluator(
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         if server_round and not replies.contents and not is_resumed(strategy):
-            raise RuntimeError(f"no client trained in round {server_round}{reasons_of(strategy)}")
+            raise RuntimeError(
+                f"nothing was fused in round {server_round}, the log says why{reasons_of(strategy)}"
+            )
         load_arrays(model, arrays)
         # It also fuses the global model into architectures that nobody has run so far.
         served = strategy.global_models() if isinstance(strategy, FusionStrategy) else {}

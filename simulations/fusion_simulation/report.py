@@ -141,6 +141,11 @@ class Report:
                 "FedAvg is a federation of its own with the same seeds; all other rows are made of "
                 "the clients' models of the last round."
             )
+        if self.settings.sends_statistics:
+            text += (
+                " Clients sent moments of what their layers see, which the fusion uses: without "
+                "them (statistics=false) a first round of own starts is the mean."
+            )
         if len(self.seeds) > 1:
             text += (
                 f" Mean ± standard deviation of {len(self.seeds)} seeds, "
