@@ -103,7 +103,8 @@ def attach_statistics(
     reduced = {
         name: s.detail for name, s in statistics.items() if s.detail in ("block", "diagonal")
     }
-    log(INFO, "statistics: %.2f MB; moments reduced in %s", len(data) / 1e6, reduced or "no layer")
+    text = f"less than the full moments of {reduced}" if reduced else "full moments of every layer"
+    log(INFO, "statistics: %.2f MB, %s", len(data) / 1e6, text)
     return reply
 
 
