@@ -348,6 +348,17 @@ def test_clients_of_one_shape_that_compute_something_else_are_refused() -> None:
         )
 
 
+def test_added_layers_that_are_too_narrow_are_named() -> None:
+    client, x = mlp(32, 16), torch.randn(20, VECTORS.shape[1])
+    target = mlp(32, 32, 16, 16)
+    with pytest.warns(UserWarning, match=r"layers \['.*'\] have no counterpart"):
+        ff.cla_fusion([client], example_inputs=VECTORS, target=target)
+    # Where the first ones correspond, nothing has to pass through fewer channels.
+    layers = ff.LayerMatching(last_to_last=False)
+    fused = ff.cla_fusion([client], example_inputs=VECTORS, target=target, layers=layers).model
+    assert relative_error(output(fused, x), output(client, x)) < 1e-5
+
+
 def test_clients_of_another_dtype() -> None:
     clients = [randomised(mlp(16, 8), 1).double(), randomised(mlp(16, 16, 8), 2)]
     model = fused(clients, (1, 0), target=clients[1])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import flwr_fusion as ff
 from flwr_fusion.maps import Correspondence
 from flwr_fusion.matching.costs import activation_costs
+from flwr_fusion.networks import all_finite
 from flwr_fusion.observe import (
     batch_size,
     batches_of,
@@ -237,3 +238,18 @@ def test_what_can_be_read_again_is_no_generator() -> None:
     loader: Any = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(INPUTS))
     for given in (None, INPUTS, [INPUTS], loader):
         check_rereadable(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+def test_a_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    values = torch.arange(6).reshape(2, 3).to(dtype)
+    assert all_finite(values)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        spoilt = values.clone()
+        spoilt[1, 1] = bad
+        assert not all_finite(spoilt)
+
+
+def test_what_has_no_values_or_whole_numbers_is_finite() -> None:
+    assert all_finite(torch.empty(0, 3))
+    assert all_finite(torch.tensor([1, 2**62]))

@@ -528,6 +528,19 @@ def test_construction_does_not_modify_the_model() -> None:
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("min_train_node", "did you mean min_train_nodes?"),
+        ("min_fit_clients", "did you mean min_train_nodes?"),
+        ("evaluate_fn", r"is an argument of start\(\)"),
+    ],
+)
+def test_arguments_that_are_not_the_strategys_get_a_hint(argument: str, hint: str) -> None:
+    with pytest.raises(ff.FusionError, match=hint):
+        OTFusion(small_network(), SMALL, **{argument: 3})  # type: ignore[arg-type]
+
+
 MISSPELLED = """
 import torch
 from torch import nn

@@ -59,6 +59,7 @@ _FORMER = {
     "evaluate_metrics_aggregation_fn": "evaluate_metrics_aggr_fn",
 }
 
+# What is given to the strategy's start().
 _OF_START = (
     "initial_arrays",
     "num_rounds",
