@@ -71,9 +71,10 @@ def network_of(factory: str) -> nn.Module:
         make: Callable[[], Any] = getattr(importlib.import_module(module_name), name)
         network = make() if not isinstance(make, nn.Module) else make
     except Exception as error:  # The factory is the user's.
+        takes = isinstance(error, TypeError)
+        hint = ". If it needs arguments, name a function that gives them" if takes else ""
         raise FusionError(
-            f"{factory} makes no network: {type(error).__name__}: {error}. It is called without "
-            "arguments: if it needs some, name a function that gives them"
+            f"{factory} makes no network: {type(error).__name__}: {error}{hint}"
         ) from error
     check_network(factory, network)
     return network
@@ -95,6 +96,8 @@ def _traced(network: nn.Module, inputs: Tensor) -> ChannelGraph:
     try:
         return ChannelGraph.trace(network, inputs)
     except FusionError as error:
+        if "cannot be run" not in str(error):
+            raise
         raise FusionError(
             f"{error}. The input is one tensor of numbers, with --tokens of integers; networks "
             "that take something else are looked at in Python: flwr_fusion.ChannelGraph.trace"

@@ -179,14 +179,20 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def prepared_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode whose floating-point parameters take gradients.
+    """Return a copy in evaluation mode whose floating-point parameters take gradients."""
+    prepared = copied(model).eval()
+    for parameter in prepared.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return prepared
 
-    The parameters are the network's own memory, not to be written into; buffers are copies.
+
+def copy_sharing_parameters(model: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode over the memory of the network's parameters.
+
+    To be run with other values alone: a forward pass may write into its parameters, as that of an
+    embedding with a largest norm does.
     """
-    parameters = {
-        id(parameter): nn.Parameter(parameter.detach(), parameter.is_floating_point())
-        for parameter in model.parameters()
-    }
+    parameters = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
     return _copied(model, parameters).eval()
 
 

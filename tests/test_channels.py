@@ -589,3 +589,11 @@ def test_mode_of_a_network_stays_where_its_graph_is_found_again() -> None:
     assert second.training
     for name, tensor in second.state_dict().items():
         assert torch.equal(tensor, state[name])
+
+
+def test_tracing_leaves_the_network_as_it_is() -> None:
+    # Whose forward pass writes into its own parameters.
+    model = nn.Sequential(nn.Embedding(10, 8, max_norm=0.5), nn.Linear(8, 3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ChannelGraph.trace(model, torch.tensor([[1, 2, 3]])).verify()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -389,13 +389,16 @@ def test_sent_heads_are_trained_from() -> None:
 
 
 class OwnLoop(OTFusion):
-    """Runs its rounds itself, as many a user's strategy does."""
+    """Runs its rounds itself, as many a strategy does; the replies of some rounds are lost."""
+
+    lost: tuple[int, ...] = ()
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int) -> Result:  # type: ignore[override]
         arrays, config = initial_arrays, ConfigRecord({"server-round": 2})
         for k in range(1, num_rounds + 1):
             sent = self.configure_train(k, arrays, config, grid)
-            fused, _ = self.aggregate_train(k, grid.send_and_receive(sent))
+            replies = list(grid.send_and_receive(sent))
+            fused, _ = self.aggregate_train(k, [] if k in self.lost else replies)
             arrays = arrays if fused is None else fused
             sent = self.configure_evaluate(k, arrays, config, grid)
             self.aggregate_evaluate(k, grid.send_and_receive(sent))
@@ -421,6 +424,23 @@ def test_in_a_loop_of_a_subclass_heads_are_sent_and_what_is_returned_lacks_them(
     assert accuracy(with_head, IMAGES[TEST], LABELS[TEST]) > accuracy(
         without, IMAGES[TEST], LABELS[TEST]
     )
+
+
+def test_in_a_loop_of_a_subclass_a_lost_round_keeps_the_sent_head() -> None:
+    seen: list[dict[str, Tensor]] = []
+    strategy = OwnLoop(digits_network(), DIGIT, head="send")
+    strategy.lost = (2,)
+    strategy.start(InProcessGrid(head_app(seen=seen), NODES), record(digits_network()), 3)
+    second, third = seen[NODES], seen[2 * NODES]
+    body = [name for name in second if not name.startswith("4.")]
+    assert all(torch.equal(second[name], third[name]) for name in body)
+    accuracies = []
+    for state in (second, third):
+        model = digits_network()
+        model.load_state_dict(state)
+        accuracies.append(accuracy(model, IMAGES[TEST], LABELS[TEST]))
+    # Calibrated again, on the same features.
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=0.02)
 
 
 def test_without_class_moments_the_fused_head_stays_and_it_is_said(

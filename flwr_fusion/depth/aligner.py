@@ -262,6 +262,7 @@ def _narrow_layers(
         passed = 0
         for number, unit in enumerate(theirs.units):
             if number in counterparts:
-                passed = width_of(ours.units[counterparts[number]], client.model)
+                here = width_of(ours.units[counterparts[number]], client.model)
+                passed = min(here, width_of(unit, target.model))
             elif not unit.is_block and width_of(unit, target.model) < passed:
                 yield unit.name

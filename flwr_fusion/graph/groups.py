@@ -27,6 +27,7 @@ from flwr_fusion.graph.outputs import is_close, outputs_both_ways, random_inputs
 from flwr_fusion.networks import (
     architecture_of,
     check_network,
+    copy_sharing_parameters,
     owner_of,
     prepared_copy,
     tied_tensors,
@@ -165,17 +166,16 @@ class ChannelGraph:
         from flwr_fusion.graph.tracing import traced
 
         check_network("the network", model)
-        prepared = prepared_copy(model)
-        inputs = moved_to(prepared, example_inputs)
+        inputs = moved_to(model, example_inputs)
         with named_failure(type(model).__name__, "the example inputs", example_inputs):
-            found = traced(prepared, inputs)
+            found = traced(prepared_copy(model), inputs)
         warn_of_idle_layers(model, found.idle_layers)
-        shapes = {name: tensor.shape for name, tensor in prepared.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         graph = cls(
             found.groups,
             shapes,
             found.called_layers,
-            prepared,
+            copy_sharing_parameters(model),  # The check runs it with values of its own.
             inputs,
             found.trained_branches,
             found.work,

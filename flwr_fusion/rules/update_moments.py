@@ -248,7 +248,8 @@ def without_common_shift(change: Tensor) -> Tensor:
     Gradients through softmax have no such part. Steps of Adam do: whatever a client lacks goes down
     by as much, at clients that lack different labels alike.
     """
-    return change - change.mean(0) if len(change) >= _FEWEST_OUTPUTS else change
+    shared = change.dim() in (1, 2) and len(change) >= _FEWEST_OUTPUTS  # A bias, a linear layer.
+    return change - change.mean(0) if shared else change
 
 
 def strength_of(agreement: float) -> float:

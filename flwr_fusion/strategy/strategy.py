@@ -394,8 +394,7 @@ class FusionStrategy(FedAvg):
             check_own_start(self.method, self._aggregator, self._checkpoints, self.head)
         else:
             self._enter_own_loop()
-        # A subclass's loop passes on what was fused; what is sent has the head.
-        if self.head != "send" or arrays is not self._returned:
+        if not self._is_without_its_head(arrays):
             self._models.set_chosen(arrays, "the arrays to send")
         arrays, config = self._models.arrays[self.architecture], self._with_patterns(config)
         configure = partial(super().configure_train, server_round, arrays, config)
@@ -405,7 +404,8 @@ class FusionStrategy(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Configure evaluation as training; leave it out if too few nodes are connected."""
-        self._models.arrays[self.architecture] = arrays
+        if not self._is_without_its_head(arrays):
+            self._models.arrays[self.architecture] = arrays
         config = self._with_patterns(config)
         configure = partial(super().configure_evaluate, server_round, arrays, config)
         return self._asking(configure, grid, self.min_evaluate_nodes)
@@ -432,7 +432,7 @@ class FusionStrategy(FedAvg):
             where clients attached statistics ``with-statistics``, the number of usable ones.
         """
         arrays, metrics = self._aggregated(server_round, replies)
-        self._returned = arrays
+        self._returned = self._returned if arrays is None else arrays
         if self._recorder is not None:
             self._recorder.record_train(server_round, arrays, metrics)
         return arrays, metrics
@@ -653,6 +653,13 @@ class FusionStrategy(FedAvg):
         finally:
             self._runs_itself, self._recorder = before, None
 
+    def _is_without_its_head(self, arrays: ArrayRecord) -> bool:
+        """Whether arrays are what was fused, as a subclass's loop passes on, and not what is sent.
+
+        With ``head="send"`` that has the calibrated head beside it.
+        """
+        return self.head == "send" and self._returned is not None and arrays == self._returned
+
     def _enter_own_loop(self) -> None:
         """Record rounds that a subclass's start() runs; say what it cannot do."""
         if self._recorder is not None:
@@ -666,7 +673,8 @@ class FusionStrategy(FedAvg):
             )
         if self.head is not None:
             text = "the start() of %s runs its rounds itself: it evaluates and returns the model"
-            text += " without the calibrated head, which global_models() of the strategy has"
+            text += " without the calibrated head, which global_models() of the strategy has; what"
+            text += " it passes on must be what aggregate_train has returned"
             log(WARNING, text, type(self).__name__)
         self._recorder = run_of(self, self._checkpoints, None)
 
