@@ -85,5 +85,6 @@ def show(accuracies: Mapping[str, float]) -> None:
     bars = axes.barh(list(accuracies), [100 * v for v in accuracies.values()], color="#0072B2")
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.invert_yaxis()
-    axes.set_xlim(0, 100)
+    axes.set_xlim(0, 110)  # With room for the figures.
+    axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("test accuracy, %")
