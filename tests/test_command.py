@@ -118,6 +118,7 @@ def test_compare_tables_and_draws_runs(folder: Path) -> None:
         (["inspect", "user_networks:nothing", "--input", "1,6"], "must be a network, not int"),
         (["inspect", "no_such_module:net", "--input", "1,6"], "ModuleNotFoundError"),
         (["inspect", "user_networks:net", "--input", "1,x"], "whole numbers with commas"),
+        (["inspect", "user_networks:net", "--input", "1,7"], "the example inputs"),
         (["inspect", "user_networks:net", "--input", "1,7"], "with --tokens of integers"),
         (["inspect", "user_networks.py:net", "--input", "1,6"], "such as nets:Net"),
         (["fuse", "0.safetensors", "9.safetensors"], "'9.safetensors' cannot be loaded"),

@@ -142,6 +142,8 @@ def test_an_own_loop_does_not_go_on_from_checkpoints(tmp_path: Path) -> None:
     start(OwnLoop(shallow(), INPUTS, **options))
     with pytest.raises(ff.FusionError, match="OwnLoop runs its rounds itself"):
         start(OwnLoop(shallow(), INPUTS, resume=True, **options))
+    with pytest.raises(ff.FusionError, match=r"holds those of rounds \[1, 2\]"):
+        start(OwnLoop(shallow(), INPUTS, **options))
 
 
 def test_a_wrapped_subclass_with_a_start_of_its_own_is_told_from_an_unwrapped_one() -> None:

@@ -147,11 +147,11 @@ class DepthAligner:
         """Warn where layers that are added have fewer channels than they must pass on."""
         architectures = {matches: n for n, matches in reversed(self._matches.items())}
         for matches, n in architectures.items():
-            resized = replace(self.target, model=target)
-            narrow = list(_narrow_layers(self._network(n), resized, matches))
+            network = self._network(n)  # A strategy builds it anew at every access.
+            narrow = list(_narrow_layers(network, replace(self.target, model=target), matches))
             if narrow:
                 warnings.warn(
-                    f"{self._network(n).title}: the target's layers {narrow} have no counterpart "
+                    f"{network.title}: the target's layers {narrow} have no counterpart "
                     "in it and fewer channels than they must pass on, so that the fused network "
                     "computes its function only roughly: take a wider target, or try "
                     "LayerMatching(last_to_last=False)",

@@ -664,19 +664,20 @@ class FusionStrategy(FedAvg):
         """Record rounds that a subclass's start() runs; say what it cannot do."""
         if self._recorder is not None:
             return
-        rounds = [] if self._checkpoints is None else self._checkpoints.rounds()
-        if rounds or self.resume:
+        folder = self._checkpoints
+        if folder is not None and (self.resume or folder.rounds()):
             raise FusionError(
                 f"the start() of {type(self).__name__} runs its rounds itself, and only "
-                "FusionStrategy.start goes on from checkpoints: leave resume=True out, and choose "
-                "an empty checkpoint_dir"
+                f"FusionStrategy.start goes on from checkpoints ({folder.path} holds those of "
+                f"rounds {folder.rounds()}): leave resume=True out, and choose an empty "
+                "checkpoint_dir"
             )
         if self.head is not None:
             text = "the start() of %s runs its rounds itself: it evaluates and returns the model"
             text += " without the calibrated head, which global_models() of the strategy has; what"
             text += " it passes on must be what aggregate_train has returned"
             log(WARNING, text, type(self).__name__)
-        self._recorder = run_of(self, self._checkpoints, None)
+        self._recorder = run_of(self, folder, None)
 
     def _wanted_statistics(self, method: ConfiguredMethod) -> Wanted:
         """Return what a round uses of the clients' statistics.
