@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
+import json
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -195,3 +197,14 @@ def test_every_example_has_a_title_and_is_in_the_gallery() -> None:
         docstring = re.match(r'"""\n(.+)\n(=+)\n', path.read_text(encoding="utf-8"))
         assert docstring is not None, path.name
         assert len(docstring[1]) == len(docstring[2])
+
+
+def test_the_notebook_is_its_script_and_was_run() -> None:
+    notebook = REPOSITORY / "examples" / "02_label_skew.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    script = ast.parse(notebook.with_suffix(".py").read_text(encoding="utf-8"))
+    of_notebook = ast.parse("\n".join("".join(cell["source"]) for cell in code))
+    assert ast.dump(of_notebook) == ast.dump(ast.Module(script.body[1:], []))  # The text comes first.
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert any("image/png" in output.get("data", {}) for output in code[-1]["outputs"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -64,17 +64,20 @@ class _Run:
         """Return what the network gives with other values, also where it takes training's way."""
         return outputs_both_ways(self._graph.model, state, self.inputs, self._graph)
 
-    def changes(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether other values change the output by more than rounding."""
+    def change(self, state: Mapping[str, Tensor]) -> float:
+        """Return how much other values change the output; infinity if they give none."""
         try:
-            change = _difference(self.outputs(state), self._expected)
+            return _difference(self.outputs(state), self._expected)
         except FusionError:
-            return True
+            return math.inf
+
+    def is_rounding(self, change: float) -> bool:
+        """Whether a change of the output is no larger than rounding may be."""
+        if change == math.inf:
+            return False
         small = change <= _TIMES_PRECISION * self._eps or change <= _TIMES_ROUNDING * self._rounding
         # Of tensors in double precision, too, a part of the network may be computed in single.
-        return not (
-            small or (change <= _LARGEST_ROUNDING and change <= _TIMES_ROUNDING * self._half)
-        )
+        return small or (change <= _LARGEST_ROUNDING and change <= _TIMES_ROUNDING * self._half)
 
     @cached_property
     def _rounding(self) -> float:
@@ -124,7 +127,7 @@ def _nearby(model: nn.Module, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     def between(own: Tensor, other: Tensor) -> Tensor:
         if not own.is_floating_point() or torch.equal(own, other):
-            return own
+            return own.clone()
         spread = own.std() if own.numel() > 1 else own.abs()
         return own + 0.3 * (spread + 1e-3) * other / other.std().clamp(min=1e-3)
 
@@ -190,13 +193,16 @@ class Check:
         self.runs_left -= 1
         chosen = {group.name: moves[group.name] for group in groups}
         graph = replace(self._graph, groups=tuple(groups))
-        changes = any(run.changes(state) for run, state in _with_moved(self._runs, graph, chosen))
+        with _moved([run.state for run in self._runs], graph, chosen) as states:
+            changes = [run.change(state) for run, state in zip(self._runs, states, strict=True)]
+        # Rounding is measured at the values that were not moved.
+        changed = not all(map(_Run.is_rounding, self._runs, changes))
         if self._runs[0].is_noise:
             raise FusionError(
                 f"rounding alone changes the output of {type(self._graph.model).__name__} at "
                 "random weights: what is done to its channels cannot be checked"
             )
-        return changes
+        return changed
 
     def seen(self, groups: Sequence[ChannelGroup], choose: Any) -> set[str]:
         """Return the groups that the output depends on, as its gradient by one tensor tells.
@@ -237,17 +243,17 @@ class Check:
         return any(self.changes([one], permutations) for one in alone)
 
 
-def _with_moved(
-    runs: Sequence[_Run], graph: ChannelGraph, moves: Mapping[str, Tensor]
-) -> Iterator[tuple[_Run, dict[str, Tensor]]]:
-    """Yield runs with their values moved; those that have the same values share the copy."""
-    move = graph.mix if all(m.dim() == 2 for m in moves.values()) else graph.permute
-    of: Mapping[str, Tensor] | None = None
-    moved: dict[str, Tensor] = {}
-    for run in runs:
-        if run.state is not of:
-            of, moved = run.state, move(run.state, moves)
-        yield run, moved
+@contextmanager
+def _moved(
+    states: Sequence[Mapping[str, Tensor]], graph: ChannelGraph, moves: Mapping[str, Tensor]
+) -> Iterator[Sequence[Mapping[str, Tensor]]]:
+    """Permute, or mix, the groups of some states for a while."""
+    if all(matrix.dim() == 2 for matrix in moves.values()):
+        yield [graph.mix(state, moves) for state in states]
+        return
+    # In their own memory: a copy of a large network would be the most that a trace needs.
+    with graph.permuted(states, moves):
+        yield states
 
 
 def failing(

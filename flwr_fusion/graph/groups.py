@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -281,6 +281,39 @@ class ChannelGraph:
         dict of str to Tensor
             The permuted state dict.
         """
+        orders = self._axis_orders(permutations)
+        return {
+            name: _reordered(tensor, orders[name]) if name in orders else tensor
+            for name, tensor in state.items()
+        }
+
+    @contextmanager
+    def permuted(
+        self, states: Sequence[Mapping[str, Tensor]], permutations: Mapping[str, Tensor]
+    ) -> Iterator[None]:
+        """Permute groups of state dicts as `permute` does, in their own memory and for a while.
+
+        Parameters
+        ----------
+        states : sequence of mapping of str to Tensor
+            State dicts of the traced network; tensors may be of several, or tied.
+        permutations : mapping of str to Tensor
+            For group names, the index of the old channel that comes to each place.
+        """
+        orders = self._axis_orders(permutations)
+        tensors = {
+            id(state[name]): (state[name], own) for state in states for name, own in orders.items()
+        }
+        try:
+            for tensor, own in tensors.values():
+                _reorder(tensor, own)
+            yield
+        finally:
+            for tensor, own in tensors.values():
+                _reorder(tensor, {axis: order.argsort() for axis, order in own.items()})
+
+    def _axis_orders(self, permutations: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
+        """Return for every tensor that permuted groups index the order along each axis."""
         orders: dict[str, dict[int, Tensor]] = defaultdict(dict)
         for group in self.groups:
             if group.name not in permutations:
@@ -288,13 +321,10 @@ class ChannelGraph:
             order = permutations[group.name]
             for place in group.places:
                 axes = orders[place.tensor]
-                length = state[place.tensor].shape[place.axis]
+                length = self.shapes[place.tensor][place.axis]
                 index = axes.setdefault(place.axis, torch.arange(length))
                 index[place.positions.flatten()] = place.positions[order].flatten()
-        return {
-            name: _reordered(tensor, orders[name]) if name in orders else tensor
-            for name, tensor in state.items()
-        }
+        return orders
 
     def mix(self, state: Mapping[str, Tensor], matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mix the channels of groups of a state dict by invertible matrices.
@@ -343,6 +373,20 @@ def _reordered(tensor: Tensor, orders: Mapping[int, Tensor]) -> Tensor:
             taken = taken.index_select(axis, order)
         part.copy_(taken)
     return reordered
+
+
+def _reorder(tensor: Tensor, orders: Mapping[int, Tensor]) -> None:
+    """Bring the axes of a tensor into other orders in place, a part at a time."""
+    for axis, order in orders.items():
+        order = order.to(tensor.device)
+        # Along another axis, so that a part holds all of this one; the first lies best.
+        across = 1 if axis == 0 else 0
+        parts = [tensor]
+        if tensor.dim() > 1:
+            size = max(1, _BLOCK * tensor.shape[across] // max(1, tensor.numel()))
+            parts = list(torch.split(tensor, size, across))
+        for part in parts:
+            part.copy_(part.index_select(axis, order))
 
 
 def verified_graph(model: nn.Module, example_inputs: Any) -> ChannelGraph:
