@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -122,12 +122,15 @@ class Fusion:
         or where matching has found that the clients do not come from it.
     tied : frozenset of str
         Tensors that several layers share.
+    batch_normalised : mapping of str to str
+        BatchNorm layers, and the layer whose outputs each of them normalises, as far as is known.
     """
 
     target: Mapping[str, Tensor]
     clients: Sequence[Client]
     sent: Mapping[str, Tensor] | None = None
     tied: frozenset[str] = frozenset()
+    batch_normalised: Mapping[str, str] = field(default_factory=dict)
 
     def blocks(self, maps: Sequence[Maps]) -> Iterator[Block]:
         """Yield all clients' floating-point tensors in the fused channels, in blocks of rows.

@@ -328,7 +328,7 @@ class ByProducts:
         ]
         target = _with_cores(fusion.target, products)
         sent = None if fusion.sent is None else _with_cores(fusion.sent, products)
-        return cls(Fusion(target, clients, sent, fusion.tied), fusion, products)
+        return cls(replace(fusion, target=target, clients=clients, sent=sent), fusion, products)
 
     def state(self, combined: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the fused network's state dict, and for each product what its rank leaves out."""

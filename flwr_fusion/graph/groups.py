@@ -139,6 +139,7 @@ class ChannelGraph:
     example_inputs: Any = field(repr=False)
     trained_branches: bool = False
     work: int = 0
+    batch_normalised: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def trace(cls, model: nn.Module, example_inputs: Any) -> ChannelGraph:
@@ -179,6 +180,7 @@ class ChannelGraph:
             inputs,
             found.trained_branches,
             found.work,
+            found.batch_normalised,
         )
         return replace(graph, groups=checked_groups(graph))
 

@@ -112,6 +112,8 @@ class Traced:
         Whether there are layers that run in training only.
     work : int
         Numbers that a run computes or reads, as a measure of what it costs.
+    batch_normalised : dict of str to str
+        BatchNorm layers, and the layer whose outputs each of them normalises.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -119,6 +121,7 @@ class Traced:
     idle_layers: tuple[str, ...]
     trained_branches: bool
     work: int
+    batch_normalised: dict[str, str]
 
 
 def traced(model: nn.Module, inputs: Any) -> Traced:
@@ -141,7 +144,7 @@ def _untraced(model: nn.Module, because: str) -> Traced:
         rows = torch.arange(len(layer.weight))[:, None]  # type: ignore[arg-type]
         place = Place(key_of(name, "weight"), 0, rows, writes=True)
         groups.append(ChannelGroup(name, len(rows), (place,), because))
-    return Traced(tuple(groups), frozenset(), (), False, 0)
+    return Traced(tuple(groups), frozenset(), (), False, 0, {})
 
 
 def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -164,7 +167,8 @@ def _traced(model: nn.Module, inputs: Any) -> Traced:
     groups = _groups(trace, layers, order.numbers)
     # A number of a weight is read several times, and drawn and permuted for a check.
     work = trace.values + 10 * sum(parameter.numel() for parameter in model.parameters())
-    return Traced(tuple(groups), called & layers, never, len(never) < len(idle), work)
+    trained = len(never) < len(idle)
+    return Traced(tuple(groups), called & layers, never, trained, work, order.batch_normalised())
 
 
 @contextmanager
@@ -190,6 +194,9 @@ class _Order:
         self.names = {module: name for name, module in model.named_modules()}
         self.numbers: dict[str, int] = {}
         self.running: list[str] = []
+        # Outputs of layers, with the number of times that they had been written into.
+        self._outputs = WeakTensorKeyDictionary()
+        self._sources: dict[str, set[str]] = defaultdict(set)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -200,12 +207,26 @@ class _Order:
         ):
             yield
 
-    def _enter(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+    def batch_normalised(self) -> dict[str, str]:
+        """Return the BatchNorm layers that normalise what one layer gives, as it is; and which."""
+        return {
+            name: source
+            for name, sources in self._sources.items()
+            if len(sources) == 1 and (source := next(iter(sources)))
+        }
+
+    def _enter(self, module: nn.Module, inputs: Any, _output: Any) -> None:
         self.numbers.setdefault(self.names[module], len(self.numbers))
         self.running.append(self.names[module])
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            source, version = self._outputs.get(inputs, ("", -1))  # type: ignore[no-untyped-call]
+            unchanged = isinstance(inputs, Tensor) and inputs._version == version
+            self._sources[self.names[module]].add(source if unchanged else "")
 
-    def _leave(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+    def _leave(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         self.running.pop()
+        if isinstance(module, _LAYERS) and isinstance(output, Tensor):
+            self._outputs[output] = (self.names[module], output._version)
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,8 @@ def fuse_clients(
     settled = all(alignment.is_identity for alignment in alignments)
     maps = [alignment.maps for alignment in alignments]
     sent = base.state if base.given else None
-    fusion = Fusion(base.state, clients, sent, frozenset(tied_tensors(target)))
+    tied = frozenset(tied_tensors(target))
+    fusion = Fusion(base.state, clients, sent, tied, graph.batch_normalised)
     result = apply_rule(steps.rule, fusion, maps)
     fused = assemble_model(target, result.state)
     repaired = repair_network(

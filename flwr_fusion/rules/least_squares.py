@@ -127,8 +127,8 @@ class LeastSquares:
             return Combined(mean)
         options = self._with_defaults(moments, mean)
         if moments == "updates":
-            weights = by_update_moments(fusion, maps, mean, options)
-            return Combined(mean | weights, dict.fromkeys(weights, "update"))
+            weights, running_means = by_update_moments(fusion, maps, mean, options)
+            return Combined(mean | weights | running_means, dict.fromkeys(weights, "update"))
         sums = options._layer_sums(fusion, mean)
         for client, chosen in zip(fusion.clients, maps, strict=True):
             state = client.state()

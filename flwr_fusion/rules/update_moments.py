@@ -7,24 +7,21 @@ directions of its inputs a client has seen.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, map_tensor
 from flwr_fusion.networks import all_finite, key_of, module_of
 from flwr_fusion.progress import tracked
+from flwr_fusion.rules.running_means import running_mean_sums
+from flwr_fusion.rules.weight_view import WeightView
 
 if TYPE_CHECKING:
     from flwr_fusion.rules.least_squares import LeastSquares
 
-# Convolutions with more inputs have moments of the channels at each kernel position apart: a ninth
-# of the work for 3 x 3, and about as good (docs/results.md). Weights with more than the second have
-# moments of each channel's kernel, or of each input, alone.
-_MOST_JOINT, _MOST_INPUTS = 1024, 4608
 # Moments are symmetric: half of them is found in strips of at least so many rows.
 _STRIPS, _STRIP = 4, 256
 # Moments of more inputs are solved in single precision, where the ridge is not smaller than this.
@@ -33,88 +30,6 @@ _SMALL, _SAFE_RIDGE = 256, 0.01
 _AGREEMENT_OF_NOISE = 0.2
 # Changes of fewer values agree or contradict by chance.
 _FEWEST_OUTPUTS = 4
-
-
-@dataclass(frozen=True)
-class WeightView:
-    """A weight as blocks of (outputs, inputs), one for each set of inputs that meet.
-
-    Parameters
-    ----------
-    shape : torch.Size
-        Of the weight.
-    groups : int
-        Of a grouped convolution; 1 otherwise.
-    outputs_second : bool
-        Whether its second axis carries the outputs: transposed convolutions and embeddings.
-    """
-
-    shape: torch.Size
-    groups: int = 1
-    outputs_second: bool = False
-
-    @classmethod
-    def of(cls, name: str, shape: torch.Size, modules: Mapping[str, nn.Module]) -> WeightView:
-        """Return the view of a network's tensor."""
-        module = modules.get(module_of(name))
-        if isinstance(module, nn.modules.conv._ConvNd):
-            # A depthwise convolution of another width has as many groups as channels, too.
-            depthwise = module.groups == module.in_channels == module.out_channels > 1
-            return cls(shape, shape[0] if depthwise else module.groups, module.transposed)
-        return cls(shape, 1, isinstance(module, nn.Embedding))
-
-    def blocks(self, weight: Tensor) -> Tensor:
-        """Return a weight as (blocks, outputs, inputs of a block)."""
-        grouped = self._grouped(weight)
-        apart = self._apart(grouped.shape[2])
-        if apart == "nothing":
-            return grouped
-        pieces = grouped.reshape(*grouped.shape[:2], -1, self._kernel)
-        order = (0, 3, 1, 2) if apart == "positions" else (0, 2, 1, 3)
-        # As it lies: products of blocks that are spread over the memory take twice as long.
-        return pieces.permute(order).flatten(0, 1).contiguous()
-
-    def weight(self, blocks: Tensor) -> Tensor:
-        """Return blocks as the weight that they are of."""
-        pieces = blocks.reshape(self.groups, -1, *blocks.shape[1:])
-        apart = self._apart(blocks[0, 0].numel() * pieces.shape[1])
-        order = (0, 2, 3, 1) if apart == "positions" else (0, 2, 1, 3)
-        return self._ungrouped(pieces.permute(order).flatten(2))
-
-    @property
-    def _kernel(self) -> int:
-        return self.shape[2:].numel()
-
-    def _apart(self, inputs: int) -> Literal["nothing", "positions", "channels"]:
-        """Return what of so many inputs is taken apart into blocks."""
-        if inputs <= _MOST_JOINT or (self._kernel == 1 and inputs <= _MOST_INPUTS):
-            return "nothing"
-        return (
-            "positions"
-            if self._kernel > 1 and inputs // self._kernel <= _MOST_INPUTS
-            else "channels"
-        )
-
-    def row_norms(self, weight: Tensor) -> Tensor:
-        """Return the norm of every output's weights, as (groups, outputs)."""
-        norms: Tensor = self._grouped(weight).norm(dim=2)
-        return norms
-
-    def scaled_rows(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return a weight with every output's weights multiplied."""
-        return self._ungrouped(self._grouped(weight) * scale.unsqueeze(2))
-
-    def _grouped(self, weight: Tensor) -> Tensor:
-        """Return a weight as (groups, outputs, inputs with their kernel positions)."""
-        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
-        return (grouped.transpose(1, 2) if self.outputs_second else grouped).flatten(2)
-
-    def _ungrouped(self, grouped: Tensor) -> Tensor:
-        if not self.outputs_second:
-            return grouped.reshape(self.shape)
-        inputs = self.shape[0] // self.groups
-        split = grouped.reshape(self.groups, self.shape[1], inputs, -1)
-        return split.transpose(1, 2).reshape(self.shape)
 
 
 class UpdateSums:
@@ -275,17 +190,18 @@ def last_tensor(target: Mapping[str, Tensor]) -> str:
 
 def by_update_moments(
     fusion: Fusion, maps: Sequence[Maps], mean: Mapping[str, Tensor], options: LeastSquares
-) -> dict[str, Tensor]:
-    """Return the weights that moments of the updates give; the others stay the mean.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights that moments of the updates give, and the running means that fit them.
 
-    Clients are read after the mean is known, one at a time; held are the sums of all weights.
+    All else stays the mean. Clients are read after the mean is known, one at a time; held are the
+    sums of all weights.
     """
     assert fusion.sent is not None
     strength = options.strength
     if strength == "auto":
         strength = strength_of(_agreement(fusion, maps))
     if not strength:
-        return {}
+        return {}, {}
     modules = dict(fusion.clients[0].model().named_modules())
     sums = {
         name: UpdateSums(
@@ -294,6 +210,7 @@ def by_update_moments(
         for name, tensor in mean.items()
         if tensor.is_floating_point() and tensor.dim() > 1 and name not in fusion.tied
     }
+    running_means = running_mean_sums(fusion, mean, modules)
     pairs = list(zip(fusion.clients, maps, strict=True))
     for client, chosen in tracked(pairs, "moments of updates"):
         state = client.state()
@@ -301,8 +218,15 @@ def by_update_moments(
             if name not in client.absent:
                 value, present = _mapped(state[name], name, client, chosen)
                 total.add(value, present, client.weight**options.exponent)
+            for means in running_means:
+                means.add(client, state, chosen)
     solved = {name: total.solve(strength) for name, total in sums.items()}
-    return {n: t.to(mean[n].dtype) for n, t in solved.items() if t is not None and all_finite(t)}
+    weights = {n: t.to(mean[n].dtype) for n, t in solved.items() if t is not None and all_finite(t)}
+    return weights, {
+        means.name: means.moved(weights[means.weight])
+        for means in running_means
+        if means.weight in weights
+    }
 
 
 def _agreement(fusion: Fusion, maps: Sequence[Maps]) -> float:
