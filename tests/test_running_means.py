@@ -31,10 +31,10 @@ def inputs_of(layer: nn.Module) -> Tensor:
     return flat if isinstance(layer, nn.Linear) else flat[:, :, None, None].expand(-1, -1, 5, 5)
 
 
-def measured(model: nn.Sequential, x: Tensor) -> nn.Sequential:
+def measured(model: nn.Module, x: Tensor) -> nn.Module:
     """Return a network whose running statistics are those of its inputs."""
     model = copy.deepcopy(model)
-    for module in model:
+    for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_running_stats()
             module.momentum = None
@@ -52,7 +52,8 @@ def moved(start: nn.Module, seed: int) -> nn.Module:
 
 
 def running_mean(model: nn.Module) -> Tensor:
-    return model.state_dict()["1.running_mean"]
+    mean: Tensor = model.state_dict()["1.running_mean"]
+    return mean
 
 
 @pytest.mark.parametrize("name", LAYERS)
