@@ -10,14 +10,15 @@ from functools import cached_property
 import numpy as np
 import torch
 from fusion_simulation.data import LabelledImages, dirichlet_partition, label_skill_partition
+from fusion_simulation.settings import LABELS
 from fusion_simulation.task import Recipe, train
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.compared_methods import moments
 from flwr_fusion import calibrated_head
 from flwr_fusion.networks import key_of
 from flwr_fusion.statistics import ClassMoments, Statistics, class_moments
-from flwr_fusion.statistics.classes import scaled_to
+from flwr_fusion.statistics.classes import scaled_to, with_shares
 from flwr_fusion.strategy.heads import RIDGES
 
 SPECIAL_LABEL = 4
@@ -80,9 +81,20 @@ class Round:
         norms = [float(model.state_dict()[key].norm()) for model in self.trained]
         return sum(w * n for w, n in zip(self.weights, norms, strict=True)) / sum(self.weights)
 
-    def with_sent_head(self, fused: nn.Module) -> nn.Module:
-        """Return a fused network with the head that ``head="send"`` gives it."""
+    @cached_property
+    def label_shares(self) -> Tensor:
+        """How many of all images have each label."""
+        labels = torch.cat([client.images.labels.cpu() for client in self.clients])
+        return torch.bincount(labels, minlength=LABELS).float()
+
+    def with_sent_head(self, fused: nn.Module, shares: Tensor | None = None) -> nn.Module:
+        """Return a fused network with the head that ``head="send"`` gives it.
+
+        With ``shares`` as of labels in these.
+        """
         moments = self.class_moments(fused)
+        if shares is not None:
+            moments = with_shares(moments, shares)
         largest = self.head_norm(moments.layer)
         return calibrated_head(fused, moments, "soft", ridge=RIDGES["send"], largest_norm=largest)
 

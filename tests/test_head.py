@@ -27,7 +27,13 @@ from flwr_fusion.client import (
     attach_class_moments,
     declare_architecture,
 )
-from flwr_fusion.statistics.classes import pack_classes, scaled_to, unpack_classes, with_absent
+from flwr_fusion.statistics.classes import (
+    pack_classes,
+    scaled_to,
+    unpack_classes,
+    with_absent,
+    with_shares,
+)
 from flwr_fusion.strategy import CLAFusion, OTFusion
 from flwr_fusion.strategy.heads import Head
 from tests.support.grid import InProcessGrid
@@ -140,6 +146,25 @@ def test_clients_count_by_their_weight_and_classes_are_kept() -> None:
 
 
 # --- Heads ----------------------------------------------------------------------------------------
+
+
+def test_labels_count_as_all_clients_have_them() -> None:
+    model, (x, y) = network(), data()
+    # Of the last class hardly anything, of the first nothing.
+    few = torch.cat([(y == c).nonzero().flatten()[:most] for c, most in enumerate((0, 90, 60, 3))])
+    rare = ff.statistics.class_moments(model, [(x[few], y[few])])
+    shares = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    moments = with_shares(rare, shares)
+    torch.testing.assert_close(moments.counts, 153 * torch.tensor([0, 2, 3, 4]) / 9)
+    torch.testing.assert_close(moments.means(), rare.means())
+    torch.testing.assert_close(moments.within(), rare.within(), rtol=1e-3, atol=1e-3)
+
+    def rate(used: ff.statistics.ClassMoments) -> float:
+        """Return how often the rare class is the answer to its samples."""
+        answers = ff.calibrated_head(model, used, "soft")(x[y == 3]).argmax(1)
+        return float((answers == 3).float().mean())
+
+    assert rate(moments) > rate(rare) + 0.1
 
 
 def test_lda_is_scikit_learns() -> None:

@@ -61,11 +61,14 @@ class Method:
 
 
 def _with_head(ended: Round, name: str, fused: nn.Module) -> nn.Module:
-    """Return a fused network with the head that its own architecture's clients' moments give."""
+    """Return a fused network with the head that its own architecture's clients' moments give.
+
+    In the shares of the labels of all clients, as the strategy does it.
+    """
     pairs = zip(ended.clients, ended.trained, strict=True)
     own = [(client, model) for client, model in pairs if client.architecture == name]
     of_name = Round([client for client, _ in own], ended.sent, [model for _, model in own])
-    return of_name.with_sent_head(fused)
+    return of_name.with_sent_head(fused, ended.label_shares)
 
 
 METHODS = (

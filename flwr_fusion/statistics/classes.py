@@ -229,6 +229,19 @@ def with_absent(now: ClassMoments, before: ClassMoments) -> ClassMoments:
     return ClassMoments(now.counts + counts, now.sums + sums, second, now.layer)
 
 
+def with_shares(moments: ClassMoments, shares: Tensor) -> ClassMoments:
+    """Return moments as of samples in other shares of the classes that are in both.
+
+    The classes' means and the covariance within them stay, and how many samples there are.
+    """
+    both = (moments.counts > 0) & (shares > 0)
+    unit = moments.counts[both].sum() / shares[both].sum().clamp(min=1e-30)
+    counts = torch.where(both, unit * shares, moments.counts)
+    means = moments.means()
+    sums = counts.unsqueeze(1) * means
+    return ClassMoments(counts, sums, moments.within() + means.T @ sums, moments.layer)
+
+
 def pack_classes(moments: ClassMoments) -> dict[str, Tensor]:
     """Return class moments as named tensors to send: of the second moments the upper triangle."""
     packed = {

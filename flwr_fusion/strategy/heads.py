@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from flwr.app import ArrayRecord
 from flwr.common import log
-from torch import nn
+from torch import Tensor, nn
 
 from flwr_fusion.after.head import calibrated_head
 from flwr_fusion.errors import FusionError
@@ -23,6 +23,7 @@ from flwr_fusion.statistics.classes import (
     scaled_to,
     unpack_classes,
     with_absent,
+    with_shares,
 )
 from flwr_fusion.strategy.array_checks import arrays_of, state_of
 from flwr_fusion.strategy.checkpoint import Checkpoint
@@ -132,9 +133,11 @@ class CalibratedHeads:
         if not gathered:
             text = "round %s: no class moments came, the fused head stays; see flwr_fusion.client"
             log(WARNING, text, server_round)
+            return 0, rejections
+        shares = _label_shares([part for parts in gathered.values() for part in parts])
         for name, parts in gathered.items():
             try:
-                self._calibrate(name, parts)
+                self._calibrate(name, parts, shares)
             except FusionError as error:
                 text = "round %s: the fused head of '%s' stays: %s"
                 log(WARNING, text, server_round, name, error)
@@ -204,10 +207,15 @@ class CalibratedHeads:
             gathered[name] = [(min(weights[node], most), m) for node, m in believed.items()]
         return gathered, rejections
 
-    def _calibrate(self, name: str, parts: Sequence[tuple[float, ClassMoments]]) -> None:
+    def _calibrate(
+        self, name: str, parts: Sequence[tuple[float, ClassMoments]], shares: Tensor
+    ) -> None:
         moments = scaled_to([m for _, m in parts], [weight for weight, _ in parts])
         if name in self._moments:
             moments = with_absent(moments, self._moments[name])
+        if len(self._layers) > 1:
+            # An architecture's few clients may hold hardly any of a label that all others have.
+            moments = with_shares(moments, shares)
         fused = self._models.network(name)
         head = fused.get_submodule(self._layers[name])
         assert isinstance(head, nn.Linear)
@@ -227,6 +235,11 @@ class CalibratedHeads:
         else:
             self.served[name] = arrays
         log(INFO, "calibrated head of '%s' from %d clients", name, len(parts))
+
+
+def _label_shares(parts: Sequence[tuple[float, ClassMoments]]) -> Tensor:
+    """Return how much of all clients' data has each label."""
+    return torch.stack([weight * m.counts / m.samples for weight, m in parts]).sum(0)
 
 
 def _last_layer(name: str, model: nn.Module, example_inputs: Any) -> str:
