@@ -44,48 +44,48 @@ class RunningMeanSums:
         mean: Mapping[str, Tensor],
         modules: Mapping[str, nn.Module],
     ) -> None:
-        self.name, self.weight = key_of(norm, "running_mean"), key_of(layer, "weight")
-        self._bias = key_of(layer, "bias")
-        self._mean, self._mean_weight = mean[self.name], mean[self.weight]
-        self._view = WeightView.of(self.weight, self._mean_weight.shape, modules)
+        weight = key_of(layer, "weight")
+        self.name, self._bias = key_of(norm, "running_mean"), key_of(layer, "bias")
+        self._mean, self._mean_weight = mean[self.name], mean[weight]
+        self._view = WeightView.of(weight, self._mean_weight.shape, modules)
         blocks, _, inputs = self._view.kernel_sums(self._mean_weight).shape
-        self._products = self._mean.new_zeros((blocks, inputs, inputs), dtype=torch.float64)
+        self._products = torch.zeros(blocks, inputs, inputs, device=self._mean.device)
         self._sums = self._products.new_zeros(blocks, inputs, 1)
 
-    def add(self, client: Client, state: Mapping[str, Tensor], maps: Maps) -> None:
-        """Add a client; of channels that it has not, nothing is added."""
-        if {self.name, self.weight} & client.absent:
+    def add(self, weight: Tensor, client: Client, state: Mapping[str, Tensor], maps: Maps) -> None:
+        """Add a client with its weight in the fused channels; of what it has not, nothing."""
+        if self.name in client.absent:
             return
 
         def mapped(name: str) -> Tensor:
-            return map_tensor(state[name].double(), name, client.correspondence, maps)
+            return map_tensor(state[name].float(), name, client.correspondence, maps)
 
-        weight = self._view.kernel_sums(mapped(self.weight))
+        sums = self._view.kernel_sums(weight)
         means = mapped(self.name) - (mapped(self._bias) if self._bias in state else 0)
-        self._products.baddbmm_(weight.mT, weight, alpha=client.weight)
-        means = means.reshape(*weight.shape[:2], 1)
-        self._sums.baddbmm_(weight.mT, means, alpha=client.weight)
+        self._products.baddbmm_(sums.mT, sums, alpha=client.weight)
+        self._sums.baddbmm_(sums.mT, means.reshape(*sums.shape[:2], 1), alpha=client.weight)
 
     def moved(self, weight: Tensor) -> Tensor:
         """Return the running mean with a combined weight."""
-        products = self._products.clone()
+        products = self._products.double()
         diagonal = products.diagonal(dim1=1, dim2=2)
         diagonal += _RIDGE * diagonal.mean()
         diagonal[diagonal == 0] = 1.0
         factor, failed = torch.linalg.cholesky_ex(products)
         if bool(failed.any()):
             return self._mean
-        inputs = torch.cholesky_solve(self._sums, factor)
-        change = self._view.kernel_sums(weight.double() - self._mean_weight.double()) @ inputs
-        return (self._mean.double() + change.flatten()).to(self._mean.dtype)
+        inputs = torch.cholesky_solve(self._sums.double(), factor).float()
+        change = self._view.kernel_sums(weight.float() - self._mean_weight.float()) @ inputs
+        return (self._mean.float() + change.flatten()).to(self._mean.dtype)
 
 
 def running_mean_sums(
     fusion: Fusion, mean: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
-) -> list[RunningMeanSums]:
-    """Return empty sums for every BatchNorm layer that has running means, of a known layer."""
-    return [
-        RunningMeanSums(norm, layer, mean, modules)
-        for norm, layer in fusion.batch_normalised.items()
-        if {key_of(norm, "running_mean"), key_of(layer, "weight")} <= mean.keys()
-    ]
+) -> dict[str, list[RunningMeanSums]]:
+    """Return by weight empty sums for the BatchNorm layers that normalise its layer's outputs."""
+    found: dict[str, list[RunningMeanSums]] = {}
+    for norm, layer in fusion.batch_normalised.items():
+        weight = key_of(layer, "weight")
+        if {key_of(norm, "running_mean"), weight} <= mean.keys():
+            found.setdefault(weight, []).append(RunningMeanSums(norm, layer, mean, modules))
+    return found

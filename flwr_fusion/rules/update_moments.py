@@ -218,14 +218,14 @@ def by_update_moments(
             if name not in client.absent:
                 value, present = _mapped(state[name], name, client, chosen)
                 total.add(value, present, client.weight**options.exponent)
-            for means in running_means:
-                means.add(client, state, chosen)
+                for means in running_means.get(name, ()):
+                    means.add(value, client, state, chosen)
     solved = {name: total.solve(strength) for name, total in sums.items()}
     weights = {n: t.to(mean[n].dtype) for n, t in solved.items() if t is not None and all_finite(t)}
     return weights, {
-        means.name: means.moved(weights[means.weight])
-        for means in running_means
-        if means.weight in weights
+        means.name: means.moved(weight)
+        for name, weight in weights.items()
+        for means in running_means.get(name, ())
     }
 
 

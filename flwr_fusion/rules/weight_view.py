@@ -89,7 +89,9 @@ class WeightView:
     def kernel_sums(self, weight: Tensor) -> Tensor:
         """Return a weight summed over the positions of its kernel: (groups, outputs, inputs)."""
         grouped = self._grouped(weight)
-        return grouped.reshape(*grouped.shape[:2], -1, self._kernel).sum(3)
+        pieces = grouped.reshape(*grouped.shape[:2], -1, self._kernel)
+        # A product with ones is several times as fast as a sum over the last axis.
+        return pieces.squeeze(3) if self._kernel == 1 else pieces @ pieces.new_ones(self._kernel)
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """Return a weight as (groups, outputs, inputs with their kernel positions)."""
