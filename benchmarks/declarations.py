@@ -81,6 +81,8 @@ class Scale:
         ("resnet18", 10, "auto"),
         ("resnet18", 100, "mean"),
     )
+    # Networks whose first trace, and the transplantation of two, are measured.
+    first_calls: tuple[str, ...] = ("vgg16", "vit_b_16")
     # Images with which clients' statistics are timed.
     measured_images: int = 2048
     # How many networks are fused, and the rounds of federations.
@@ -159,6 +161,7 @@ SMOKE = Scale(
     timed_widths=(16,),
     timed_networks=(("mlp-16", 2),),
     timed_rounds=(("mlp-16", 2, "auto"),),
+    first_calls=("mlp-16",),
     measured_images=64,
     vgg="vgg-11-4",
     pruned_vgg="vgg-11-4",

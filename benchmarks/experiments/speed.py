@@ -78,6 +78,15 @@ def of_round(bench: Bench) -> Scores:
     }
 
 
+def of_first_calls(bench: Bench) -> Scores:
+    """Measure the first trace of a network, and transplantations of two."""
+    return {
+        f"{call}{GROUP}{name}": measured("print_first_call", name, call)
+        for name in bench.scale.first_calls
+        for call in ("trace", "transplantation")
+    }
+
+
 def measured(function: str, *arguments: object) -> dict[str, float]:
     """Return what a function of this module measures: seconds and memory, each in a process."""
     scores: dict[str, float] = {}
@@ -96,6 +105,22 @@ def print_fusion(quantity: str, name: str, count: int, starts: str) -> None:
         ff.ot_fusion, clients, example_inputs=inputs, reference=reference, combine="mean"
     )
     print(json.dumps(_figures(quantity, fuse, partial(ff.average, clients), "average")))
+
+
+def print_first_call(quantity: str, name: str, call: str) -> None:
+    """Measure the first call in this process, and print the figures as JSON."""
+    torch.set_num_threads(1)
+    sent, clients, inputs = clients_of(name, 2, "own starts")
+    size = sum(parameter.numel() for parameter in sent.parameters()) * 4 / 2**20
+    network: dict[str, float] = {"network, MiB": size} if quantity == "mebibytes" else {}
+    if call == "trace":
+        trace = partial(ff.ChannelGraph.trace, sent, inputs)
+        index = int(quantity == "mebibytes")
+        found = {f"first call, {('s', 'MiB')[index]}": _seconds_and_memory(trace)[index]}
+    else:
+        transplant = partial(ff.neuron_transplantation, clients, example_inputs=inputs)
+        found = _figures(quantity, transplant, partial(ff.average, clients), "average")
+    print(json.dumps(found | network))
 
 
 def print_round(quantity: str, name: str, count: int, combine: str) -> None:
@@ -167,6 +192,13 @@ EXPERIMENTS = (
         of_fusion,
         rows=f"starts{GROUP}networks",
         in_figure=("later / average",),
+    ),
+    _speed(
+        "speed-of-first-calls",
+        "Time and memory of the first call in a process: the trace, and a transplantation",
+        of_first_calls,
+        rows=f"call{GROUP}network",
+        in_figure=("first call, s",),
     ),
     _speed(
         "speed-of-rounds",

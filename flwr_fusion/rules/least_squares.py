@@ -47,9 +47,11 @@ class LeastSquares:
         Where the moments come from: what clients measured and sent (`Client.statistics`), or the
         clients' updates, ``G_k = D_k^T D_k / |D_k|^2`` with ``D_k`` the change of a weight from the
         model that was sent out. The latter asks nothing of the clients, and combines convolutions,
-        embeddings and projections too; biases and norms are the mean. "auto": the clients' where
-        clients of most of the weight sent them and the network has no convolutions; otherwise the
-        updates', where clients come from what was sent out; then the clients' again; else the mean.
+        embeddings and projections too; biases and norms are the mean, running means of BatchNorm
+        those that go with the weights (`flwr_fusion.rules.running_means`). "auto": the clients'
+        where clients of most of the weight sent them and the network has no convolutions; otherwise
+        the updates', where clients come from what was sent out; then the clients' again; else the
+        mean.
     shrinkage : float
         Factor of the moments' off-diagonals, in [0, 1]; 0: every input on its own.
     ridge : float
