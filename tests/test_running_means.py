@@ -104,6 +104,22 @@ def test_only_what_a_layer_gives_as_it_is_belongs_to_it() -> None:
     assert len(traced) == 20
 
 
+def test_running_means_that_clients_do_not_measure_stay() -> None:
+    torch.manual_seed(0)
+    start = measured(
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)),
+        x := torch.randn(64, 4) + 2,
+    )
+    clients = [moved(start, seed).eval() for seed in range(3)]  # Trained in evaluation mode.
+    fused = ff.ot_fusion(clients, WEIGHTS, example_inputs=x, reference=start, combine=UPDATES)
+    weights = [
+        model.state_dict()["0.weight"]
+        for model in (fused.model, ff.average(clients, WEIGHTS).model)
+    ]
+    assert not torch.allclose(*weights)
+    torch.testing.assert_close(running_mean(fused.model), running_mean(start))
+
+
 def test_running_means_that_nothing_explains_stay_where_they_are() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(4, 6, bias=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, map_tensor
-from flwr_fusion.networks import key_of
+from flwr_fusion.networks import all_finite, key_of
 from flwr_fusion.rules.weight_view import WeightView
 
 # Relative to the mean of the diagonal.
@@ -25,7 +25,8 @@ class RunningMeanSums:
     A client's running mean is ``mu_k = W_k m + b_k``, with ``m`` the mean of the layer's inputs in
     each channel and ``W_k`` its weight, summed over the kernel. Least squares over all clients,
     ``m = argmin sum_k w_k |W_k m + b_k - mu_k|^2``, gives ``m``, and that of a combined weight
-    ``W`` beside the mean ``A`` is ``sum_k w_k mu_k + (W - A) m``.
+    ``W`` beside the mean ``A`` is ``sum_k w_k mu_k + (W - A) m``. Running means that no client has
+    moved are constants which the weights were trained with, and stay.
 
     Parameters
     ----------
@@ -33,6 +34,8 @@ class RunningMeanSums:
         The BatchNorm layer, and the one whose outputs it normalises.
     mean : mapping of str to Tensor
         The mean of the clients, in the fused channels.
+    sent : mapping of str to Tensor
+        The model that was sent out, in the fused channels.
     modules : mapping of str to nn.Module
         The layers of a client's network.
     """
@@ -42,11 +45,13 @@ class RunningMeanSums:
         norm: str,
         layer: str,
         mean: Mapping[str, Tensor],
+        sent: Mapping[str, Tensor],
         modules: Mapping[str, nn.Module],
     ) -> None:
         weight = key_of(layer, "weight")
         self.name, self._bias = key_of(norm, "running_mean"), key_of(layer, "bias")
-        self._mean, self._mean_weight = mean[self.name], mean[weight]
+        self._mean, self._mean_weight, self._sent = mean[self.name], mean[weight], sent[self.name]
+        self._measured = False
         self._view = WeightView.of(weight, self._mean_weight.shape, modules)
         blocks, _, inputs = self._view.kernel_sums(self._mean_weight).shape
         self._products = torch.zeros(blocks, inputs, inputs, device=self._mean.device)
@@ -60,13 +65,17 @@ class RunningMeanSums:
         def mapped(name: str) -> Tensor:
             return map_tensor(state[name].float(), name, client.correspondence, maps)
 
-        sums = self._view.kernel_sums(weight)
-        means = mapped(self.name) - (mapped(self._bias) if self._bias in state else 0)
+        sums, means = self._view.kernel_sums(weight), mapped(self.name)
+        self._measured = self._measured or not torch.equal(means, self._sent.float())
+        if self._bias in state:
+            means = means - mapped(self._bias)
         self._products.baddbmm_(sums.mT, sums, alpha=client.weight)
         self._sums.baddbmm_(sums.mT, means.reshape(*sums.shape[:2], 1), alpha=client.weight)
 
     def moved(self, weight: Tensor) -> Tensor:
         """Return the running mean with a combined weight."""
+        if not self._measured:
+            return self._mean
         products = self._products.double()
         diagonal = products.diagonal(dim1=1, dim2=2)
         diagonal += _RIDGE * diagonal.mean()
@@ -76,16 +85,19 @@ class RunningMeanSums:
             return self._mean
         inputs = torch.cholesky_solve(self._sums.double(), factor).float()
         change = self._view.kernel_sums(weight.float() - self._mean_weight.float()) @ inputs
-        return (self._mean.float() + change.flatten()).to(self._mean.dtype)
+        moved = (self._mean.float() + change.flatten()).to(self._mean.dtype)
+        return moved if all_finite(moved) else self._mean
 
 
 def running_mean_sums(
     fusion: Fusion, mean: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> dict[str, list[RunningMeanSums]]:
     """Return by weight empty sums for the BatchNorm layers that normalise its layer's outputs."""
+    assert fusion.sent is not None
     found: dict[str, list[RunningMeanSums]] = {}
     for norm, layer in fusion.batch_normalised.items():
         weight = key_of(layer, "weight")
         if {key_of(norm, "running_mean"), weight} <= mean.keys():
-            found.setdefault(weight, []).append(RunningMeanSums(norm, layer, mean, modules))
+            sums = RunningMeanSums(norm, layer, mean, fusion.sent, modules)
+            found.setdefault(weight, []).append(sums)
     return found
