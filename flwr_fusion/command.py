@@ -17,7 +17,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flwr_fusion.errors import FusionError
+from flwr_fusion.errors import FusionError, InputError
 from flwr_fusion.graph.groups import ChannelGraph
 from flwr_fusion.methods.average import average
 from flwr_fusion.methods.ot import ot_fusion
@@ -95,9 +95,7 @@ def inputs_of(shape: str, tokens: int) -> Tensor:
 def _traced(network: nn.Module, inputs: Tensor) -> ChannelGraph:
     try:
         return ChannelGraph.trace(network, inputs)
-    except FusionError as error:
-        if "cannot be run" not in str(error):
-            raise
+    except InputError as error:
         raise FusionError(
             f"{error}. The input is one tensor of numbers, with --tokens of integers; networks "
             "that take something else are looked at in Python: flwr_fusion.ChannelGraph.trace"

@@ -9,6 +9,10 @@ class FusionError(ValueError):
     """A model, client, tensor, group or option that cannot be used, with what to do about it."""
 
 
+class InputError(FusionError):
+    """Inputs that a network cannot be run on."""
+
+
 class TooFewSamplesError(FusionError):
     """Data of which nothing is told, because sums over so few samples would tell of each."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
-from flwr_fusion.errors import FusionError
+from flwr_fusion.errors import FusionError, InputError
 
 CALIBRATION = "the calibration inputs"
 
@@ -152,7 +152,7 @@ def named_failure(who: str, what: str, inputs: Any = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise FusionError(f"{who} cannot be run on {what}: {error}{_hint(what, inputs)}") from error
+        raise InputError(f"{who} cannot be run on {what}: {error}{_hint(what, inputs)}") from error
 
 
 def _hint(what: str, inputs: Any) -> str:
