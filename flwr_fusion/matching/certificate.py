@@ -35,7 +35,7 @@ class IdentityCertificate:
 
     def __init__(self, reference: Mapping[str, Tensor]) -> None:
         self.reference = reference
-        self._gaps: dict[str, Tensor] = {}
+        self._gaps: dict[str, _Gaps] = {}
         self._means: dict[tuple[str, int, str], Tensor] = {}
 
     def costs(
@@ -83,9 +83,7 @@ class IdentityCertificate:
             total = torch.stack(
                 [apart[n][axis][segment.fused_positions].sum(1) for n, axis, segment in places]
             ).sum(0)
-            gap = self._gap(group.name, names, correspondence, norms)
-            # Weights that are not finite prove nothing.
-            if not bool((4 * total <= gap).all()):
+            if not self._gaps_of(group.name, names, correspondence, norms).reach(4 * total):
                 return None
             everywhere = sum(
                 self._mean_distance(client[n], n, axis, segment, norms[n])
@@ -99,14 +97,16 @@ class IdentityCertificate:
         same_shape = self.reference[name].shape == client[name].shape
         return same_shape and torch.equal(segment.fused_positions, segment.client_positions)
 
-    def _gap(
+    def _gaps_of(
         self, group: str, tensors: Collection[str], correspondence: Correspondence, norms: Norms
-    ) -> Tensor:
-        """Return ``min_j |a_i - a_j|^2`` of a group's channels; rounding only makes it smaller."""
+    ) -> _Gaps:
+        """Return what is known of ``min_j |a_i - a_j|^2`` of a group's channels."""
         if group not in self._gaps:
-            self._gaps[group] = _nearest(
+            # Every tensor counts as much: the small ones take less time.
+            by_size = sorted(tensors, key=lambda name: self.reference[name].numel())
+            self._gaps[group] = _Gaps(
                 channel_rows(self.reference[name], axis, segment.fused_positions) / norms[name][0]
-                for name in tensors
+                for name in by_size
                 for axis, segment in segments_of(group, name, correspondence)
             )
         return self._gaps[group]
@@ -166,16 +166,31 @@ def _mean_channel(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
     return channel_rows(tensor, axis, positions).mean(0).double()
 
 
-def _nearest(parts: Iterable[Tensor]) -> Tensor:
-    """Return for each row the least squared distance to another one, over all parts."""
-    squares: Tensor | float = 0.0
-    products: Tensor | float = 0.0
-    for rows in parts:
-        squares = squares + rows.square().sum(1)
-        products = products + rows @ rows.T
-    assert isinstance(squares, Tensor)
-    assert isinstance(products, Tensor)
-    scale = squares[:, None] + squares
-    # |a_i - a_j|^2 = |a_i|^2 + |a_j|^2 - 2 <a_i, a_j>.
-    distances = scale.sub(products, alpha=2).sub_(scale, alpha=_ROUNDING).clamp_(min=0)
-    return distances.fill_diagonal_(torch.inf).min(1).values
+class _Gaps:
+    """Least squared distance of each row to another one, from as many tensors as it takes.
+
+    Each tensor makes it larger; rounding only makes it smaller.
+    """
+
+    def __init__(self, parts: Iterable[Tensor]) -> None:
+        self._parts = iter(parts)
+        self._squares: Tensor | float = 0.0
+        self._products: Tensor | float = 0.0
+        self._least: Tensor | float = 0.0
+
+    def reach(self, needed: Tensor) -> bool:
+        """Whether the distances are at least these; never, of what is not finite."""
+        while not bool((needed <= self._least).all()):
+            rows = next(self._parts, None)
+            if rows is None:
+                return False
+            self._add(rows)
+        return True
+
+    def _add(self, rows: Tensor) -> None:
+        self._squares = rows.square().sum(1) + self._squares
+        self._products = rows @ rows.T + self._products
+        scale = self._squares[:, None] + self._squares
+        # |a_i - a_j|^2 = |a_i|^2 + |a_j|^2 - 2 <a_i, a_j>.
+        distances = scale.sub(self._products, alpha=2).sub_(scale, alpha=_ROUNDING).clamp_(min=0)
+        self._least = distances.fill_diagonal_(torch.inf).min(1).values

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from flwr_fusion.strategy.reasons import Reason, RejectedReply
 # Far above any weight of a network, far below where sums of squares overflow single precision.
 _LARGEST_VALUE = 1e12
 _LARGEST_COUNT = 1e15
+_USUAL_HEADER = 256
 _KINDS = {"f": "floating-point", "i": "integer", "u": "integer", "b": "boolean"}
 
 
@@ -184,11 +186,9 @@ def decode_array(name: str, array: Array, shape: tuple[int, ...]) -> NDArray[Any
     RejectedReply
         If the bytes are no array, or one of another shape or length.
     """
-    stream = io.BytesIO(array.data)
+    header = _header_of(array.data)
     try:
-        version = npy.read_magic(stream)
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        received, fortran_order, dtype = read_header(stream)
+        received, fortran_order, dtype = _read_header(header)
     except Exception as error:
         raise RejectedReply(Reason.UNREADABLE, f"array '{name}' cannot be read: {error}") from error
     if received != shape:
@@ -200,13 +200,33 @@ def decode_array(name: str, array: Array, shape: tuple[int, ...]) -> NDArray[Any
             Reason.TYPE, f"array '{name}' holds {dtype}, not numbers that PyTorch has"
         )
     size = math.prod(shape) * dtype.itemsize
-    payload = memoryview(array.data)[stream.tell() :]
+    payload = memoryview(array.data)[len(header) :]
     if len(payload) != size:
         raise RejectedReply(
             Reason.UNREADABLE, f"array '{name}' has {len(payload)} bytes of data instead of {size}"
         )
     flat: NDArray[Any] = np.frombuffer(payload, dtype)
     return flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)
+
+
+def _header_of(data: bytes) -> bytes:
+    """Return the bytes before an array's values: in npy's format they begin with their length."""
+    begin = 10 if data[6:7] == b"\1" else 12
+    return data[: begin + int.from_bytes(data[8:begin], "little")]
+
+
+def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return the shape, the order and the type that a header tells."""
+    # All clients' arrays of a name have the same header, and parsing it takes a while.
+    return (_parsed if len(header) <= _USUAL_HEADER else _parsed.__wrapped__)(header)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    stream = io.BytesIO(header)
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    return read(stream)
 
 
 def state_of(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
