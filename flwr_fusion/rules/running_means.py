@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flwr_fusion.fusion import Client, Fusion
-from flwr_fusion.maps import Maps, map_tensor
+from flwr_fusion.maps import Maps, coverage_along, map_tensor
 from flwr_fusion.networks import all_finite, key_of
 from flwr_fusion.rules.weight_view import WeightView
 
@@ -66,7 +66,11 @@ class RunningMeanSums:
             return map_tensor(state[name].float(), name, client.correspondence, maps)
 
         sums, means = self._view.kernel_sums(weight), mapped(self.name)
-        self._measured = self._measured or not torch.equal(means, self._sent.float())
+        differs = means != self._sent.float()
+        covered = coverage_along(self.name, client.correspondence, maps)
+        if covered is not None:
+            differs &= (covered[1] > 0).to(differs.device)
+        self._measured = self._measured or bool(differs.any())
         if self._bias in state:
             means = means - mapped(self._bias)
         self._products.baddbmm_(sums.mT, sums, alpha=client.weight)
