@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from flwr_fusion.client import (
     declare_architecture,
 )
 from flwr_fusion.statistics.classes import (
+    ClassMoments,
     pack_classes,
     scaled_to,
     unpack_classes,
@@ -35,7 +37,7 @@ from flwr_fusion.statistics.classes import (
     with_shares,
 )
 from flwr_fusion.strategy import CLAFusion, OTFusion
-from flwr_fusion.strategy.heads import Head
+from flwr_fusion.strategy.heads import Head, _implausible, _label_shares
 from tests.support.grid import InProcessGrid
 from tests.test_strategy import (
     DIGIT,
@@ -165,6 +167,26 @@ def test_labels_count_as_all_clients_have_them() -> None:
         return float((answers == 3).float().mean())
 
     assert rate(moments) > rate(rare) + 0.1
+
+
+def test_no_client_alone_in_its_architecture_decides_the_shares() -> None:
+    honest = ff.statistics.class_moments(network(), [data()])
+    liar = replace(honest, counts=torch.tensor([997.0, 1.0, 1.0, 1.0]))
+    shares = _label_shares([(300.0, honest), (300.0, honest), (1e9, liar)])
+    usual = _label_shares([(300.0, honest)] * 2 + [(3000.0, liar)])
+    torch.testing.assert_close(shares, usual)
+
+
+def test_a_class_of_one_huge_sample_is_not_believed() -> None:
+    moments = [ff.statistics.class_moments(network(), [data(300, seed, 3)]) for seed in range(3)]
+    sample = 4 * moments[0].means().norm(dim=1).max() * torch.eye(WIDTH)[0]
+    counts, sums = moments[2].counts.clone(), moments[2].sums.clone()
+    counts[3], sums[3] = 1, sample
+    second = moments[2].second + torch.outer(sample, sample)
+    moments[2] = ClassMoments(counts, sums, second, moments[2].layer)
+    odd = _implausible(dict(enumerate(moments)), dict.fromkeys(range(3), 300.0))
+    assert list(odd) == [2]
+    assert "square of the mean of a class" in odd[2]
 
 
 def test_lda_is_scikit_learns() -> None:

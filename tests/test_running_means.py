@@ -104,6 +104,42 @@ def test_only_what_a_layer_gives_as_it_is_belongs_to_it() -> None:
     assert len(traced) == 20
 
 
+class Tokens(nn.Module):
+    """BatchNorm normalises the tokens, not what the layer gives for each."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.norm, self.last = layer, nn.BatchNorm1d(5), nn.Linear(30, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.norm(self.layer(x)).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(4, 6), torch.randn(8, 5, 4)),
+        (nn.Embedding(9, 6), torch.arange(40).view(8, 5) % 9),
+    ],
+)
+def test_batchnorm_along_another_axis_keeps_the_mean(layer: nn.Module, x: Tensor) -> None:
+    start = Tokens(layer)
+    clients = [moved(start, seed).train() for seed in range(3)]
+    for client in clients:
+        client(x)
+    fused = ff.ot_fusion(clients, WEIGHTS, example_inputs=x, reference=start, combine=UPDATES)
+    expected = ff.average(clients, WEIGHTS).model.state_dict()["norm.running_mean"]
+    torch.testing.assert_close(fused.model.state_dict()["norm.running_mean"], expected)
+
+
+def test_networks_can_be_traced_in_inference_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.inference_mode():
+        graph = ff.ChannelGraph.trace(model, torch.randn(2, 4))
+    assert [group.fixed for group in graph.groups] == [True, False, True]
+
+
 def test_running_means_that_clients_do_not_measure_stay() -> None:
     torch.manual_seed(0)
     start = measured(

@@ -237,7 +237,7 @@ def test_auto_takes_what_there_is() -> None:
 def test_weights_of_many_inputs_have_moments_of_each_channel_alone(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flwr_fusion.rules.weight_view._MOST_INPUTS", most)
+    monkeypatch.setattr("flwr_fusion.rules.weight_view.MOST_INPUTS", most)
     start = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
     clients = [trained(start, seed) for seed in range(3)]
     fused = combined(start, clients, FREE)

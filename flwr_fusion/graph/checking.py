@@ -56,7 +56,8 @@ class _Run:
         self.is_noise = False
         self.state = drawn if dtype is None else in_precision(dict(drawn), dtype)
         self.inputs = in_precision(inputs, dtype)
-        self._expected = self.outputs(self.state)
+        # An output may be a view of a value, which is permuted in its place.
+        self._expected = [tensor.clone() for tensor in self.outputs(self.state)]
         precisions = {t.dtype for t in self._expected if t.is_floating_point()}
         self._eps = max((torch.finfo(p).eps for p in precisions), default=0.0)
 

@@ -308,11 +308,11 @@ class ChannelGraph:
         }
         try:
             for tensor, own in tensors.values():
-                _reorder(tensor, own)
+                _reorder_in_place(tensor, own)
             yield
         finally:
             for tensor, own in tensors.values():
-                _reorder(tensor, {axis: order.argsort() for axis, order in own.items()})
+                _reorder_in_place(tensor, {axis: order.argsort() for axis, order in own.items()})
 
     def _axis_orders(self, permutations: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
         """Return for every tensor that permuted groups index the order along each axis."""
@@ -377,8 +377,8 @@ def _reordered(tensor: Tensor, orders: Mapping[int, Tensor]) -> Tensor:
     return reordered
 
 
-def _reorder(tensor: Tensor, orders: Mapping[int, Tensor]) -> None:
-    """Bring the axes of a tensor into other orders in place, a part at a time."""
+def _reorder_in_place(tensor: Tensor, orders: Mapping[int, Tensor]) -> None:
+    """Bring the axes of a tensor into other orders, a part at a time."""
     for axis, order in orders.items():
         order = order.to(tensor.device)
         # Along another axis, so that a part holds all of this one; the first lies best.

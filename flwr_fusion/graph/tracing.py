@@ -220,13 +220,22 @@ class _Order:
         self.running.append(self.names[module])
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             source, version = self._outputs.get(inputs, ("", -1))  # type: ignore[no-untyped-call]
-            unchanged = isinstance(inputs, Tensor) and inputs._version == version
+            unchanged = source and inputs._version == version
             self._sources[self.names[module]].add(source if unchanged else "")
 
     def _leave(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         self.running.pop()
-        if isinstance(module, _LAYERS) and isinstance(output, Tensor):
+        if isinstance(output, Tensor) and _gives_channels_second(module, output):
             self._outputs[output] = (self.names[module], output._version)
+
+
+def _gives_channels_second(layer: nn.Module, output: Tensor) -> bool:
+    """Whether a layer's outputs stand along the axis that BatchNorm normalises, and are counted."""
+    if output.is_inference():  # Nobody counts how often these are written into.
+        return False
+    if isinstance(layer, nn.Linear):
+        return output.dim() == 2
+    return isinstance(layer, nn.modules.conv._ConvNd) and output.dim() == layer.weight.dim()
 
 
 @dataclass(frozen=True)

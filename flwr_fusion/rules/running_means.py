@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, coverage_along, map_tensor
 from flwr_fusion.networks import all_finite, key_of
-from flwr_fusion.rules.weight_view import WeightView
+from flwr_fusion.rules.weight_view import MOST_INPUTS, WeightView
 
 # Relative to the mean of the diagonal.
 _RIDGE = 0.01
@@ -36,8 +36,8 @@ class RunningMeanSums:
         The mean of the clients, in the fused channels.
     sent : mapping of str to Tensor
         The model that was sent out, in the fused channels.
-    modules : mapping of str to nn.Module
-        The layers of a client's network.
+    view : WeightView
+        Of the layer's weight.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class RunningMeanSums:
         layer: str,
         mean: Mapping[str, Tensor],
         sent: Mapping[str, Tensor],
-        modules: Mapping[str, nn.Module],
+        view: WeightView,
     ) -> None:
         weight = key_of(layer, "weight")
         self.name, self._bias = key_of(norm, "running_mean"), key_of(layer, "bias")
         self._mean, self._mean_weight, self._sent = mean[self.name], mean[weight], sent[self.name]
         self._measured = False
-        self._view = WeightView.of(weight, self._mean_weight.shape, modules)
+        self._view = view
         blocks, _, inputs = self._view.kernel_sums(self._mean_weight).shape
         self._products = torch.zeros(blocks, inputs, inputs, device=self._mean.device)
         self._sums = self._products.new_zeros(blocks, inputs, 1)
@@ -87,8 +87,8 @@ class RunningMeanSums:
         factor, failed = torch.linalg.cholesky_ex(products)
         if bool(failed.any()):
             return self._mean
-        inputs = torch.cholesky_solve(self._sums.double(), factor).float()
-        change = self._view.kernel_sums(weight.float() - self._mean_weight.float()) @ inputs
+        input_means = torch.cholesky_solve(self._sums.double(), factor).float()
+        change = self._view.kernel_sums(weight.float() - self._mean_weight.float()) @ input_means
         moved = (self._mean.float() + change.flatten()).to(self._mean.dtype)
         return moved if all_finite(moved) else self._mean
 
@@ -101,7 +101,11 @@ def running_mean_sums(
     found: dict[str, list[RunningMeanSums]] = {}
     for norm, layer in fusion.batch_normalised.items():
         weight = key_of(layer, "weight")
-        if {key_of(norm, "running_mean"), weight} <= mean.keys():
-            sums = RunningMeanSums(norm, layer, mean, fusion.sent, modules)
+        if not {key_of(norm, "running_mean"), weight} <= mean.keys():
+            continue
+        view = WeightView.of(weight, mean[weight].shape, modules)
+        # A matrix of more inputs would be too large.
+        if view.kernel_sums(mean[weight]).shape[2] <= MOST_INPUTS:
+            sums = RunningMeanSums(norm, layer, mean, fusion.sent, view)
             found.setdefault(weight, []).append(sums)
     return found

@@ -14,7 +14,7 @@ from flwr_fusion.networks import module_of
 # Convolutions with more inputs have moments of the channels at each kernel position apart: a ninth
 # of the work for 3 x 3, and about as good (docs/results.md). Weights with more than the second have
 # moments of each channel's kernel, or of each input, alone.
-_MOST_JOINT, _MOST_INPUTS = 1024, 4608
+_MOST_JOINT, MOST_INPUTS = 1024, 4608
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class WeightView:
 
     def _apart(self, inputs: int) -> Literal["nothing", "positions", "channels"]:
         """Return what of so many inputs is taken apart into blocks."""
-        if inputs <= _MOST_JOINT or (self._kernel == 1 and inputs <= _MOST_INPUTS):
+        if inputs <= _MOST_JOINT or (self._kernel == 1 and inputs <= MOST_INPUTS):
             return "nothing"
         return (
             "positions"
-            if self._kernel > 1 and inputs // self._kernel <= _MOST_INPUTS
+            if self._kernel > 1 and inputs // self._kernel <= MOST_INPUTS
             else "channels"
         )
 

@@ -30,6 +30,7 @@ from flwr_fusion.statistics.wire import HUGE, check_numbers, symmetric, upper_tr
 MOST_SAMPLES = 1e9
 # By how much sums in single precision may break what holds for all vectors.
 _ROUNDING = 1e-4
+_MOST_TIMES = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,11 +233,13 @@ def with_absent(now: ClassMoments, before: ClassMoments) -> ClassMoments:
 def with_shares(moments: ClassMoments, shares: Tensor) -> ClassMoments:
     """Return moments as of samples in other shares of the classes that are in both.
 
-    The classes' means and the covariance within them stay, and how many samples there are.
+    The shares may be of any sum. The classes' means and the covariance within them stay. A sample
+    counts as fifty at most: the mean of few tells little.
     """
     both = (moments.counts > 0) & (shares > 0)
     unit = moments.counts[both].sum() / shares[both].sum().clamp(min=1e-30)
     counts = torch.where(both, unit * shares, moments.counts)
+    counts = counts.minimum(_MOST_TIMES * moments.counts)
     means = moments.means()
     sums = counts.unsqueeze(1) * means
     return ClassMoments(counts, sums, moments.within() + means.T @ sums, moments.layer)

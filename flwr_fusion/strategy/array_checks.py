@@ -22,6 +22,7 @@ from flwr_fusion.strategy.reasons import Reason, RejectedReply
 # Far above any weight of a network, far below where sums of squares overflow single precision.
 _LARGEST_VALUE = 1e12
 _LARGEST_COUNT = 1e15
+# Bytes of headers that are remembered: long ones are somebody's attempt to fill the memory.
 _USUAL_HEADER = 256
 _KINDS = {"f": "floating-point", "i": "integer", "u": "integer", "b": "boolean"}
 
@@ -218,10 +219,14 @@ def _header_of(data: bytes) -> bytes:
 def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Return the shape, the order and the type that a header tells."""
     # All clients' arrays of a name have the same header, and parsing it takes a while.
-    return (_parsed if len(header) <= _USUAL_HEADER else _parsed.__wrapped__)(header)
+    return _remembered(header) if len(header) <= _USUAL_HEADER else _parsed(header)
 
 
 @lru_cache(maxsize=4096)
+def _remembered(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    return _parsed(header)
+
+
 def _parsed(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     stream = io.BytesIO(header)
     version = npy.read_magic(stream)

@@ -44,7 +44,12 @@ _LARGEST_SHARE = 10
 _FEWEST_COMPARED = 3
 # Where there are three clients, one is not believed whose number of examples or of samples is so
 # many times the median, or whose features are so many times as large: all ran the same network.
-_IMPLAUSIBLE = {"examples": 100.0, "samples": 100.0, "mean square of its features": 10.0}
+_IMPLAUSIBLE = {
+    "examples": 100.0,
+    "samples": 100.0,
+    "mean square of its features": 10.0,
+    "square of the mean of a class": 10.0,
+}
 
 
 class CalibratedHeads:
@@ -238,8 +243,12 @@ class CalibratedHeads:
 
 
 def _label_shares(parts: Sequence[tuple[float, ClassMoments]]) -> Tensor:
-    """Return how much of all clients' data has each label."""
-    return torch.stack([weight * m.counts / m.samples for weight, m in parts]).sum(0)
+    """Return how much of the weight of all clients each label has.
+
+    A client alone in its architecture is capped by the others, too.
+    """
+    most = _LARGEST_SHARE * median(weight for weight, _ in parts)
+    return torch.stack([min(w, most) * m.counts / m.samples for w, m in parts]).sum(0)
 
 
 def _last_layer(name: str, model: nn.Module, example_inputs: Any) -> str:
@@ -258,6 +267,9 @@ def _implausible(
         "samples": {node: moments.samples for node, moments in by_node.items()},
         "mean square of its features": {
             node: float(m.second.diagonal().sum()) / m.samples for node, m in by_node.items()
+        },
+        "square of the mean of a class": {
+            node: float(m.means().square().sum(1).max()) for node, m in by_node.items()
         },
     }
     odd: dict[int, str] = {}
