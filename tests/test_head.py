@@ -647,6 +647,25 @@ def test_every_architecture_has_its_head() -> None:
         assert largest_difference(sent.arrays[name], plain.arrays[name]) > 0.01
 
 
+def test_labels_that_an_architecture_lacks_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    def build(partition: int) -> nn.Module:
+        return digits_network(0)
+
+    def forget(tensors: dict[str, Tensor]) -> None:
+        for kind in ("counts", "sums"):
+            tensors[f"4.{kind}"][3] = 0
+
+    def spoil(partition: int, content: RecordDict) -> None:
+        if partition % 2 == 0:  # The clients of "narrow".
+            changed(content, forget)
+
+    networks = {"narrow": build(0), "wide": build(1)}
+    strategy = CLAFusion(networks, DIGIT, head="serve")
+    with caplog.at_level(logging.WARNING):
+        strategy.start(InProcessGrid(head_app(spoil, build=build), NODES), num_rounds=1)
+    assert "no client of 'narrow' has told of labels [3]" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -136,7 +136,10 @@ class CalibratedHeads:
         """
         gathered, rejections = self._gathered(answers, weights, name_of)
         if not gathered:
-            text = "round %s: no class moments came, the fused head stays; see flwr_fusion.client"
+            text = (
+                "round %s: no class moments came, the fused head stays: clients send them by "
+                "attach_class_moments in @app.evaluate()"
+            )
             log(WARNING, text, server_round)
             return 0, rejections
         shares = _label_shares([part for parts in gathered.values() for part in parts])
@@ -221,6 +224,10 @@ class CalibratedHeads:
         if len(self._layers) > 1:
             # An architecture's few clients may hold hardly any of a label that all others have.
             moments = with_shares(moments, shares)
+            lacking = ((moments.counts == 0) & (shares > 0)).nonzero().flatten().tolist()
+            if lacking:
+                text = "no client of '%s' has told of labels %s: its head will hardly answer them"
+                log(WARNING, text, name, lacking)
         fused = self._models.network(name)
         head = fused.get_submodule(self._layers[name])
         assert isinstance(head, nn.Linear)
