@@ -111,16 +111,16 @@ def print_first_call(quantity: str, name: str, call: str) -> None:
     """Measure the first call in this process, and print the figures as JSON."""
     torch.set_num_threads(1)
     sent, clients, inputs = clients_of(name, 2, "own starts")
-    size = sum(parameter.numel() for parameter in sent.parameters()) * 4 / 2**20
-    network: dict[str, float] = {"network, MiB": size} if quantity == "mebibytes" else {}
     if call == "trace":
-        trace = partial(ff.ChannelGraph.trace, sent, inputs)
-        index = int(quantity == "mebibytes")
-        found = {f"first call, {('s', 'MiB')[index]}": _seconds_and_memory(trace)[index]}
+        seconds, mebibytes = _seconds_and_memory(partial(ff.ChannelGraph.trace, sent, inputs))
+        first = {"seconds": {"first call, s": seconds}, "mebibytes": {"first call, MiB": mebibytes}}
+        found = first[quantity]
     else:
         transplant = partial(ff.neuron_transplantation, clients, example_inputs=inputs)
         found = _figures(quantity, transplant, partial(ff.average, clients), "average")
-    print(json.dumps(found | network))
+    if quantity == "mebibytes":
+        found["network, MiB"] = sum(p.numel() * p.element_size() for p in sent.parameters()) / 2**20
+    print(json.dumps(found))
 
 
 def print_round(quantity: str, name: str, count: int, combine: str) -> None:

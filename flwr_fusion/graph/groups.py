@@ -284,10 +284,10 @@ class ChannelGraph:
             The permuted state dict.
         """
         orders = self._axis_orders(permutations)
-        return {
-            name: _reordered(tensor, orders[name]) if name in orders else tensor
-            for name, tensor in state.items()
-        }
+        permuted = {n: tensor.clone() if n in orders else tensor for n, tensor in state.items()}
+        for name, own in orders.items():
+            _reorder_in_place(permuted[name], own)
+        return permuted
 
     @contextmanager
     def permuted(
@@ -359,22 +359,6 @@ class ChannelGraph:
                 rows[index] = torch.tensordot(factor.to(tensor), rows[index], dims=1)
                 mixed[place.tensor] = tensor
         return mixed
-
-
-def _reordered(tensor: Tensor, orders: Mapping[int, Tensor]) -> Tensor:
-    """Return a tensor with its axes in other orders, a few rows at a time."""
-    rows = orders.get(0, torch.arange(len(tensor))).to(tensor.device)
-    others = {axis: order.to(tensor.device) for axis, order in orders.items() if axis != 0}
-    if not others:
-        return tensor.index_select(0, rows)
-    size = max(1, _BLOCK * len(tensor) // max(1, tensor.numel()))
-    reordered = torch.empty_like(tensor)
-    for part, chosen in zip(torch.split(reordered, size), torch.split(rows, size), strict=True):
-        taken = tensor.index_select(0, chosen)
-        for axis, order in others.items():
-            taken = taken.index_select(axis, order)
-        part.copy_(taken)
-    return reordered
 
 
 def _reorder_in_place(tensor: Tensor, orders: Mapping[int, Tensor]) -> None:

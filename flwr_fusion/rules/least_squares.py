@@ -17,6 +17,7 @@ from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, along, coverage_along, map_channels, map_tensor
 from flwr_fusion.networks import all_finite, key_of
 from flwr_fusion.rules.mean import Mean
+from flwr_fusion.rules.ridge import ridge_solution
 from flwr_fusion.rules.rule import Combined
 from flwr_fusion.rules.update_moments import by_update_moments
 from flwr_fusion.statistics.comparison import mean_square_of_inputs
@@ -416,16 +417,11 @@ class _LayerSums:
         if self._silent:
             residual += blocks.split(*_both(self._silent)) @ average
         moments = average * (self._measured_weight + self._silent_weight)
-        diagonal = moments.diagonal(dim1=1, dim2=2)
-        diagonal += self._options.ridge * diagonal.mean()
-        if not self._options.ridge:
-            # What never occurs has no residual either: with any curvature it keeps the mean.
-            diagonal[diagonal == 0] = 1.0
-        # W = A + R (D + r I)^-1 by Cholesky: D is symmetric and positive.
-        factor, failed = torch.linalg.cholesky_ex(moments)
-        if bool(failed.any()):
+        # W = A + R (D + r I)^-1.
+        solved = ridge_solution(moments, residual, self._options.ridge)
+        if solved is None:
             return None
-        change = blocks.join(torch.cholesky_solve(residual.mT, factor).mT)
+        change = blocks.join(solved)
         strength = 1.0 if self._options.strength == "auto" else self._options.strength
         layer = self._bounded([c * strength for c in change if c is not None])
         layer = [t.to(mean.dtype) for t, mean in zip(layer, self._mean, strict=False)]

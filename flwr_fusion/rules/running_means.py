@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, coverage_along, map_tensor
 from flwr_fusion.networks import all_finite, key_of
+from flwr_fusion.rules.ridge import ridge_solution
 from flwr_fusion.rules.weight_view import MOST_INPUTS, WeightView
 
 # Relative to the mean of the diagonal.
@@ -53,9 +54,9 @@ class RunningMeanSums:
         self._mean, self._mean_weight, self._sent = mean[self.name], mean[weight], sent[self.name]
         self._measured = False
         self._view = view
-        blocks, _, inputs = self._view.kernel_sums(self._mean_weight).shape
-        self._products = torch.zeros(blocks, inputs, inputs, device=self._mean.device)
-        self._sums = self._products.new_zeros(blocks, inputs, 1)
+        groups, inputs = view.groups, view.inputs
+        self._products = torch.zeros(groups, inputs, inputs, device=self._mean.device)
+        self._sums = self._products.new_zeros(groups, 1, inputs)
 
     def add(self, weight: Tensor, client: Client, state: Mapping[str, Tensor], maps: Maps) -> None:
         """Add a client with its weight in the fused channels; of what it has not, nothing."""
@@ -74,21 +75,18 @@ class RunningMeanSums:
         if self._bias in state:
             means = means - mapped(self._bias)
         self._products.baddbmm_(sums.mT, sums, alpha=client.weight)
-        self._sums.baddbmm_(sums.mT, means.reshape(*sums.shape[:2], 1), alpha=client.weight)
+        means = means.reshape(len(sums), 1, -1)
+        self._sums.baddbmm_(means, sums, alpha=client.weight)
 
     def moved(self, weight: Tensor) -> Tensor:
         """Return the running mean with a combined weight."""
         if not self._measured:
             return self._mean
-        products = self._products.double()
-        diagonal = products.diagonal(dim1=1, dim2=2)
-        diagonal += _RIDGE * diagonal.mean()
-        diagonal[diagonal == 0] = 1.0
-        factor, failed = torch.linalg.cholesky_ex(products)
-        if bool(failed.any()):
+        input_means = ridge_solution(self._products.double(), self._sums.double(), _RIDGE)
+        if input_means is None:
             return self._mean
-        input_means = torch.cholesky_solve(self._sums.double(), factor).float()
-        change = self._view.kernel_sums(weight.float() - self._mean_weight.float()) @ input_means
+        moved_weight = self._view.kernel_sums(weight.float() - self._mean_weight.float())
+        change = moved_weight @ input_means.mT.float()
         moved = (self._mean.float() + change.flatten()).to(self._mean.dtype)
         return moved if all_finite(moved) else self._mean
 
@@ -105,7 +103,7 @@ def running_mean_sums(
             continue
         view = WeightView.of(weight, mean[weight].shape, modules)
         # A matrix of more inputs would be too large.
-        if view.kernel_sums(mean[weight]).shape[2] <= MOST_INPUTS:
+        if view.inputs <= MOST_INPUTS:
             sums = RunningMeanSums(norm, layer, mean, fusion.sent, view)
             found.setdefault(weight, []).append(sums)
     return found

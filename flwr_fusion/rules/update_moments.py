@@ -16,6 +16,7 @@ from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, map_tensor
 from flwr_fusion.networks import all_finite, key_of, module_of
 from flwr_fusion.progress import tracked
+from flwr_fusion.rules.ridge import ridge_solution
 from flwr_fusion.rules.running_means import running_mean_sums
 from flwr_fusion.rules.weight_view import WeightView
 
@@ -90,16 +91,11 @@ class UpdateSums:
         single = size > _SMALL and options.ridge >= _SAFE_RIDGE
         precision = torch.float32 if single else torch.float64
         moments = self._moments.to(precision, copy=True)
-        diagonal = moments.diagonal(dim1=1, dim2=2)
-        if not bool(diagonal.any()):
+        if not bool(moments.diagonal(dim1=1, dim2=2).any()):
             return None
-        diagonal += options.ridge * diagonal.mean()
-        diagonal[diagonal == 0] = 1.0
-        # Of the moments it reads the lower triangle.
-        factor, failed = torch.linalg.cholesky_ex(moments)
-        if bool(failed.any()):
+        solved = ridge_solution(moments, self._residual.to(precision), options.ridge)
+        if solved is None:
             return None
-        solved = torch.cholesky_solve(self._residual.to(precision).mT, factor).mT
         return self._bounded(strength * self._view.weight(solved).double())
 
     def _bounded(self, change: Tensor) -> Tensor:

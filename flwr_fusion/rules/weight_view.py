@@ -64,6 +64,11 @@ class WeightView:
         return self._ungrouped(pieces.permute(order).flatten(2))
 
     @property
+    def inputs(self) -> int:
+        """The number of inputs of a group, whatever the kernel."""
+        return self.shape[0] // self.groups if self.outputs_second else self.shape[1]
+
+    @property
     def _kernel(self) -> int:
         return self.shape[2:].numel()
 
@@ -101,6 +106,5 @@ class WeightView:
     def _ungrouped(self, grouped: Tensor) -> Tensor:
         if not self.outputs_second:
             return grouped.reshape(self.shape)
-        inputs = self.shape[0] // self.groups
-        split = grouped.reshape(self.groups, self.shape[1], inputs, -1)
+        split = grouped.reshape(self.groups, self.shape[1], self.inputs, -1)
         return split.transpose(1, 2).reshape(self.shape)

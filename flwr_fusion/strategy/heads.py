@@ -211,8 +211,7 @@ class CalibratedHeads:
             believed = {node: m for node, m in by_node.items() if node not in odd}
             if not believed:
                 continue
-            most = _LARGEST_SHARE * median(weights[node] for node in believed)
-            gathered[name] = [(min(weights[node], most), m) for node, m in believed.items()]
+            gathered[name] = _capped([(weights[node], m) for node, m in believed.items()])
         return gathered, rejections
 
     def _calibrate(
@@ -254,8 +253,13 @@ def _label_shares(parts: Sequence[tuple[float, ClassMoments]]) -> Tensor:
 
     A client alone in its architecture is capped by the others, too.
     """
+    return torch.stack([weight * m.counts / m.samples for weight, m in _capped(parts)]).sum(0)
+
+
+def _capped(parts: Sequence[tuple[float, ClassMoments]]) -> list[tuple[float, ClassMoments]]:
+    """Return class moments with weights that are no more than some times the median one."""
     most = _LARGEST_SHARE * median(weight for weight, _ in parts)
-    return torch.stack([min(w, most) * m.counts / m.samples for w, m in parts]).sum(0)
+    return [(min(weight, most), moments) for weight, moments in parts]
 
 
 def _last_layer(name: str, model: nn.Module, example_inputs: Any) -> str:
