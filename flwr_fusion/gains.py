@@ -11,6 +11,7 @@ from flwr_fusion.errors import FusionError
 from flwr_fusion.graph.groups import ChannelGraph
 from flwr_fusion.graph.outputs import in_precision, outputs, random_inputs, random_state
 from flwr_fusion.maps import Correspondence, Linear, map_tensor
+from flwr_fusion.precision import widest_for
 
 # Gradients of networks that compute the same are parallel, up to the rounding of parts that the
 # network computes in single precision.
@@ -75,8 +76,9 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """Return for each linear group the gradient of an output by what reads its first channel."""
     generator = torch.Generator().manual_seed(1)
-    inputs = in_precision(random_inputs(graph.example_inputs, generator), torch.float64)
-    state = in_precision(dict(values), torch.float64)
+    precise = widest_for(values.values())
+    inputs = in_precision(random_inputs(graph.example_inputs, generator), precise)
+    state = in_precision(dict(values), precise)
     is_fused = graph is correspondence.fused
     places = [
         (group.name, name, axis, s.fused_positions if is_fused else s.client_positions)
@@ -87,10 +89,10 @@ def _gradients(
     leaves = {name: state[name].clone().requires_grad_() for _, name, _, _ in places}
     with torch.enable_grad():
         found = outputs(graph.model, {**state, **leaves}, inputs)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=precise)
         for tensor in found:
             weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            total = total + (tensor.double() * weights.to(tensor.device)).sum().cpu()
+            total = total + (tensor * weights.to(tensor)).sum().cpu()
     gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
     identity = correspondence.identity()
     parts: dict[str, list[Tensor]] = {}

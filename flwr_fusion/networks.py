@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.observe import call, evaluation_mode, moved_to, tensors_of
+from flwr_fusion.precision import numbers, widest_of
 
 _PART = 1_000_000
 # By the names of their classes, so that nothing must be imported for it.
@@ -97,28 +98,43 @@ def detached_state(model: nn.Module) -> dict[str, Tensor]:
 
 def squared_norm(state: Mapping[str, Tensor], who: str) -> float:
     """Return the sum of squares of all floating-point values; refuse non-finite ones by name."""
-    total = 0.0
+    norms: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.detach().resolve_conj())
         if tensor.is_floating_point():
             # In parts: the norm in double precision makes a copy of what it is given.
             parts = torch.split(tensor.detach().flatten(), _PART)
-            norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
-            square = float(torch.stack(norms).square().sum())
-            if not math.isfinite(square):
-                raise FusionError(f"{who}: tensor '{name}' has non-finite values")
-            total += square
-    return total
+            precise = widest_of(tensor.device)
+            norms[name] = torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(part, dtype=precise) for part in parts])
+            )
+    found = dict(zip(norms, numbers(norms.values()), strict=True))
+    for name, norm in found.items():
+        # In single precision squares may be too large for a number of finite values.
+        if not math.isfinite(norm) and not all_finite(state[name]):
+            raise FusionError(f"{who}: tensor '{name}' has non-finite values")
+    return sum(norm**2 for norm in found.values())
+
+
+def names_of_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors with a value that is infinite or not a number.
+
+    Found without copies, and with one wait for the device.
+    """
+    finite: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
+            real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+            # Both are NaN if one is. `isfinite` of every value takes 25 times as long, and memory.
+            finite[name] = torch.stack(torch.aminmax(real.detach())).isfinite().all()
+    found = numbers(finite.values())
+    return [name for name, is_finite in zip(finite, found, strict=True) if not is_finite]
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no value that is infinite or not a number, found without a copy."""
-    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    # Both are NaN if one value is. `isfinite` of every value takes 25 times as long, and memory.
-    return bool(torch.stack(torch.aminmax(real.detach())).isfinite().all())
+    """Whether a tensor has no value that is infinite or not a number."""
+    return not names_of_not_finite({"": tensor})
 
 
 def depth_and_size(model: nn.Module) -> tuple[int, int]:
@@ -283,7 +299,7 @@ def check_same_function(model: nn.Module, target: nn.Module, example_inputs: Any
             torch.manual_seed(0)
             output = call(network, moved_to(network, example_inputs))
         leaves = [torch.view_as_real(x) if x.is_complex() else x for x in tensors_of(output)]
-        outputs.append(torch.cat([x.double().cpu().flatten() for x in leaves]))
+        outputs.append(torch.cat([x.cpu().double().flatten() for x in leaves]))
     same = outputs[0].shape == outputs[1].shape
     if not same or float((outputs[0] - outputs[1]).norm()) > 1e-2 * float(outputs[0].norm()):
         raise FusionError(

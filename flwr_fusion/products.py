@@ -32,6 +32,7 @@ from flwr_fusion.maps import (
     map_tensor,
 )
 from flwr_fusion.networks import key_of, module_of
+from flwr_fusion.precision import decomposed, numbers, thin_svd
 from flwr_fusion.statistics.moments import LayerStatistics, Statistics
 
 # Directions that all products have together; beyond, the weakest are left out.
@@ -60,9 +61,9 @@ class Factors:
     def decomposed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return left vectors, singular values and right vectors: ``U diag(s) V^T``, thin."""
         # B = Q_b R_b, A^T = Q_a R_a, so B A = Q_b (R_b R_a^T) Q_a^T: the middle is rank x rank.
-        left, upper = torch.linalg.qr(self.reads)
-        right, other = torch.linalg.qr(self.writes.T)
-        u, values, vh = torch.linalg.svd(upper @ other.T, full_matrices=False)
+        left, upper = decomposed(torch.linalg.qr, self.reads)
+        right, other = decomposed(torch.linalg.qr, self.writes.T)
+        u, values, vh = thin_svd(upper @ other.T)
         return left @ u, values, right @ vh.T
 
 
@@ -88,7 +89,7 @@ def balanced(
     tuple of (Factors, float)
         And the share of the product's squared norm that is left out (Eckart & Young 1936).
     """
-    u, values, vh = torch.linalg.svd(core, full_matrices=False)
+    u, values, vh = thin_svd(core)
     kept = values[:rank]
     used = kept > _NOTHING * values.max() if values.numel() else kept > 0
     roots = kept[used].sqrt()
@@ -99,8 +100,9 @@ def balanced(
     writes = spare.to(left).clone()
     reads[:, : len(roots)] = vectors * signs * roots
     writes[: len(roots)] = (signs * roots)[:, None] * others
-    total = float(values.square().sum())
-    return Factors(reads, writes), float(values[rank:].square().sum()) / max(total, 1e-30)
+    squares = values.square()
+    lost, total = numbers([squares[rank:].sum(), squares.sum()])
+    return Factors(reads, writes), lost / max(total, 1e-30)
 
 
 class SpannedDirections:
@@ -130,8 +132,8 @@ class SpannedDirections:
 
 def _strongest(parts: Sequence[Tensor], orthonormal: bool = True) -> Tensor:
     """Return the strongest directions of columns, as long as they are heavy or all of length 1."""
-    basis, upper = torch.linalg.qr(torch.cat(list(parts), 1))
-    u, values, _ = torch.linalg.svd(upper, full_matrices=False)
+    basis, upper = decomposed(torch.linalg.qr, torch.cat(list(parts), 1))
+    u, values, _ = thin_svd(upper)
     # At least one: a core without entries is no tensor to work with.
     count = max(1, int((values > _NOTHING * values.max()).sum()))
     chosen = slice(min(count, _MOST_DIRECTIONS))
@@ -381,8 +383,7 @@ def _products(fusion: Fusion, maps: Sequence[Maps]) -> list[_Product]:
         return products
     cores = [product.core(factors_of(product.group, fusion.sent)) for product in products]
     return [
-        replace(product, sent=torch.linalg.svd(core, full_matrices=False))
-        for product, core in zip(products, cores, strict=True)
+        replace(product, sent=thin_svd(core)) for product, core in zip(products, cores, strict=True)
     ]
 
 

@@ -19,6 +19,7 @@ from flwr_fusion.graph.groups import ChannelGraph
 from flwr_fusion.maps import Maps, coverage_along, map_channels
 from flwr_fusion.networks import detached_state, key_of, tied_tensors
 from flwr_fusion.observe import batches_of, run, watch
+from flwr_fusion.precision import widest_of
 from flwr_fusion.rules.robust import trimmed_mean
 from flwr_fusion.statistics.moments import RunningMoments, input_moments
 
@@ -160,7 +161,9 @@ def activation_goals(
         if bool((share.sum(0) <= 0).any()):
             continue
         middle = _middle_goal if few_cannot_decide else _mixture_goal
-        goals[layer] = middle(*(t.to(template[key].device) for t in (mean, variance, share)))
+        device = template[key].device
+        precise = widest_of(device)
+        goals[layer] = middle(*(t.to(device, precise) for t in (mean, variance, share)))
     return goals
 
 

@@ -29,6 +29,7 @@ from flwr_fusion.graph.groups import verified_graph
 from flwr_fusion.graph.outputs import is_close, output_vector, random_inputs, random_state
 from flwr_fusion.networks import architecture_of, check_same_function, with_state
 from flwr_fusion.observe import moved_to
+from flwr_fusion.precision import widened
 from flwr_fusion.report import LayerReport, StageMatch
 from flwr_fusion.statistics.moments import Statistics
 
@@ -246,7 +247,7 @@ class DepthAligner:
         ]
         names = [name for pair in pairs for name in pair]
         (found,) = record_calls(deeper, names, [inputs])
-        return all(is_close(found[b][0].double(), found[a][0].double()) for a, b in pairs)
+        return all(is_close(widened(found[b][0]), widened(found[a][0])) for a, b in pairs)
 
     def _refusal(self, network: StructuredNetwork) -> str:
         return f"{network.title} cannot be brought to the depth of {self.target.title}"

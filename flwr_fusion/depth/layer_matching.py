@@ -16,6 +16,7 @@ from flwr_fusion.depth.structure import DepthStructure, Stage, Unit
 from flwr_fusion.errors import FusionError, check_option
 from flwr_fusion.networks import module_of
 from flwr_fusion.observe import batches_of, record
+from flwr_fusion.precision import widened
 from flwr_fusion.report import StageMatch
 
 BALANCES = ("add", "merge")
@@ -351,7 +352,7 @@ def _representations(
     def keep(layer: nn.Module, _inputs: Tensor, output: Tensor) -> Tensor:
         axis = 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
         # In double precision, and so a copy.
-        return represent(output.movedim(axis, 1).double().clone())
+        return represent(widened(output.movedim(axis, 1)).clone())
 
     found = record(model, [unit.layer for unit in units], batch, keep, "a network")
     return [found[unit.layer][-1].cpu() for unit in units]

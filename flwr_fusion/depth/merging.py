@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flwr_fusion.depth.structure import Unit
 from flwr_fusion.errors import FusionError
 from flwr_fusion.observe import batches_of, record
+from flwr_fusion.precision import decomposable, widened
 
 MERGES = ("auto", "least-squares", "sum", "majority", "average", "linear")
 _BATCHNORMS = nn.modules.batchnorm._BatchNorm
@@ -117,8 +118,8 @@ def _fitted(
     inner, cross = inner / samples, cross / samples
     ridge = _RIDGE * float(inner.diagonal().mean().clamp(min=1e-12))
     # W = (E[z x^T] + r W_0) (E[x x^T] + r I)^-1.
-    held = inner + ridge * torch.eye(len(inner)).to(inner)
-    solved = torch.linalg.solve(held, (cross + ridge * start).T).T
+    held = decomposable(inner + ridge * torch.eye(len(inner)).to(inner))
+    solved = torch.linalg.solve(held, decomposable(cross + ridge * start).T).T.to(start)
     return (solved[:, :-1], solved[:, -1]) if constant else (solved, bias)
 
 
@@ -137,22 +138,22 @@ def record_calls(
 def _affine(unit: Unit, model: nn.Module, with_norm: bool = True) -> tuple[Tensor, Tensor]:
     """Return a layer's weight and bias in double precision, its BatchNorm folded in."""
     layer = model.get_submodule(unit.layer)
-    weight: Tensor = layer.weight.detach().double()  # type: ignore[operator]
+    weight: Tensor = widened(layer.weight.detach())  # type: ignore[operator]
     if getattr(layer, "groups", 1) > 1 or getattr(layer, "transposed", False):
         raise FusionError(f"layer '{unit.name}' cannot be merged: it is grouped or transposed")
     given = layer.bias
-    bias = weight.new_zeros(len(weight)) if given is None else given.detach().double()  # type: ignore[operator]
+    bias = weight.new_zeros(len(weight)) if given is None else widened(given.detach())  # type: ignore[operator]
     for name in unit.modules[1:] if with_norm else ():
         norm = model.get_submodule(name)
         if not isinstance(norm, _BATCHNORMS) or norm.running_var is None:
             raise FusionError(
                 f"layer '{unit.name}' cannot be merged: its {type(norm).__name__} cannot be folded"
             )
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        scale = scale if norm.weight is None else scale * norm.weight.detach().double()
+        scale = (widened(norm.running_var) + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * widened(norm.weight.detach())
         assert norm.running_mean is not None
-        bias = (bias - norm.running_mean.double()) * scale
-        bias = bias if norm.bias is None else bias + norm.bias.detach().double()
+        bias = (bias - widened(norm.running_mean)) * scale
+        bias = bias if norm.bias is None else bias + widened(norm.bias.detach())
         weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
     return weight, bias
 

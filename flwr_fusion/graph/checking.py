@@ -22,6 +22,7 @@ from flwr_fusion.graph.outputs import (
     random_inputs,
     random_state,
 )
+from flwr_fusion.precision import numbers, widened, widest_for
 
 if TYPE_CHECKING:
     from flwr_fusion.graph.groups import ChannelGraph, ChannelGroup
@@ -183,7 +184,8 @@ class Check:
         # not take any number. What works is used.
         # A large network computes in its own precision, as its values in double need much memory.
         size = sum(math.prod(shape) for shape in graph.shapes.values())
-        dtypes = (None,) if size > _LARGE else (torch.float64, None)
+        precise = widest_for(graph.model.parameters())
+        dtypes = (None,) if size > _LARGE else (precise, None)
         states = _Drawn(graph.model, seed)
         self._runs = [_first_of(graph, states, values, (drawn, given), dtypes)]
         with suppress(FusionError):
@@ -221,7 +223,7 @@ class Check:
         }
         with torch.enable_grad():
             found = [t for t in run.outputs({**run.state, **leaves}) if t.requires_grad]
-            total = sum((t.double().square().sum().cpu() for t in found), torch.zeros(()))
+            total = sum((widened(t).square().sum().cpu() for t in found), torch.zeros(()))
         if not found or not leaves:
             return set()
         values = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
@@ -399,7 +401,8 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     if [t.shape for t in found] != [t.shape for t in expected]:
         return float("inf")
     changes = [
-        float((a - b).double().norm()) / max(float(b.double().norm()), 1e-30)
+        change / max(length, 1e-30)
         for a, b in zip(found, expected, strict=True)
+        for change, length in [numbers([widened(a - b).norm(), widened(b).norm()])]
     ]
     return max(changes, default=0.0)

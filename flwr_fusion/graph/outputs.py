@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from flwr_fusion.errors import FusionError
+from flwr_fusion.networks import all_finite
 from flwr_fusion.observe import copied_inputs, moved_to, tensors_of
+from flwr_fusion.precision import widened, widest_for
 
 if TYPE_CHECKING:
     from flwr_fusion.graph.groups import ChannelGraph
@@ -120,7 +122,7 @@ def in_precision(values: Any, dtype: torch.dtype | None) -> Any:
         if dtype is None or not isinstance(x, Tensor):
             return x
         if x.is_complex():
-            return x.to(torch.complex128)
+            return x.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
         return x.to(dtype) if x.is_floating_point() else x
 
     return tree_map(cast, values)
@@ -148,15 +150,14 @@ def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> list[
     tensors = tensors_of(output)
     real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     floating = [t for t in real if t.is_floating_point()]
-    for tensor in floating:
-        if not bool(torch.isfinite(tensor).all()):
-            raise FusionError(
-                f"{type(model).__name__} gives non-finite outputs at random weights: "
-                "what is done to its channels and layers cannot be checked"
-            )
+    if not all(map(all_finite, floating)):
+        raise FusionError(
+            f"{type(model).__name__} gives non-finite outputs at random weights: "
+            "what is done to its channels and layers cannot be checked"
+        )
     if not real:
         raise FusionError(f"the output of {type(model).__name__} has no tensors")
-    return floating or [t.double() for t in real]
+    return floating or [widened(t) for t in real]
 
 
 def outputs_both_ways(
@@ -177,11 +178,12 @@ def output_vector(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) ->
     enlarge rounding errors.
     """
     try:
-        precise = in_precision(dict(state), torch.float64)
-        found = outputs(model, precise, in_precision(moved_to(model, inputs), torch.float64))
+        moved = moved_to(model, inputs)
+        widest = widest_for(state.values())
+        found = outputs(model, in_precision(dict(state), widest), in_precision(moved, widest))
     except FusionError:
         found = outputs(model, state, moved_to(model, inputs))
-    return torch.cat([t.detach().flatten().double().cpu() for t in found])
+    return torch.cat([t.detach().flatten().cpu().double() for t in found])
 
 
 def random_inputs(example_inputs: Any, generator: torch.Generator, *, scales: bool = False) -> Any:

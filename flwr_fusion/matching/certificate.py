@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flwr_fusion.maps import Correspondence, Segment
 from flwr_fusion.matching.costs import Norms, channel_rows, segments_of
+from flwr_fusion.precision import numbers, widened
 
 # Distances by inner products round by about this much of the squared norms.
 _ROUNDING = 1e-5
@@ -64,7 +65,7 @@ class IdentityCertificate:
             0 for identical channels, 1 for unrelated ones, as in `Alignment`.
         """
         apart: dict[str, dict[int, Tensor]] = {}
-        costs: dict[str, float] = {}
+        costs: dict[str, Tensor] = {}
         # One group after the other: the first tells that networks are unrelated.
         for group in correspondence.free_groups:
             names = tensors.get(group.name, ())
@@ -85,12 +86,13 @@ class IdentityCertificate:
             ).sum(0)
             if not self._gaps_of(group.name, names, correspondence, norms).reach(4 * total):
                 return None
-            everywhere = sum(
+            distances = [
                 self._mean_distance(client[n], n, axis, segment, norms[n])
                 for n, axis, segment in places
-            )
-            costs[group.name] = float(total.double().mean()) / max(everywhere, 1e-30)
-        return costs
+            ]
+            everywhere = torch.stack(distances).sum().clamp(min=1e-30)
+            costs[group.name] = widened(total).mean() / everywhere
+        return dict(zip(costs, numbers(costs.values()), strict=True))
 
     def _stands_alike(self, client: Mapping[str, Tensor], name: str, segment: Segment) -> bool:
         """Whether channels have the same positions in a tensor of the client's."""
@@ -113,14 +115,14 @@ class IdentityCertificate:
 
     def _mean_distance(
         self, theirs: Tensor, name: str, axis: int, segment: Segment, norms: tuple[float, float]
-    ) -> float:
+    ) -> Tensor:
         """Return the mean of ``|a_i - b_j|^2`` over all pairs of channels, of one tensor."""
         key = (name, axis, segment.group)
         ours = self.reference[name]
         if key not in self._means:
             self._means[key] = _mean_channel(ours, axis, segment.fused_positions)
         mean = _mean_channel(theirs, axis, segment.fused_positions).to(self._means[key])
-        product = float(self._means[key] @ mean)
+        product = self._means[key] @ mean
         squares = sum(
             _share_of_squares(tensor, axis, segment.fused_positions, norm)
             for tensor, norm in zip((ours, theirs), norms, strict=True)
@@ -129,11 +131,11 @@ class IdentityCertificate:
         return squares / len(segment.fused_positions) - 2 * product / (norms[0] * norms[1])
 
 
-def _share_of_squares(tensor: Tensor, axis: int, positions: Tensor, norm: float) -> float:
+def _share_of_squares(tensor: Tensor, axis: int, positions: Tensor, norm: float) -> Tensor | float:
     """Return ``sum_i |a_i|^2`` of a normalised tensor's channels: 1 if it has no others."""
     if positions.numel() == tensor.shape[axis]:
         return 1.0
-    return float(channel_rows(tensor, axis, positions).norm()) ** 2 / norm**2
+    return widened(channel_rows(tensor, axis, positions).norm()).square() / norm**2
 
 
 def _squared_differences(
@@ -162,8 +164,8 @@ def _mean_channel(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
         shape = (*tensor.shape[:axis], size, block, *tensor.shape[axis + 1 :])
         precise = torch.promote_types(tensor.dtype, torch.float32)
         mean = tensor.detach().reshape(shape).mean(axis, dtype=precise)
-        return mean.movedim(axis, 0).flatten().double()
-    return channel_rows(tensor, axis, positions).mean(0).double()
+        return widened(mean.movedim(axis, 0).flatten())
+    return widened(channel_rows(tensor, axis, positions).mean(0))
 
 
 class _Gaps:

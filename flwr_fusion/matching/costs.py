@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flwr_fusion.errors import FusionError
 from flwr_fusion.maps import Correspondence, Maps, Segment, map_tensor
 from flwr_fusion.observe import batches_of, record
+from flwr_fusion.precision import widened
 
 Norms = Mapping[str, tuple[float, float]]
 """Of tensors: their norms in the reference and in the client."""
@@ -60,13 +61,17 @@ def weight_cost(
             theirs = channel_rows(mapped, axis, segment.client_positions).to(ours)
             # |a - b|^2 = |a|^2 - 2 <a, b> + |b|^2, with a = A[i] / |A| and b = B[j] / |B|: one
             # matrix product, where differences would need channels^2 x weights numbers.
+            # Norms of rows make no copy, as squares of all values do.
+            norms_of_ours, norms_of_theirs = (
+                torch.linalg.vector_norm(rows, dim=1) for rows in (ours, theirs)
+            )
             distance = torch.addmm(
-                ours.square().sum(1, keepdim=True) / norm**2,
+                (norms_of_ours / norm).square().unsqueeze(1),
                 ours,
                 theirs.T,
                 alpha=-2 / (norm * client_norm),
             )
-            distance += theirs.square().sum(1) / client_norm**2
+            distance += (norms_of_theirs / client_norm).square()
             total = distance if total is None else total.add_(distance)
     if total is None:
         raise FusionError(f"no weights tell the channels of group '{group}' apart")
@@ -240,7 +245,7 @@ class _CrossMoments:
 
     def add(self, ours: Tensor, theirs: Tensor) -> None:
         """Add pre-activations, each of shape (channels, samples)."""
-        x, y = ours.double(), theirs.double()
+        x, y = widened(ours), widened(theirs)
         if self.shifts is None:
             # Moments about the first batch's means, or variances drown in large means.
             self.shifts = (x.mean(1), y.mean(1))

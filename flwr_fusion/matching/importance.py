@@ -21,6 +21,7 @@ from flwr_fusion.fusion import Client
 from flwr_fusion.graph.groups import ChannelGroup
 from flwr_fusion.maps import ChannelMap, Segment, Selection
 from flwr_fusion.matching.costs import channel_rows, matched_tensors, segments_of
+from flwr_fusion.precision import widened
 
 IMPORTANCES = ("l1", "l2")
 SCHEMES = ("joint", "iterative", "recursive")
@@ -182,7 +183,7 @@ def _scores(
     """Return the importance of each of a client's channels of a group, in double precision."""
     factor = client.weight if transplantation.weighted else 1.0
     if callable(transplantation.importance):
-        return _given_scores(transplantation.importance, client, group).double().cpu() * factor
+        return _given_scores(transplantation.importance, client, group).cpu().double() * factor
     power = 1 if transplantation.importance == "l1" else 2
     total: Tensor | None = None
     for name, segments_of_axes in client.correspondence.segments.items():
@@ -194,11 +195,11 @@ def _scores(
         for axis, segment in segments_of(group, name, client.correspondence):
             rows = channel_rows(state[name], axis, segment.client_positions)
             # sum |w|^p over all weights of a channel; what is averaged counts with its share.
-            norms = torch.linalg.vector_norm(rows, ord=power, dim=1).double() ** power * share
+            norms = widened(torch.linalg.vector_norm(rows, ord=power, dim=1)) ** power * share
             total = norms if total is None else total + norms
     if total is None:
         raise FusionError(f"no weights tell the channels of group '{group}' apart")
-    return total.cpu() * factor
+    return total.cpu().double() * factor
 
 
 def _given_scores(importance: Importance, client: Client, name: str) -> Tensor:

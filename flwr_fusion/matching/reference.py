@@ -16,6 +16,7 @@ from flwr_fusion.matching.costs import channel_norms, matched_tensors
 from flwr_fusion.matching.matching import Matching
 from flwr_fusion.matching.sweeps import align_by_weights
 from flwr_fusion.networks import check_same_tensors, detached_state, squared_norm
+from flwr_fusion.precision import numbers, widened
 from flwr_fusion.rules.mean import RunningMean
 
 # Networks that started apart have weights with a cosine near 0; after training from one start it
@@ -91,7 +92,7 @@ def _most_resemble(clients: Sequence[Client], reference: Mapping[str, Tensor]) -
 
 def _resembles(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
     """Whether two networks still have the same start; unequal shapes cannot tell otherwise."""
-    products = torch.zeros(3, dtype=torch.float64)
+    products = []
     for name, ours in reference.items():
         if ours.dim() < 2 or not ours.is_floating_point():
             continue
@@ -99,10 +100,12 @@ def _resembles(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
             return True
         precise = torch.promote_types(ours.dtype, torch.float32)
         x, y = ours.flatten().to(precise), state[name].flatten().to(precise)
-        products += torch.stack([x @ y, x @ x, y @ y]).cpu()
+        products.append(widened(torch.stack([x @ y, x @ x, y @ y])))
+    if not products:
+        return False
     # Cosine of all weights: <x, y> > c |x| |y|.
-    scale = float((products[1] * products[2]).sqrt())
-    return float(products[0]) > _SAME_START * scale
+    product, squares, their_squares = numbers(torch.stack(products).sum(0))
+    return bool(product > _SAME_START * (squares * their_squares) ** 0.5)
 
 
 def _placed(client: Client, target_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,5 +158,5 @@ def _distances(clients: Sequence[Client]) -> Tensor:
         rows = torch.stack([state[name].detach().flatten().float() for state in states])
         rows /= rows.norm(dim=1, keepdim=True).clamp(min=1e-15)
         # |x - y|^2 = 2 (1 - <x, y>) of unit vectors.
-        total += 2 * (1 - (rows @ rows.T).double().cpu())
+        total += 2 * (1 - (rows @ rows.T).cpu().double())
     return (total / max(1, len(names))).fill_diagonal_(torch.nan)

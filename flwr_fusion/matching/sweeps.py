@@ -16,6 +16,7 @@ from flwr_fusion.matching.costs import channel_norms, matched_tensors, segments_
 from flwr_fusion.matching.kept_costs import KeptCosts
 from flwr_fusion.matching.matching import Matching
 from flwr_fusion.matching.solver import Solver, solve, solver_of
+from flwr_fusion.precision import numbers
 
 _MAX_SWEEPS = 100
 # A move must pay by more than the rounding of the cost, so that ties keep channels in place.
@@ -129,8 +130,9 @@ def align_by_activations(
         A map for every free group and what it costs.
     """
     solver = solver_of(matching.solver)
-    known = {name: _solved(name, cost, solver) for name, cost in activations.items()}
-    costs = {name: _relative_cost(cost, known[name]) for name, cost in activations.items()}
+    on_host = {name: cost.cpu() for name, cost in activations.items()}
+    known = {name: _solved(name, cost, solver) for name, cost in on_host.items()}
+    costs = {name: _relative_cost(cost, known[name]) for name, cost in on_host.items()}
     aligner = _WeightAligner(reference, client, correspondence, matching, {})
     rest, _ = aligner.forward_pass(incoming_only=False, known=known)
     return Alignment(rest.maps, rest.costs | costs)
@@ -152,10 +154,9 @@ class _WeightAligner:
         self.correspondence = correspondence
         self.matching = matching
         self.solver = solver_of(matching.solver)
-        self.norms = {
-            name: (_norm(reference[name]), _norm(client[name]))
-            for name in matched_tensors(correspondence, reference)
-        }
+        names = matched_tensors(correspondence, reference)
+        ours, theirs = (_norms([state[name] for name in names]) for state in (reference, client))
+        self.norms = dict(zip(names, zip(ours, theirs, strict=True), strict=True))
         self.reads: dict[str, dict[str, set[str]]] = {
             group.name: _groups_needed(group.name, reference, correspondence)
             for group in correspondence.free_groups
@@ -163,8 +164,10 @@ class _WeightAligner:
         self.costs = KeptCosts(reference, client, correspondence, self.norms, self.reads)
         # On average over all pairs as much as the weights: each normalised tensor differs by 2.
         self.activations = {
-            name: cost * 2 * len(self.reads[name]) / max(float(cost.mean()), 1e-30) / len(cost)
-            for name, cost in activations.items()
+            name: cost.cpu() * 2 * len(self.reads[name]) / max(mean, 1e-30) / len(cost)
+            for (name, cost), mean in zip(
+                activations.items(), numbers(c.mean() for c in activations.values()), strict=True
+            )
         }
 
     def identity(self, certificate: IdentityCertificate) -> Alignment | None:
@@ -248,13 +251,14 @@ class _WeightAligner:
 
         With activations, plus the relative costs of the matched channels: what the sweep lowers.
         """
-        total = 0.0
+        squares = []
         for name, (norm, client_norm) in self.norms.items():
             # sum over tensors of |A / |A| - merge B unmerge / |B||^2.
             mapped = map_tensor(self.client[name], name, self.correspondence, maps)
             ours = self.reference[name].detach().float() / norm
-            total += float((ours - mapped.detach().float() / client_norm).square_().sum())
-        return total + sum(
+            difference = ours.sub_(mapped.detach().float(), alpha=1 / client_norm)
+            squares.append(torch.linalg.vector_norm(difference).square())
+        return sum(numbers(squares)) + sum(
             _mean_cost(cost, maps[name]) * len(cost) for name, cost in self.activations.items()
         )
 
@@ -294,7 +298,8 @@ class _WeightAligner:
     def _cost(
         self, group: GroupPair, maps: Mapping[str, ChannelMap], tensors: Iterable[str]
     ) -> Tensor:
-        cost = self.costs.cost(group.name, maps, tensors)
+        """Return a group's ground cost, on the CPU: where it is solved, and compared with maps."""
+        cost = self.costs.cost(group.name, maps, tensors).cpu()
         if group.name in self.activations:
             cost += self.activations[group.name].to(cost)
         return cost
@@ -327,9 +332,9 @@ def _solved(name: str, cost: Tensor, solver: Solver, *masses: Tensor) -> Channel
         raise FusionError(f"group '{name}': {error}") from error
 
 
-def _norm(tensor: Tensor) -> float:
-    # Not smaller: its square must not vanish in single precision.
-    return max(float(tensor.detach().float().norm()), 1e-15)
+def _norms(tensors: Iterable[Tensor]) -> list[float]:
+    # Not smaller: their squares must not vanish in single precision.
+    return [max(norm, 1e-15) for norm in numbers(t.detach().float().norm() for t in tensors)]
 
 
 def _relative_cost(cost: Tensor, channel_map: ChannelMap) -> float:

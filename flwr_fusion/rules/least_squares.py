@@ -16,6 +16,7 @@ from flwr_fusion.errors import FusionError, check_number, check_option
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, along, coverage_along, map_channels, map_tensor
 from flwr_fusion.networks import all_finite, key_of
+from flwr_fusion.precision import widened
 from flwr_fusion.rules.mean import Mean
 from flwr_fusion.rules.ridge import ridge_solution
 from flwr_fusion.rules.rule import Combined
@@ -283,7 +284,7 @@ class _Blocks:
         """Return a client's moments as blocks, with smaller off-diagonals."""
         assert statistics.second is not None
         assert statistics.mean is not None
-        second, mean = statistics.second.double(), statistics.mean.double()
+        second, mean = widened(statistics.second), widened(statistics.mean)
         known = second.shape[1]
         blocks = (
             diagonal_blocks(second, self.size)
@@ -328,7 +329,7 @@ class _LayerSums:
         self._mean = [mean[key] for key in self._keys if key in mean]
         self._moments: Tensor | None = None
         # Of clients with and without moments, in the shapes of weight and bias.
-        self._residuals = [torch.zeros_like(t, dtype=torch.float64) for t in self._mean]
+        self._residuals = [torch.zeros_like(widened(t)) for t in self._mean]
         self._silent: list[Tensor] = []
         self._measured_weight = self._silent_weight = 0.0
         # Of the clients' rows: norm, distance from the mean layer, weight.
@@ -344,7 +345,7 @@ class _LayerSums:
         if covered is not None:
             coverage = covered[1].to(coverage)
         mapped = [
-            map_tensor(tensor, key, client.correspondence, maps).double()
+            widened(map_tensor(tensor, key, client.correspondence, maps))
             for key, tensor in zip(self._keys, layer, strict=False)
         ]
         difference = [m - mean for m, mean in zip(mapped, self._mean, strict=True)]
@@ -378,7 +379,7 @@ class _LayerSums:
         # Of a depthwise convolution, every channel is a group.
         fused_groups = 1 if groups == 1 else groups * len(self._mean[0]) // len(layer[0])
         fused = replace(theirs, shape=self._mean[0].shape, groups=fused_groups)
-        moments = theirs.moments(measured, self._options.shrinkage).to(layer[0].device)
+        moments = theirs.moments(measured, self._options.shrinkage).to(self._residuals[0])
 
         def to_fused(values: Tensor, axis: int) -> Tensor:
             return _map_inputs(values, axis, theirs, self._keys[0], client, maps)
@@ -419,9 +420,7 @@ class _LayerSums:
         moments = average * (self._measured_weight + self._silent_weight)
         # W = A + R (D + r I)^-1.
         solved = ridge_solution(moments, residual, self._options.ridge)
-        if solved is None:
-            return None
-        change = blocks.join(solved)
+        change = blocks.join(solved.to(residual))
         strength = 1.0 if self._options.strength == "auto" else self._options.strength
         layer = self._bounded([c * strength for c in change if c is not None])
         layer = [t.to(mean.dtype) for t, mean in zip(layer, self._mean, strict=False)]
@@ -432,7 +431,7 @@ class _LayerSums:
     def _bounded(self, change: Sequence[Tensor]) -> list[Tensor]:
         """Return the mean layer plus its change, kept within the bound."""
         norms, distances = self._rows[:2] / self._rows[2].clamp(min=1e-12)
-        mean = [tensor.double() for tensor in self._mean[: len(change)]]
+        mean = [widened(tensor) for tensor in self._mean[: len(change)]]
         if self._options.bound is None:
             return [m + c for m, c in zip(mean, change, strict=True)]
         if self._options.bound == "change":
@@ -442,13 +441,14 @@ class _LayerSums:
             return [m + along(scale, 0, c.dim()) * c for m, c in zip(mean, change, strict=True)]
         # |W| <= sum_k w_k |W_k| / sum_k w_k, or |A| if the mean itself is longer.
         layer = [m + c for m, c in zip(mean, change, strict=True)]
-        bound = max(float(norms.norm()), float(mean[0].norm()))
-        return [t * min(1.0, bound / max(float(layer[0].norm()), 1e-30)) for t in layer]
+        bound = torch.maximum(norms.norm(), mean[0].norm())
+        scale = (bound / layer[0].norm().clamp(min=1e-30)).clamp(max=1)
+        return [t * scale for t in layer]
 
 
 def _both(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias, or weight and None, in double precision."""
-    return tensors[0].double(), tensors[1].double() if len(tensors) > 1 else None
+    return widened(tensors[0]), widened(tensors[1]) if len(tensors) > 1 else None
 
 
 def _map_inputs(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, along, coverage_along, map_tensor, row_blocks, row_mapping
+from flwr_fusion.precision import widest_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class RunningMean:
     def __init__(self, template: Mapping[str, Tensor]) -> None:
         self._template = template
         self._sums: dict[str, Tensor] = {}
+        # On the CPU, where they are asked which are zero.
         self._weights: dict[str, Tensor] = {}
         self._tables: dict[str, list[tuple[Tensor, float]]] = {}
 
@@ -77,10 +79,11 @@ class RunningMean:
             if name not in self._sums:
                 self._sums[name] = torch.zeros(like.shape, dtype=share.dtype, device=like.device)
                 self._weights[name] = torch.zeros_like(share)
+            self._weights[name] = self._weights[name] + share
             take = row_mapping(value, name, client.correspondence, maps)
+            share = share.to(like.device)
             for rows in row_blocks(name, like, client.correspondence, maps):
                 self._accumulate(name, take(rows).to(share.dtype), share, rows)
-            self._weights[name] = self._weights[name] + share
 
     def _accumulate(self, name: str, part: Tensor, share: Tensor, rows: slice | None) -> None:
         total = self._sums[name]
@@ -134,10 +137,10 @@ class RunningMean:
 
     def _quotient(self, name: str, total: Tensor, uncovered: Mapping[str, Tensor]) -> Tensor:
         weight, like = self._weights[name], self._template[name]
-        total.div_(weight)
+        total.div_(weight.to(total.device))
         empty = weight.abs() < 1e-12
         if bool(empty.any()):
-            total = torch.where(empty, uncovered[name].to(total), total)
+            total = torch.where(empty.to(total.device), uncovered[name].to(total), total)
         return (total if _is_number(like) else total.round()).to(like.dtype)
 
 
@@ -145,14 +148,14 @@ def _share(name: str, like: Tensor, client: Client, maps: Maps) -> Tensor:
     """Return a client's weight in a tensor's sums: of every written position, or one for all."""
     covered = coverage_along(name, client.correspondence, maps)
     coverage = torch.ones(()) if covered is None else along(covered[1], covered[0], like.dim())
-    return (client.weight * coverage).to(like.device, _accumulator(like))
+    return (client.weight * coverage).to(_accumulator(like))
 
 
 def _accumulator(value: Tensor) -> torch.dtype:
-    """Sum half precision in single, integers in double."""
+    """Sum half precision in single, integers in double where there is double precision."""
     if _is_number(value):
         return torch.promote_types(value.dtype, torch.float32)
-    return torch.float64
+    return widest_of(value.device)
 
 
 def _is_number(tensor: Tensor) -> bool:

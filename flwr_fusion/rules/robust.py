@@ -12,6 +12,7 @@ from torch import Tensor
 from flwr_fusion.errors import check_count, check_number
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps
+from flwr_fusion.precision import widened
 from flwr_fusion.rules.mean import Mean, RunningMean, is_batch_counter
 
 
@@ -166,7 +167,7 @@ def _middle_counters(
         pairs = zip(clients, states, strict=True)
         counts = [state[name].to(like.device) for c, state in pairs if name not in c.absent]
         if counts:
-            values = torch.stack(counts).double()
+            values = widened(torch.stack(counts))
             middle = trimmed_mean(values, torch.ones_like(values, dtype=torch.bool), share)
             middle = middle.clamp(min=0) if is_batch_counter(name) else middle
             found[name] = middle.round().to(like.dtype)
@@ -186,8 +187,8 @@ def squared_distances(fusion: Fusion, maps: Sequence[Maps]) -> Tensor:
             total += _all_squared_distances(block.values.reshape(size, -1)).cpu()
             common += block.values[0].numel()
             continue
-        present = block.present.reshape(size, -1).double()
-        flat = block.values.reshape(size, -1).double() * present
+        present = widened(block.present.reshape(size, -1))
+        flat = widened(block.values.reshape(size, -1)) * present
         for k in range(size):
             both = present[k] * present
             # Mean squared difference over what both have, times the number of all values.
@@ -199,7 +200,7 @@ def squared_distances(fusion: Fusion, maps: Sequence[Maps]) -> Tensor:
 def _all_squared_distances(rows: Tensor) -> Tensor:
     """Return the squared distances between rows, from one product of theirs."""
     # About their mean, or the distances of near rows would drown in the rows' own lengths.
-    centred = rows.double()
+    centred = widened(rows)
     centred = centred - centred.mean(0)
     products = centred @ centred.T
     squares = products.diagonal()

@@ -11,7 +11,7 @@ from torch import Tensor
 from flwr_fusion.errors import FusionError, check_count
 from flwr_fusion.fusion import Fusion
 from flwr_fusion.maps import Maps
-from flwr_fusion.networks import all_finite
+from flwr_fusion.networks import names_of_not_finite
 from flwr_fusion.products import ByProducts
 
 
@@ -190,16 +190,16 @@ def _combined(rule: Rule, fusion: Fusion, maps: Sequence[Maps]) -> Combined:
         if name not in result.state:
             raise FusionError(f"{rule} returned no tensor '{name}'")
         _check_tensor(f"{rule} returned tensor '{name}'", result.state[name], like)
+    for name in names_of_not_finite({n: result.state[n] for n in fusion.target}):
+        raise FusionError(f"{rule} returned tensor '{name}' with values that are not finite")
     return result
 
 
 def _check_tensor(what: str, tensor: object, like: Tensor) -> None:
-    """Refuse what is not a finite tensor of the fused network's shape, dtype and device."""
+    """Refuse what is not a tensor of the fused network's shape, dtype and device."""
     found, expected = (
         f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
         for t in (tensor, like)
     )
-    if found != expected or not isinstance(tensor, Tensor):
+    if found != expected:
         raise FusionError(f"{what} as {found:.60}, the fused network's is {expected}")
-    if not all_finite(tensor):
-        raise FusionError(f"{what} with values that are not finite")

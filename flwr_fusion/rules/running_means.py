@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, coverage_along, map_tensor
-from flwr_fusion.networks import all_finite, key_of
+from flwr_fusion.networks import key_of
+from flwr_fusion.precision import widened
 from flwr_fusion.rules.ridge import ridge_solution
 from flwr_fusion.rules.weight_view import MOST_INPUTS, WeightView
 
@@ -52,7 +53,8 @@ class RunningMeanSums:
         weight = key_of(layer, "weight")
         self.name, self._bias = key_of(norm, "running_mean"), key_of(layer, "bias")
         self._mean, self._mean_weight, self._sent = mean[self.name], mean[weight], sent[self.name]
-        self._measured = False
+        # On the device: whether any client's differ from those that were sent.
+        self._measured = torch.zeros((), dtype=torch.bool, device=self._mean.device)
         self._view = view
         groups, inputs = view.groups, view.inputs
         self._products = torch.zeros(groups, inputs, inputs, device=self._mean.device)
@@ -71,7 +73,7 @@ class RunningMeanSums:
         covered = coverage_along(self.name, client.correspondence, maps)
         if covered is not None:
             differs &= (covered[1] > 0).to(differs.device)
-        self._measured = self._measured or bool(differs.any())
+        self._measured |= differs.any()
         if self._bias in state:
             means = means - mapped(self._bias)
         self._products.baddbmm_(sums.mT, sums, alpha=client.weight)
@@ -80,15 +82,12 @@ class RunningMeanSums:
 
     def moved(self, weight: Tensor) -> Tensor:
         """Return the running mean with a combined weight."""
-        if not self._measured:
-            return self._mean
-        input_means = ridge_solution(self._products.double(), self._sums.double(), _RIDGE)
-        if input_means is None:
-            return self._mean
+        input_means = ridge_solution(widened(self._products), widened(self._sums), _RIDGE)
         moved_weight = self._view.kernel_sums(weight.float() - self._mean_weight.float())
-        change = moved_weight @ input_means.mT.float()
-        moved = (self._mean.float() + change.flatten()).to(self._mean.dtype)
-        return moved if all_finite(moved) else self._mean
+        change = moved_weight @ input_means.to(moved_weight).mT
+        moved = self._mean.float() + change.flatten()
+        stays = ~(self._measured & moved.isfinite().all())
+        return torch.where(stays, self._mean, moved.to(self._mean.dtype))
 
 
 def running_mean_sums(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flwr_fusion.fusion import Client, Fusion
 from flwr_fusion.maps import Maps, map_tensor
-from flwr_fusion.networks import all_finite, key_of, module_of
+from flwr_fusion.networks import key_of, module_of, names_of_not_finite
+from flwr_fusion.precision import decomposable, widened, widest_of
 from flwr_fusion.progress import tracked
 from flwr_fusion.rules.ridge import ridge_solution
 from flwr_fusion.rules.running_means import running_mean_sums
@@ -63,26 +64,26 @@ class UpdateSums:
         self._rows += weight * has_row * torch.stack([*norms, has_row])
         update, rows = view.blocks(update), view.blocks(difference)
         squares = update.square().sum(1)
-        size = float(squares.sum())
-        if not size > 0:
-            return
         # s G + (1 - s) diag(G), G divided by its trace: no client gains by scaling its update.
-        share, shrinkage = weight / size, self._options.shrinkage
+        size, shrinkage = squares.sum(), self._options.shrinkage
+        share = torch.where(size > 0, weight / size, 0.0)
         diagonal = squares * (1 - shrinkage) * share
         self._moments.diagonal(dim1=1, dim2=2).add_(diagonal)
         self._residual.addcmul_(rows, diagonal.unsqueeze(1))
         # (W_k - A) G_k, by whichever product is the smaller one: of the inputs or of the outputs.
         _, outputs, inputs = update.shape
         if outputs < inputs:
-            _add_lower_products(self._moments, update, shrinkage * share)
-            self._residual.baddbmm_(rows @ update.mT, update, alpha=shrinkage * share)
+            scaled = update * (shrinkage * share)
+            _add_lower_products(self._moments, update, scaled)
+            self._residual.baddbmm_(rows @ update.mT, scaled)
         else:
             products = update.mT @ update
-            self._moments.add_(products, alpha=shrinkage * share)
-            self._residual.baddbmm_(rows, products, alpha=shrinkage * share)
+            products *= shrinkage * share
+            self._moments += products
+            self._residual.baddbmm_(rows, products)
 
-    def solve(self, strength: float) -> Tensor | None:
-        """Return the combined weight; None where no client has moved.
+    def solve(self, strength: float) -> Tensor:
+        """Return the combined weight; not a number where no client has moved.
 
         ``strength`` is the share of the way from the mean to the least-squares solution.
         """
@@ -90,13 +91,11 @@ class UpdateSums:
         # The ridge bounds the condition by about size / ridge: then single precision will do.
         single = size > _SMALL and options.ridge >= _SAFE_RIDGE
         precision = torch.float32 if single else torch.float64
-        moments = self._moments.to(precision, copy=True)
-        if not bool(moments.diagonal(dim1=1, dim2=2).any()):
-            return None
-        solved = ridge_solution(moments, self._residual.to(precision), options.ridge)
-        if solved is None:
-            return None
-        return self._bounded(strength * self._view.weight(solved).double())
+        moments = decomposable(self._moments).to(precision, copy=True)
+        residual = decomposable(self._residual).to(precision)
+        solved = ridge_solution(moments, residual, options.ridge)
+        change = solved.to(self._mean.device, widest_of(self._mean.device))
+        return self._bounded(strength * self._view.weight(change))
 
     def _bounded(self, change: Tensor) -> Tensor:
         """Return the mean plus its change, within the bound on every row, then on the norm."""
@@ -105,22 +104,23 @@ class UpdateSums:
             rows = self._view.row_norms(change)
             scale = (distances / rows.clamp(min=1e-30)).clamp(max=1)
             change = self._view.scaled_rows(change, scale)
-        weight = self._mean.double() + change
+        weight = widened(self._mean) + change
         if self._options.bound not in ("auto", "norm"):
             return weight
         # The clients' mean norm is never below that of their mean.
-        bound = max(float(norms.norm()), float(self._mean.norm()))
-        return weight * min(1.0, bound / max(float(weight.norm()), 1e-30))
+        bound = torch.maximum(norms.norm(), self._mean.norm())
+        bounded: Tensor = weight * (bound / weight.norm().clamp(min=1e-30)).clamp(max=1)
+        return bounded
 
 
-def _add_lower_products(moments: Tensor, update: Tensor, factor: float) -> None:
-    """Add ``factor * D^T D`` to the lower triangle of moments, in place; above it not all of it."""
+def _add_lower_products(moments: Tensor, update: Tensor, scaled: Tensor) -> None:
+    """Add ``D^T E`` of proportional D and E to the lower triangle of moments; above it in part."""
     size = update.shape[2]
     step = max(_STRIP, -(-size // _STRIPS))
     for start in range(0, size, step):
         columns = slice(start, start + step)
         part = moments[:, columns, : start + step]
-        part.baddbmm_(update[:, :, columns].mT, update[:, :, : start + step], alpha=factor)
+        part.baddbmm_(update[:, :, columns].mT, scaled[:, :, : start + step])
 
 
 class Agreement:
@@ -217,7 +217,8 @@ def by_update_moments(
                 for means in running_means.get(name, ()):
                     means.add(value, client, state, chosen)
     solved = {name: total.solve(strength) for name, total in sums.items()}
-    weights = {n: t.to(mean[n].dtype) for n, t in solved.items() if t is not None and all_finite(t)}
+    failed = set(names_of_not_finite(solved))
+    weights = {n: t.to(mean[n].dtype) for n, t in solved.items() if n not in failed}
     return weights, {
         means.name: means.moved(weight)
         for name, weight in weights.items()

@@ -8,6 +8,7 @@ from statistics import median
 from torch import Tensor, nn
 
 from flwr_fusion.networks import key_of
+from flwr_fusion.precision import widened
 from flwr_fusion.statistics.moments import NORMS, LayerStatistics, Statistics
 
 # Beyond what the momentum explains.
@@ -87,7 +88,7 @@ def outliers(statistics: Mapping[int, Statistics], model: nn.Module) -> dict[int
 
 def mean_square_of(mean: Tensor, variance: Tensor) -> float:
     """Return the mean of ``E[z^2]`` over channels."""
-    return float((variance.double() + mean.double().square()).mean())
+    return float((widened(variance) + widened(mean).square()).mean())
 
 
 def _mean_squares(measured: Statistics, model: nn.Module) -> Iterator[tuple[str, float, float]]:
@@ -105,4 +106,4 @@ def _mean_squares(measured: Statistics, model: nn.Module) -> Iterator[tuple[str,
 def mean_square_of_inputs(layer: LayerStatistics) -> float:
     """Return the mean of ``E[x^2]`` over a layer's inputs, whose second moments there must be."""
     assert layer.second is not None
-    return float(layer.second.diagonal(dim1=1, dim2=2).double().mean())
+    return float(widened(layer.second.diagonal(dim1=1, dim2=2)).mean())

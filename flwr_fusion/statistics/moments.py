@@ -25,6 +25,7 @@ from flwr_fusion.errors import (
 )
 from flwr_fusion.networks import all_finite, key_of
 from flwr_fusion.observe import batch_size, run, watch
+from flwr_fusion.precision import widened
 
 DETAILS = ("full", "block", "diagonal")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -310,7 +311,7 @@ class RunningMoments:
         precise = values.to(torch.promote_types(values.dtype, torch.float32))
         variance, mean = torch.var_mean(precise, others, correction=0)
         count = values.numel() // values.shape[axis]
-        mean, squares = mean.double(), variance.double() * count
+        mean, squares = widened(mean), widened(variance) * count
         if self._mean is not None and self._squares is not None:
             # Squares about the mean add up to M_a + M_b + (mean_b - mean_a)^2 n_a n_b / n (Chan et
             # al. 1983).
@@ -455,7 +456,7 @@ def possible_mean(mean: Tensor, second: Tensor) -> Tensor:
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:
-    return part.double() if total is None else total + part.double()
+    return widened(part) if total is None else total + widened(part)
 
 
 def _input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
