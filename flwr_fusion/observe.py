@@ -157,6 +157,15 @@ def named_failure(who: str, what: str, inputs: Any = None) -> Iterator[None]:
 
 def _hint(what: str, inputs: Any) -> str:
     """Return what may be wrong with inputs."""
+    if what == CALIBRATION and isinstance(inputs, Tensor) and inputs.dim() < 2:
+        return (
+            f". Is the batch of shape {tuple(inputs.shape)} one of labels? Calibration is a tensor "
+            "of inputs, or batches of inputs: (images, labels) are two batches"
+        )
+    if isinstance(inputs, Tensor):
+        return f". The inputs have the shape {tuple(inputs.shape)}: the first axis is the batch's"
+    if hasattr(inputs, "__array_interface__"):
+        return ". The inputs are a NumPy array: give torch.from_numpy(...)"
     if what == CALIBRATION and isinstance(inputs, (tuple, list, Mapping)):
         return (
             ". Calibration needs what the network is called with, and no labels: a tensor, (x,) or "

@@ -5,167 +5,22 @@ The device is simulated: computed on the CPU, with tensors that say they are els
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+import subprocess
+import sys
 
 import pytest
-import torch
-from torch import Tensor, nn
+from torch.utils import backend_registration
 
-import flwr_fusion as ff
-from flwr_fusion.matching.assignment import Exact
-from flwr_fusion.statistics import class_moments, input_moments
-from tests.support.architectures import LeNet, SmallVGG, named, randomised, sequential_mlp
-from tests.support.device import DEVICE, SimulatedDevice
-from tests.test_method_contracts import METHODS, Method
-
-ARCHITECTURES = ("adapters", "small-vgg", "multihead-block")
+from tests.conftest import REPOSITORY
 
 
-@pytest.fixture(params=[True, False], ids=["doubles", "no doubles"])
-def device(request: pytest.FixtureRequest) -> Iterator[SimulatedDevice]:
-    with SimulatedDevice(doubles=request.param) as simulated:
-        yield simulated
-
-
-def trained(start: nn.Module, seed: int, size: float = 0.05) -> nn.Module:
-    """Return a network that has gone a little way from another."""
-    generator = torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(start)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor += size * torch.rand(tensor.shape, generator=generator)
-    return model
-
-
-def assert_the_same(there: nn.Module, here: nn.Module, tolerance: float = 1e-5) -> None:
-    """Compare all tensors, relative to each one's length."""
-    expected = here.state_dict()
-    for name, tensor in there.state_dict().items():
-        assert tensor.device == DEVICE, name
-        assert tensor.dtype == expected[name].dtype, name
-        difference = (tensor.cpu().double() - expected[name].double()).norm()
-        assert difference <= tolerance * max(1.0, float(expected[name].double().norm())), name
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_methods_give_what_they_give_on_the_cpu(
-    method: Method, name: str, device: SimulatedDevice
-) -> None:
-    architecture = named(name)
-    inputs = architecture.inputs(24)
-    models = [randomised(architecture.model(), seed) for seed in (1, 2, 3)]
-    expected = method(models, [1, 3, 2], inputs=inputs)
-    found = method([device.moved(m) for m in models], [1, 3, 2], inputs=inputs)
-    assert_the_same(found, expected)
-
-
-@pytest.mark.parametrize("combine", ["auto", "median", "trimmed-mean", "krum"])
-def test_rules_give_what_they_give_on_the_cpu(combine: str, device: SimulatedDevice) -> None:
-    torch.manual_seed(0)
-    sent = SmallVGG()
-    models = [trained(sent, seed) for seed in range(5)]
-
-    def fused(networks: Sequence[nn.Module], reference: nn.Module) -> nn.Module:
-        return ff.ot_fusion(
-            networks,
-            [1, 2, 3, 4, 5],
-            example_inputs=torch.randn(2, 3, 32, 32),
-            reference=reference,
-            combine=combine,
-        ).model
-
-    found = fused([device.moved(m) for m in models], device.moved(sent))
-    assert_the_same(found, fused(models, sent), tolerance=1e-4)
-
-
-@pytest.mark.parametrize("balance", ["add", "merge"])
-def test_networks_of_other_depths(
-    balance: Literal["add", "merge"], device: SimulatedDevice
-) -> None:
-    torch.manual_seed(0)
-    models = [sequential_mlp(depth=depth) for depth in (3, 4)]
-    x = torch.randn(32, 20)
-
-    def fused(networks: Sequence[nn.Module]) -> nn.Module:
-        layers = ff.LayerMatching(balance=balance)
-        target = networks[0] if balance == "merge" else None
-        return ff.cla_fusion(
-            networks, example_inputs=x, layers=layers, target=target, calibration=x
-        ).model
-
-    assert_the_same(fused([device.moved(m) for m in models]), fused(models), tolerance=1e-4)
-
-
-@pytest.mark.parametrize("repair", ["batchnorm", "rescale"])
-def test_repair(repair: Literal["batchnorm", "rescale"], device: SimulatedDevice) -> None:
-    torch.manual_seed(0)
-    network = SmallVGG if repair == "batchnorm" else LeNet
-    models = [network(), network()]
-    x = torch.randn(16, *((3, 32, 32) if repair == "batchnorm" else (1, 16, 16)))
-
-    def fused(networks: Sequence[nn.Module]) -> nn.Module:
-        return ff.ot_fusion(
-            networks, example_inputs=x, combine="mean", calibration=x, repair=repair
-        ).model
-
-    assert_the_same(fused([device.moved(m) for m in models]), fused(models), tolerance=1e-4)
-
-
-def test_statistics_and_heads(device: SimulatedDevice) -> None:
-    torch.manual_seed(0)
-    model, x, y = LeNet(), torch.randn(40, 1, 16, 16), torch.arange(40) % 10
-    there = device.moved(model)
-    for layer, expected in input_moments(model, [x], convolutions=True).items():
-        found = input_moments(there, [x], convolutions=True)[layer]
-        assert found.second is not None
-        assert expected.second is not None
-        torch.testing.assert_close(found.second, expected.second)
-    moments = class_moments(there, [(x, y)])
-    torch.testing.assert_close(moments.second, class_moments(model, [(x, y)]).second)
-    head = ff.calibrated_head(there, moments)
-    assert_the_same(head, ff.calibrated_head(model, moments), tolerance=1e-4)
-
-
-def waits(
-    device: SimulatedDevice, networks: Sequence[nn.Module], x: Tensor, sent: nn.Module
-) -> int:
-    """Return how often a fusion that is not the first of its kind waits for the device."""
-    reference = device.moved(sent)
-    models = [device.moved(network) for network in networks]
-    before = 0
-    for _ in range(2):
-        before = device.waits.total()
-        ff.ot_fusion(models, example_inputs=x, reference=reference)
-    return device.waits.total() - before
-
-
-def test_no_wait_for_every_tensor_of_every_client() -> None:
-    torch.manual_seed(0)
-    sent, x = SmallVGG(), torch.randn(2, 3, 32, 32)
-    models = [trained(sent, seed, 0.001) for seed in range(8)]
-    groups = sum(not group.fixed for group in ff.ChannelGraph.trace(sent, x).groups)
-    with SimulatedDevice() as device:
-        few, many = (waits(device, models[:count], x, sent) for count in (4, 8))
-    # A client: its norm, its tensors' norms, its function, the proof for each group, the costs.
-    assert (many - few) / 4 <= groups + 8
-
-
-def test_one_wait_for_every_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
-    solved = 0
-    solve = Exact.solve
-
-    def counted(*arguments: Any) -> Any:
-        nonlocal solved
-        solved += 1
-        return solve(*arguments)
-
-    monkeypatch.setattr(Exact, "solve", counted)
-    torch.manual_seed(0)
-    models, x = [SmallVGG() for _ in range(4)], torch.randn(2, 3, 32, 32)
-    with SimulatedDevice() as device:
-        total = waits(device, models, x, SmallVGG())
-    assert total <= solved / 2 + 150
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch lets no Python stand in for a device",
+)
+@pytest.mark.parametrize("chosen", ["singles", "not singles"])
+def test_on_a_simulated_device(chosen: str) -> None:
+    """In a process of its own, as PyTorch does not forget a device."""
+    command = [sys.executable, "-m", "pytest", "-k", chosen, "tests/support/on_device.py"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-10_000:]

@@ -185,8 +185,13 @@ def last_layer(model: nn.Module, inputs: Any) -> tuple[str, Tensor]:
             if logits.shape == (len(given), module.out_features)
             and torch.allclose(module(given), logits, rtol=1e-3, atol=1e-5, equal_nan=True)
         ]
-    if len(last) != 1:
-        raise FusionError(f"{refused}the output of {len(last)} linear layers is the network's")
+    if not last:
+        raise FusionError(
+            f"{refused}of this one, something follows its last linear layer, or it is called with "
+            "more than a vector for each sample"
+        )
+    if len(last) > 1:
+        raise FusionError(f"{refused}this one has {len(last)} that give what it returns")
     (module, features), name = last[0], names[last[0][0]]
     if module.bias is None or key_of(name, "weight") not in model.state_dict():
         raise FusionError(f"{refused}layer '{name}' has no bias, or no weight of its own")

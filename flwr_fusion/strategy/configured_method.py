@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from flwr_fusion.errors import FusionError
 from flwr_fusion.report import FusionResult
@@ -49,14 +49,25 @@ class ConfiguredMethod:
         """Name of the method, for logs and checkpoints."""
         return str(getattr(self.function, "__name__", "method"))
 
+    def __str__(self) -> str:
+        """Return the method with its rule and the options that are given."""
+        given = {"combine": self.combine, **self.options}
+        shown = [f"{name}={_shown(v)}" for name, v in given.items() if v is not None]
+        return f"{self.name}({', '.join(shown)})"
+
+    @property
+    def combine(self) -> Any:
+        """What is given as ``combine``, or its default; None of a method without it."""
+        parameter = self._parameters.get("combine")
+        return self.options.get("combine", None if parameter is None else parameter.default)
+
     @property
     def rule(self) -> Rule | None:
         """The rule of combination, given or the method's default; None: unknown.
 
         What a method of a user's own calls ``combine`` need not be a rule.
         """
-        parameter = self._parameters.get("combine")
-        combine = self.options.get("combine", None if parameter is None else parameter.default)
+        combine = self.combine
         rule = RULES.get(combine) if isinstance(combine, str) else combine
         if not isinstance(rule, Rule) or isinstance(rule, type):
             return None
@@ -165,6 +176,10 @@ class ConfiguredMethod:
         if not isinstance(result, FusionResult):
             raise FusionError(f"{self.name} must return a FusionResult, not {result!r:.60}")
         return result
+
+
+def _shown(value: Any) -> str:
+    return f"tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.60}"
 
 
 def check_schedule(schedule: Mapping[str, int], options: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from flwr.common import log
 
 from flwr_fusion.report import FusionReport
 from flwr_fusion.statistics.moments import Statistics
+from flwr_fusion.strategy.configured_method import ConfiguredMethod
 from flwr_fusion.strategy.reasons import Rejection, shown
 from flwr_fusion.strategy.replies import Answer
 
@@ -21,6 +22,8 @@ _STRATEGY_METRICS = (
     "refinement-loss",
     "with-class-moments",
 )
+# Of what a rule says of its layers, in a line.
+_MOST_KINDS = 3
 
 
 def aggregated_metrics(
@@ -54,6 +57,18 @@ def figures_of(report: FusionReport, statistics: Sequence[Statistics | None]) ->
     if any(measured is not None for measured in statistics):
         figures["with-statistics"] = sum(measured is not None for measured in statistics)
     return figures
+
+
+def log_fusion(method: ConfiguredMethod, reports: Mapping[str, FusionReport]) -> None:
+    """Log in a line for each architecture what a round's fusion did."""
+    for name, report in reports.items():
+        into = f" into {name!r}" if len(reports) > 1 else ""
+        kinds = Counter(report.details.values()).most_common(_MOST_KINDS)
+        by = ", ".join(f"{kind} ({count} x)" for kind, count in kinds)
+        if not by:
+            by = "the mean" if method.is_auto else str(method.combine)
+        text = "aggregate_train: %s%s: combined by %s; %.1f %% of the channels moved; repair: %s"
+        log(INFO, text, report.method, into, by, 100 * report.share_moved, report.repair)
 
 
 def log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:

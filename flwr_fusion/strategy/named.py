@@ -127,7 +127,10 @@ class CLAFusion(FusionStrategy):
         **arguments: Unpack[StrategyArguments],
     ) -> None:
         if not isinstance(architectures, Mapping):
-            raise FusionError("CLAFusion needs its architectures by name, at least one")
+            raise FusionError(
+                'CLAFusion needs its architectures by name, such as {"small": network}, not '
+                f"{type(architectures).__name__}"
+            )
         options = _given(
             _MATCHED | {"layers": DEFAULT_LAYERS},
             layers=layers,

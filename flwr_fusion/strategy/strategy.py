@@ -31,6 +31,7 @@ from flwr_fusion.strategy.heads import NORMS, CalibratedHeads, Head
 from flwr_fusion.strategy.metrics import (
     aggregated_metrics,
     figures_of,
+    log_fusion,
     log_nothing_fused,
     log_rejections,
     log_replies,
@@ -300,8 +301,9 @@ class FusionStrategy(FedAvg):
             )
             chosen = " (global model)" if name == self.architecture else ""
             log(INFO, text, name, chosen, size, len(groups) - fixed, fixed)
-        options = ", ".join(f"{name}={value!r:.60}" for name, value in self.method.options.items())
-        log(INFO, "\t├──> Fusion: %s(%s)", self.method.name, options)
+        log(INFO, "\t├──> Fusion: %s", self.method)
+        if self.head is not None:
+            log(INFO, "\t├──> Calibrated head: %s", self.head)
         if self._checkpoints is not None:
             log(INFO, "\t├──> Checkpoints: %s", self._checkpoints.path)
         super().summary()
@@ -480,6 +482,7 @@ class FusionStrategy(FedAvg):
         log_rejections("aggregate_train", fused.rejections)
         rejections += fused.rejections
         updates = fused.given.updates
+        log_fusion(method, fused.reports)
         self._models.replace(fused.arrays)
         if self._heads is not None:
             self._heads.replaced(fused.arrays)

@@ -13,7 +13,6 @@ from collections import Counter
 from types import FrameType
 from typing import Any, Self
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -25,11 +24,6 @@ from flwr_fusion.graph import groups
 from flwr_fusion.precision import widest_of
 
 NAME = "simulated"
-if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-    pytest.skip("this PyTorch lets no Python stand in for a device", allow_module_level=True)
-if not hasattr(torch, NAME):
-    backend_registration._setup_privateuseone_for_python_backend(NAME)
-DEVICE = torch.device(NAME, 0)
 # What is a number, or has a shape, that depends on values.
 _READING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
 _DECOMPOSITIONS = ("linalg_eig", "linalg_qr", "_linalg_", "linalg_inv", "linalg_chol", "cholesky")
@@ -50,7 +44,7 @@ class DeviceTensor(Tensor):
             strides=values.stride(),
             storage_offset=values.storage_offset(),
             dtype=values.dtype,
-            device=DEVICE,
+            device=torch.device(NAME, 0),
         )
         made.on_host = values
         return made
@@ -65,6 +59,9 @@ class DeviceTensor(Tensor):
 class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, tensors can be made on a simulated device, and are computed there.
 
+    To be used in a process of its own: PyTorch does not forget a device, and with one neither forks
+    nor wraps networks as before.
+
     Parameters
     ----------
     doubles : bool
@@ -73,6 +70,8 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, *, doubles: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        if not hasattr(torch, NAME):
+            backend_registration._setup_privateuseone_for_python_backend(NAME)
         self.doubles = doubles
         self.waits: Counter[str] = Counter()
         self._constructors = _Constructors()
@@ -129,7 +128,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(found, Tensor):
             return found
         if not self.doubles and (found.dtype == torch.float64 or name.startswith(_DECOMPOSITIONS)):
-            raise TypeError(f"{name}: {DEVICE} has no float64 and no decompositions")
+            raise TypeError(f"{name}: {NAME} has no float64 and no decompositions")
         # What an operation writes into stays what it is.
         same = [tensor for tensor in given if tensor.on_host is found]
         return same[0] if same else DeviceTensor(found)
