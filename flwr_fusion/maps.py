@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,13 +48,13 @@ class Selection:
         index = torch.arange(fused_size)
         return cls(torch.where(index < client_size, index, -1), client_size)
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         """Whether nothing moves."""
         size = len(self.index)
         return size == self.client_size and bool((self.index == torch.arange(size)).all())
 
-    @property
+    @cached_property
     def is_injection(self) -> bool:
         """Whether every client channel stands at exactly one place."""
         places = torch.bincount(self.index[self.index >= 0], minlength=self.client_size)
@@ -141,6 +142,12 @@ class Segment:
     client_positions: Tensor
     fused_positions: Tensor
     writes: bool
+
+    @cached_property
+    def is_in_order(self) -> bool:
+        """Whether its channels stand in the fused network one after the other, from the first."""
+        flat = self.fused_positions.flatten()
+        return torch.equal(flat, torch.arange(len(flat)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -544,6 +551,12 @@ def _axis_index(
     client_length: int, fused_length: int, used: list[tuple[Segment, ChannelMap]]
 ) -> tuple[Tensor, Tensor]:
     """Return for each fused position the client position it takes (-1: none) and its factor."""
+    (segment, channel_map), *others = used
+    whole = segment.fused_positions.numel() == fused_length and segment.is_in_order
+    if whole and isinstance(channel_map, Selection) and not others:
+        # Most axes carry one group, and nothing else.
+        chosen, factor = _channel_sources(segment, channel_map)
+        return chosen.flatten(), factor.flatten()
     client_rest = torch.ones(client_length, dtype=torch.bool)
     fused_rest = torch.ones(fused_length, dtype=torch.bool)
     for segment, _ in used:
@@ -554,12 +567,17 @@ def _axis_index(
     scale = fused_rest.to(torch.float64)
     for segment, channel_map in used:
         if isinstance(channel_map, Selection):
-            chosen = channel_map.index
-            index[segment.fused_positions] = segment.client_positions[chosen.clamp(min=0)]
-            factor = channel_map.coverage() if segment.writes else channel_map.read_scale()
-            spread = factor.to(scale).unsqueeze(1).expand(segment.fused_positions.shape)
-            scale[segment.fused_positions] = spread
+            chosen, factor = _channel_sources(segment, channel_map)
+            index[segment.fused_positions] = chosen
+            scale[segment.fused_positions] = factor
     return index, scale
+
+
+def _channel_sources(segment: Segment, selection: Selection) -> tuple[Tensor, Tensor]:
+    """Return the client positions that a segment's fused ones take, and their factors."""
+    chosen = segment.client_positions[selection.index.clamp(min=0)]
+    factor = selection.coverage() if segment.writes else selection.read_scale()
+    return chosen, factor.to(torch.float64).unsqueeze(1).expand(chosen.shape)
 
 
 def _apply_plan(mapped: Tensor, tensor: Tensor, axis: int, segment: Segment, plan: Plan) -> None:
