@@ -106,11 +106,14 @@ class IdentityCertificate:
         if group not in self._gaps:
             # Every tensor counts as much: the small ones take less time.
             by_size = sorted(tensors, key=lambda name: self.reference[name].numel())
-            self._gaps[group] = _Gaps(
+            places = [
+                (n, *place) for n in by_size for place in segments_of(group, n, correspondence)
+            ]
+            rows = (
                 channel_rows(self.reference[name], axis, segment.fused_positions) / norms[name][0]
-                for name in by_size
-                for axis, segment in segments_of(group, name, correspondence)
+                for name, axis, segment in places
             )
+            self._gaps[group] = _Gaps(rows, len(places))
         return self._gaps[group]
 
     def _mean_distance(
@@ -174,20 +177,24 @@ class _Gaps:
     Each tensor makes it larger; rounding only makes it smaller.
     """
 
-    def __init__(self, parts: Iterable[Tensor]) -> None:
+    def __init__(self, parts: Iterable[Tensor], count: int) -> None:
         self._parts = iter(parts)
+        self._count = count
         self._squares: Tensor | float = 0.0
         self._products: Tensor | float = 0.0
         self._least: Tensor | float = 0.0
 
     def reach(self, needed: Tensor) -> bool:
         """Whether the distances are at least these; never, of what is not finite."""
-        while not bool((needed <= self._least).all()):
-            rows = next(self._parts, None)
+        # The least distances are on average no more than the mean of all pairs, which is at most
+        # 2 sum_i |a_i|^2 / (n - 1), and the squares of a normalised tensor sum to 1 at most.
+        hopeless = needed.mean() * (len(needed) - 1) > 2 * self._count
+        while True:
+            is_hopeless, is_reached = numbers([hopeless, (needed <= self._least).all()])
+            rows = None if is_hopeless or is_reached else next(self._parts, None)
             if rows is None:
-                return False
+                return bool(is_reached)
             self._add(rows)
-        return True
 
     def _add(self, rows: Tensor) -> None:
         self._squares = rows.square().sum(1) + self._squares
