@@ -22,6 +22,7 @@ from flwr_fusion.graph.outputs import (
     random_inputs,
     random_state,
 )
+from flwr_fusion.observe import Inputs, tensors_of
 from flwr_fusion.precision import numbers, widened, widest_for
 
 if TYPE_CHECKING:
@@ -188,8 +189,10 @@ class Check:
         dtypes = (None,) if size > _LARGE else (precise, None)
         states = _Drawn(graph.model, seed)
         self._runs = [_first_of(graph, states, values, (drawn, given), dtypes)]
-        with suppress(FusionError):
-            self._runs.append(_first_of(graph, states, values, (given,), (None,)))
+        numbers_given = any(t.is_floating_point() for t in tensors_of(Inputs.of(given)))
+        if numbers_given or size <= _LARGE:  # Otherwise it is the same run again.
+            with suppress(FusionError):
+                self._runs.append(_first_of(graph, states, values, (given,), (None,)))
 
     def changes(self, groups: Sequence[ChannelGroup], moves: Mapping[str, Tensor]) -> bool:
         """Whether permuting some groups, or mixing them by matrices, changes the output."""
