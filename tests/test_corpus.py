@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,13 @@ def test_what_is_no_network_is_refused_with_the_remedy(
 
 @pytest.mark.parametrize(
     ("given", "hint"),
-    [((2, 6), "a shape"), ([torch.randn(2, 6)] * 2, "several arguments"), ({"z": 1}, "keyword")],
+    [
+        ((2, 6), "a shape"),
+        ([torch.randn(2, 6)] * 2, "several arguments"),
+        ({"z": 1}, "keyword"),
+        (torch.randn(2, 7), r"shape \(2, 7\): the first axis is the batch's"),
+        (np.zeros((2, 6), np.float32), "torch.from_numpy"),
+    ],
 )
 def test_inputs_that_are_something_else_are_refused_with_a_hint(given: Any, hint: str) -> None:
     with pytest.raises(ff.FusionError, match=hint):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -227,6 +229,8 @@ def test_reply_order_does_not_matter_for_equal_weights() -> None:
 # --- A small app without training: every client shifts the model by an amount of its own ----------
 
 SMALL = torch.zeros(2, 3)
+LABELS = torch.tensor([0, 1])
+BY_ACTIVATIONS = {"matching": ff.Matching(by="activations")}
 
 
 def small_network(seed: int = 0) -> nn.Sequential:
@@ -768,6 +772,7 @@ def another_network(models: Sequence[nn.Module], weights: Sequence[float]) -> ff
         (lambda: OTFusion(torch.compile(small_network()), SMALL), "wrapped by OptimizedModule"),  # type: ignore[arg-type]
         (lambda: OTFusion(torch.jit.script(small_network()), SMALL), "compiled by TorchScript"),
         (lambda: OTFusion(small_network(), (1, 64)), r"Is \(1, 64\) a shape\?"),
+        (lambda: small_strategy(**BY_ACTIVATIONS, calibration=(SMALL, LABELS)), "one of labels"),
         (lambda: small_strategy(validation="strict"), "validation must be"),
         (lambda: small_strategy(only_first_rounds={"combine": 3}), "which is no option given"),
         (lambda: small_strategy(only_first_rounds=3), "only_first_rounds must be"),
@@ -781,6 +786,21 @@ def another_network(models: Sequence[nn.Module], weights: Sequence[float]) -> ff
 def test_plausible_mistakes_are_told_at_once(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(ff.FusionError, match=message):
         build()
+
+
+def test_the_log_says_what_is_run_and_what_a_round_did(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    with flower_log.at_level(logging.INFO, logger="flwr"):
+        run_small(small_strategy(calibration=SMALL, head="serve"))
+        run_small(small_strategy(combine="median"))
+    text = flower_log.text
+    assert f"Fusion: ot_fusion(combine='auto', calibration=tensor of {tuple(SMALL.shape)})" in text
+    assert "Calibrated head: serve" in text
+    assert re.search(
+        r"ot_fusion: combined by .+; [\d.]+ % of the channels moved; repair: none", text
+    )
+    assert "ot_fusion: combined by median; " in text
 
 
 def test_a_network_by_name_is_a_federation_of_one() -> None:
