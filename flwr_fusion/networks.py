@@ -114,7 +114,7 @@ def squared_norm(state: Mapping[str, Tensor], who: str) -> float:
         # In single precision squares may be too large for a number of finite values.
         if not math.isfinite(norm) and not all_finite(state[name]):
             raise FusionError(f"{who}: tensor '{name}' has non-finite values")
-    return sum(norm**2 for norm in found.values())
+    return sum(norm * norm for norm in found.values())
 
 
 def names_of_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -125,7 +125,8 @@ class FusionReport:
         Time of the fusion, tracing included.
     details : mapping of str to str
         What the rule says of it. Least squares: the layers combined so, with the detail of their
-        moments ("full", "block" or "diagonal"); all others are combined by their mean.
+        moments ("full", "block" or "diagonal") or what else they are of; all others are combined by
+        their mean.
     repair : str
         What was repaired after the fusion, or why nothing was.
     layers : tuple of LayerReport

@@ -798,7 +798,7 @@ def test_the_log_says_what_is_run_and_what_a_round_did(
     assert f"Fusion: ot_fusion(combine='auto', calibration=tensor of {tuple(SMALL.shape)})" in text
     assert "Calibrated head: serve" in text
     assert re.search(
-        r"ot_fusion: combined by .+; [\d.]+ % of the channels moved; repair: none", text
+        r"ot_fusion: combined by auto: .+; [\d.]+ % of the channels moved; repair: none", text
     )
     assert "ot_fusion: combined by median; " in text
 

@@ -18,6 +18,7 @@ from tests.test_strategy import train_model
 UPDATES = ff.LeastSquares(moments="updates", strength=1.0)
 FREE = ff.LeastSquares(moments="updates", bound=None, strength=1.0)
 WEIGHTS = (1.0, 3.0, 2.0)
+OF_UPDATES = {"moments of the update"}
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -220,17 +221,19 @@ def test_auto_takes_what_there_is() -> None:
         return set(report.details.values())
 
     assert details() == set()
-    assert details(reference=start) == {"update"}
+    assert details(reference=start) == OF_UPDATES
     assert details(statistics=measured) == {"full"}
     assert details(reference=start, statistics=measured) == {"full"}
     # Clients of a sixth of the weight do not decide.
-    assert details(reference=start, statistics=[measured[0], None, None]) == {"update"}
+    assert details(reference=start, statistics=[measured[0], None, None]) == {
+        "moments of the update"
+    }
     lenet = named("lenet").model()
     networks = [trained(lenet, seed) for seed in range(3)]
     images = named("lenet").inputs(10)
     moments = [ff.statistics.input_moments(network, [images]) for network in networks]
     report = ff.average(networks, combine=auto, reference=lenet, statistics=moments).report
-    assert set(report.details.values()) == {"update"}
+    assert set(report.details.values()) == OF_UPDATES
 
 
 @pytest.mark.parametrize("most", [4, 20])

@@ -39,7 +39,8 @@ EXPERIMENTS = (
         "round",
         "running means that go with the weights, or statistics of 400 unlabelled images",
         cases=[
-            Setting("shallow_resnet", "cifar_federation", "dirichlet-0.1", "shared", method)
+            Setting("shallow_resnet", "cifar_federation", partition, "shared", method)
+            for partition in ("dirichlet-0.1", "dirichlet-0.5", "iid", "label-skill")
             for method in (FEDAVG, AUTO)
         ],
         data="cifar_federation",

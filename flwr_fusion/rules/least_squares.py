@@ -132,7 +132,8 @@ class LeastSquares:
         options = self._with_defaults(moments, mean)
         if moments == "updates":
             weights, running_means = by_update_moments(fusion, maps, mean, options)
-            return Combined(mean | weights | running_means, dict.fromkeys(weights, "update"))
+            details = dict.fromkeys(weights, "moments of the update")
+            return Combined(mean | weights | running_means, details)
         sums = options._layer_sums(fusion, mean)
         for client, chosen in zip(fusion.clients, maps, strict=True):
             state = client.state()

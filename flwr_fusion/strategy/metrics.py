@@ -64,9 +64,10 @@ def log_fusion(method: ConfiguredMethod, reports: Mapping[str, FusionReport]) ->
     for name, report in reports.items():
         into = f" into {name!r}" if len(reports) > 1 else ""
         kinds = Counter(report.details.values()).most_common(_MOST_KINDS)
-        by = ", ".join(f"{kind} ({count} x)" for kind, count in kinds)
-        if not by:
-            by = "the mean" if method.is_auto else str(method.combine)
+        said = ", ".join(f"{kind} ({count} layers)" for kind, count in kinds)
+        if not said and method.is_auto:
+            said = "the mean"
+        by = f"{method.combine}: {said}" if said else method.combine
         text = "aggregate_train: %s%s: combined by %s; %.1f %% of the channels moved; repair: %s"
         log(INFO, text, report.method, into, by, 100 * report.share_moved, report.repair)
 
