@@ -14,7 +14,7 @@ from torch import nn
 import flwr_fusion as ff
 from flwr_fusion.fusion import participants, with_correspondence
 from flwr_fusion.graph.groups import verified_graph
-from flwr_fusion.matching import kept_costs, reference, sweeps
+from flwr_fusion.matching import certificate, kept_costs, reference, sweeps
 from flwr_fusion.matching.reference import most_central
 from flwr_fusion.strategy import OTFusion, global_models
 from tests.support.architectures import named
@@ -41,6 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(sweeps, "map_tensor")
     count(kept_costs, "weight_cost")
     count(reference, "align_by_weights")
+    count(certificate._Gaps, "_add")
     count(global_models, "with_state")
     count(global_models, "assemble_unchanged")
     return counted
@@ -73,6 +74,13 @@ def test_round_from_one_start_solves_nothing_and_builds_each_network_once(
     assert calls["assemble_unchanged"] == CLIENTS
     # Of the clients' networks none.
     assert calls["with_state"] <= 1
+
+
+def test_unrelated_networks_need_no_proof(calls: Counter[str]) -> None:
+    ff.ot_fusion(from_own_starts(3), example_inputs=named("small-vgg").inputs(2), repair="none")
+    assert calls["solve"] > 0
+    # No distances between channels of one network, which are as many products as a ground cost.
+    assert calls["_add"] == 0
 
 
 def test_costs_are_kept_while_a_sweep_runs(calls: Counter[str]) -> None:
