@@ -398,6 +398,9 @@ def test_content_that_is_none_is_left_out(content: Any, kind: str) -> None:
 def test_long_texts_are_cut_before_they_are_escaped() -> None:
     begin = time.perf_counter()
     assert len(Rejection(1, Reason.ERROR, "\n" * 10**8).text) == 500
+    crash = Rejection(1, Reason.ERROR, "ClientApp: " + "in train()\n" * 999 + "ValueError: cause")
+    assert crash.text.startswith("ClientApp: in train()")
+    assert crash.text.endswith("ValueError: cause")
     assert len(shown("x" * 10**8)) == 100
     assert time.perf_counter() - begin < 2
 

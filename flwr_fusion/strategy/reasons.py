@@ -9,6 +9,15 @@ from flwr_fusion.errors import FusionError
 
 LONGEST_TEXT = 500
 """Characters of a rejection's text: what clients send can be of any length."""
+_LEFT_OUT = " ... "
+
+
+def shortened(text: str) -> str:
+    """Return a text of a limited length, its middle left out: a traceback ends with its cause."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    kept = LONGEST_TEXT - len(_LEFT_OUT)
+    return text[: kept // 4] + _LEFT_OUT + text[kept // 4 - kept :]
 
 
 def printable(text: str) -> str:
@@ -79,7 +88,7 @@ class RejectedReply(FusionError):
     """
 
     def __init__(self, reason: Reason, text: str) -> None:
-        super().__init__(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ...")
+        super().__init__(shortened(text))
         self.reason = reason
 
 
@@ -102,7 +111,7 @@ class Rejection:
     text: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "text", printable(self.text[:LONGEST_TEXT])[:LONGEST_TEXT])
+        object.__setattr__(self, "text", shortened(printable(shortened(self.text))))
 
     @property
     def keeps_update(self) -> bool:
