@@ -229,7 +229,6 @@ def test_reply_order_does_not_matter_for_equal_weights() -> None:
 # --- A small app without training: every client shifts the model by an amount of its own ----------
 
 SMALL = torch.zeros(2, 3)
-LABELS = torch.tensor([0, 1])
 BY_ACTIVATIONS = {"matching": ff.Matching(by="activations")}
 
 
@@ -772,7 +771,10 @@ def another_network(models: Sequence[nn.Module], weights: Sequence[float]) -> ff
         (lambda: OTFusion(torch.compile(small_network()), SMALL), "wrapped by OptimizedModule"),  # type: ignore[arg-type]
         (lambda: OTFusion(torch.jit.script(small_network()), SMALL), "compiled by TorchScript"),
         (lambda: OTFusion(small_network(), (1, 64)), r"Is \(1, 64\) a shape\?"),
-        (lambda: small_strategy(**BY_ACTIVATIONS, calibration=(SMALL, LABELS)), "one of labels"),
+        (
+            lambda: small_strategy(**BY_ACTIVATIONS, calibration=(SMALL, torch.tensor([0, 1]))),
+            "one of labels",
+        ),
         (lambda: small_strategy(validation="strict"), "validation must be"),
         (lambda: small_strategy(only_first_rounds={"combine": 3}), "which is no option given"),
         (lambda: small_strategy(only_first_rounds=3), "only_first_rounds must be"),
