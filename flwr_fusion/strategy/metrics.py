@@ -65,11 +65,11 @@ def log_fusion(method: ConfiguredMethod, reports: Mapping[str, FusionReport]) ->
         into = f" into {name!r}" if len(reports) > 1 else ""
         kinds = Counter(report.details.values()).most_common(_MOST_KINDS)
         said = ", ".join(f"{kind} ({count} layers)" for kind, count in kinds)
-        if not said and method.is_auto:
-            said = "the mean"
-        by = f"{method.combine}: {said}" if said else method.combine
-        text = "aggregate_train: %s%s: combined by %s; %.1f %% of the channels moved; repair: %s"
-        log(INFO, text, report.method, into, by, 100 * report.share_moved, report.repair)
+        by = "" if method.combine is None else f"combined by {method.combine!s:.60}"
+        parts = (by, said or ("the mean" if method.is_auto else ""))
+        did = ": ".join(filter(None, parts)) or "fused"
+        text = "aggregate_train: %s%s: %s; %.1f %% of the channels moved; repair: %s"
+        log(INFO, text, report.method, into, did, 100 * report.share_moved, report.repair)
 
 
 def log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:
