@@ -10,7 +10,7 @@ from flwr.app import MetricRecord, RecordDict
 from flwr.common import log
 
 from flwr_fusion.report import FusionReport
-from flwr_fusion.statistics.moments import Statistics
+from flwr_fusion.statistics.moments import DETAILS, Statistics
 from flwr_fusion.strategy.configured_method import ConfiguredMethod
 from flwr_fusion.strategy.reasons import Rejection, shown
 from flwr_fusion.strategy.replies import Answer
@@ -64,12 +64,17 @@ def log_fusion(method: ConfiguredMethod, reports: Mapping[str, FusionReport]) ->
     for name, report in reports.items():
         into = f" into {name!r}" if len(reports) > 1 else ""
         kinds = Counter(report.details.values()).most_common(_MOST_KINDS)
-        said = ", ".join(f"{kind} ({count} layers)" for kind, count in kinds)
+        said = ", ".join(f"{_kind(text)} ({count} layers)" for text, count in kinds)
         by = "" if method.combine is None else f"combined by {method.combine!s:.60}"
         parts = (by, said or ("the mean" if method.is_auto else ""))
         did = ": ".join(filter(None, parts)) or "fused"
         text = "aggregate_train: %s%s: %s; %.1f %% of the channels moved; repair: %s"
         log(INFO, text, report.method, into, did, 100 * report.share_moved, report.repair)
+
+
+def _kind(text: str) -> str:
+    """Return what a rule says of a layer, of least squares with what it says it of."""
+    return f"the clients' {text} moments" if text in DETAILS else text
 
 
 def log_replies(where: str, good: int, rejections: Sequence[Rejection]) -> None:
