@@ -305,13 +305,19 @@ class Twice(nn.Module):
         return logits
 
 
+NOTHING_LAST = (
+    "of this one, something follows its last linear layer, or it is called with more than a vector "
+    "for each sample"
+)
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (nn.Sequential(nn.Linear(6, CLASSES), nn.Softmax(1)), "something follows"),
+        (nn.Sequential(nn.Linear(6, CLASSES), nn.Softmax(1)), NOTHING_LAST),
         (nn.Sequential(nn.Linear(6, CLASSES, bias=False)), "has no bias"),
-        (Twice(), "more than a vector"),
-        (nn.Sequential(nn.Linear(6, CLASSES), nn.ReLU(inplace=True)), "something follows"),
+        (Twice(), NOTHING_LAST),
+        (nn.Sequential(nn.Linear(6, CLASSES), nn.ReLU(inplace=True)), NOTHING_LAST),
     ],
 )
 def test_other_last_layers_are_refused(model: nn.Module, reason: str) -> None:

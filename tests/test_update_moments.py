@@ -225,9 +225,7 @@ def test_auto_takes_what_there_is() -> None:
     assert details(statistics=measured) == {"full"}
     assert details(reference=start, statistics=measured) == {"full"}
     # Clients of a sixth of the weight do not decide.
-    assert details(reference=start, statistics=[measured[0], None, None]) == {
-        "moments of the update"
-    }
+    assert details(reference=start, statistics=[measured[0], None, None]) == OF_UPDATES
     lenet = named("lenet").model()
     networks = [trained(lenet, seed) for seed in range(3)]
     images = named("lenet").inputs(10)

@@ -351,7 +351,7 @@ def _representations(
 
     def keep(layer: nn.Module, _inputs: Tensor, output: Tensor) -> Tensor:
         axis = 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
-        # In double precision, and so a copy.
+        # A copy also where it is as precise already: what follows may write into it.
         return represent(widened(output.movedim(axis, 1)).clone())
 
     found = record(model, [unit.layer for unit in units], batch, keep, "a network")

@@ -136,7 +136,7 @@ def record_calls(
 
 
 def _affine(unit: Unit, model: nn.Module, with_norm: bool = True) -> tuple[Tensor, Tensor]:
-    """Return a layer's weight and bias in double precision, its BatchNorm folded in."""
+    """Return a layer's weight and bias, as precise as can be, its BatchNorm folded in."""
     layer = model.get_submodule(unit.layer)
     weight: Tensor = widened(layer.weight.detach())  # type: ignore[operator]
     if getattr(layer, "groups", 1) > 1 or getattr(layer, "transposed", False):

@@ -189,8 +189,8 @@ class Check:
         dtypes = (None,) if size > _LARGE else (precise, None)
         states = _Drawn(graph.model, seed)
         self._runs = [_first_of(graph, states, values, (drawn, given), dtypes)]
-        numbers_given = any(t.is_floating_point() for t in tensors_of(Inputs.of(given)))
-        if numbers_given or size <= _LARGE:  # Otherwise it is the same run again.
+        are_drawn = any(t.is_floating_point() for t in tensors_of(Inputs.of(given)))
+        if are_drawn or size <= _LARGE:  # Otherwise it is the same run again.
             with suppress(FusionError):
                 self._runs.append(_first_of(graph, states, values, (given,), (None,)))
 

@@ -192,7 +192,8 @@ def activation_costs(
     Returns
     -------
     dict of str to Tensor
-        For each free group a matrix of shape (fused channels, client channels).
+        For each free group a matrix of shape (fused channels, client channels), on the CPU, where
+        transport is solved.
     """
     moments: dict[tuple[str, str], _CrossMoments] = defaultdict(_CrossMoments)
     layers = _layer_pairs(correspondence)
@@ -211,7 +212,7 @@ def activation_costs(
     costs: dict[str, list[Tensor]] = defaultdict(list)
     for (group, _), moment in moments.items():
         costs[group].append(moment.cost(kind))
-    return {group: torch.stack(layer_costs).mean(0) for group, layer_costs in costs.items()}
+    return {group: torch.stack(of_layers).mean(0).cpu() for group, of_layers in costs.items()}
 
 
 def _layer_pairs(correspondence: Correspondence) -> list[tuple[str, str, Tensor, Tensor]]:

@@ -130,9 +130,8 @@ def align_by_activations(
         A map for every free group and what it costs.
     """
     solver = solver_of(matching.solver)
-    on_host = {name: cost.cpu() for name, cost in activations.items()}
-    known = {name: _solved(name, cost, solver) for name, cost in on_host.items()}
-    costs = {name: _relative_cost(cost, known[name]) for name, cost in on_host.items()}
+    known = {name: _solved(name, cost, solver) for name, cost in activations.items()}
+    costs = {name: _relative_cost(cost, known[name]) for name, cost in activations.items()}
     aligner = _WeightAligner(reference, client, correspondence, matching, {})
     rest, _ = aligner.forward_pass(incoming_only=False, known=known)
     return Alignment(rest.maps, rest.costs | costs)
@@ -164,10 +163,8 @@ class _WeightAligner:
         self.costs = KeptCosts(reference, client, correspondence, self.norms, self.reads)
         # On average over all pairs as much as the weights: each normalised tensor differs by 2.
         self.activations = {
-            name: cost.cpu() * 2 * len(self.reads[name]) / max(mean, 1e-30) / len(cost)
-            for (name, cost), mean in zip(
-                activations.items(), numbers(c.mean() for c in activations.values()), strict=True
-            )
+            name: cost * 2 * len(self.reads[name]) / max(float(cost.mean()), 1e-30) / len(cost)
+            for name, cost in activations.items()
         }
 
     def identity(self, certificate: IdentityCertificate) -> Alignment | None:

@@ -448,7 +448,7 @@ class _LayerSums:
 
 
 def _both(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias, or weight and None, in double precision."""
+    """Return weight and bias, or weight and None, as precise as their device has them."""
     return widened(tensors[0]), widened(tensors[1]) if len(tensors) > 1 else None
 
 

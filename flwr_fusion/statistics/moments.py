@@ -324,7 +324,7 @@ class RunningMoments:
         self._mean, self._squares, self.count = mean, squares, count
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Return mean and variance, in double precision."""
+        """Return mean and variance, as precise as their device has them."""
         assert self._mean is not None
         assert self._squares is not None
         return self._mean, self._squares / self.count

@@ -70,17 +70,23 @@ def test_rules_give_what_they_give_on_the_cpu(combine: str, device: SimulatedDev
     sent = SmallVGG()
     models = [trained(sent, seed) for seed in range(5)]
 
-    def fused(networks: Sequence[nn.Module], reference: nn.Module) -> nn.Module:
+    def fused(networks: Sequence[nn.Module], reference: nn.Module) -> ff.FusionResult:
         return ff.ot_fusion(
             networks,
             [1, 2, 3, 4, 5],
             example_inputs=torch.randn(2, 3, 32, 32),
             reference=reference,
             combine=combine,
-        ).model
+        )
 
-    found = fused([device.moved(m) for m in models], device.moved(sent))
-    assert_the_same(found, fused(models, sent), tolerance=1e-4)
+    found, expected = (
+        fused([device.moved(m) for m in models], device.moved(sent)),
+        fused(models, sent),
+    )
+    assert_the_same(found.model, expected.model, tolerance=1e-4)
+    assert found.report.details == expected.report.details
+    # By moments of the updates, not by the mean.
+    assert len(expected.report.details) == (4 if combine == "auto" else 0)
 
 
 @pytest.mark.parametrize("balance", ["add", "merge"])
@@ -120,11 +126,11 @@ def test_statistics_and_heads(device: SimulatedDevice) -> None:
     torch.manual_seed(0)
     model, x, y = LeNet(), torch.randn(40, 1, 16, 16), torch.arange(40) % 10
     there = device.moved(model)
-    for layer, expected in input_moments(model, [x], convolutions=True).items():
-        found = input_moments(there, [x], convolutions=True)[layer]
-        assert found.second is not None
-        assert expected.second is not None
-        torch.testing.assert_close(found.second, expected.second)
+    found, expected = (input_moments(m, [x], convolutions=True) for m in (there, model))
+    assert found.keys() == expected.keys()
+    assert len(expected) == 5
+    for layer in expected:
+        torch.testing.assert_close(found[layer].second, expected[layer].second)
     moments = class_moments(there, [(x, y)])
     torch.testing.assert_close(moments.second, class_moments(model, [(x, y)]).second)
     head = ff.calibrated_head(there, moments)
@@ -185,5 +191,8 @@ def test_one_wait_for_every_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     models, x = [SmallVGG() for _ in range(4)], torch.randn(2, 3, 32, 32)
     with SimulatedDevice() as device:
-        total = waits(device, models, x, SmallVGG())
-    assert total <= solved / 2 + 150
+        ff.ot_fusion([device.moved(model) for model in models], example_inputs=x)
+    matching = [
+        n for line, n in device.waits.items() if "/sweeps.py" in line or "/solver.py" in line
+    ]
+    assert sum(matching) == solved > 0
